@@ -1,0 +1,1 @@
+"""The intermediate representation: programs of ONNX graphs, the planish dialect, analyses. Imports no other room."""

@@ -1,0 +1,97 @@
+"""The contract of a pass.
+
+A pass takes a valid program and leaves a valid program; in between it need not be. It is a frozen dataclass
+whose fields are its options, so that it prints as ``name{option=value}`` and parses back. Passes are pure:
+timing, printing, verifying and measuring belong to instruments and gates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from planish.ir.analyses import AnalysisCache
+from planish.ir.ledger import Declined
+from planish.ir.program import Program
+from planish.ir.target import Target
+
+
+class Decline(Exception):
+    """Raised inside a pass at a place where it could act and must not; the reason is kept and shown."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        modified: the program differs from what it was; in checked mode the manager compares hashes.
+        fired: number of places changed.
+        declined: places left alone, each with its reason.
+    """
+
+    modified: bool
+    fired: int = 0
+    declined: list[Declined] = field(default_factory=list)
+
+
+@dataclass
+class PassContext:
+    """What a pass may ask for besides its program."""
+
+    target: Target = field(default_factory=Target)
+    analyses: AnalysisCache = field(default_factory=AnalysisCache)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of all passes; derive from :class:`ExactPass` or :class:`ApproximatePass`, never from this.
+
+    Class attributes:
+        name: kebab-case, a verb first; unique in the registry.
+        level: ``"onnx"`` for passes on a Program, ``"fx"`` for passes on a torch ``ExportedProgram``.
+        requires: properties that must hold before (see `planish.ir.properties`).
+        ensures: properties that hold afterwards.
+        preserves: names of analyses that stay valid although the graph changed.
+    """
+
+    name: ClassVar[str]
+    level: ClassVar[str] = "onnx"
+    requires: ClassVar[tuple[str, ...]] = ()
+    ensures: ClassVar[tuple[str, ...]] = ()
+    preserves: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def apply(self, program: Program, ctx: PassContext) -> PassResult:
+        """Rewrites `program` in place and says what happened."""
+
+    @property
+    def kind(self) -> str:
+        return "exact" if isinstance(self, ExactPass) else "approximate"
+
+    def __str__(self) -> str:
+        """The pass as a pipeline string: its name, and the options that differ from their defaults."""
+        changed = [f for f in fields(self) if f.init and getattr(self, f.name) != f.default]
+        options = ",".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+        return self.name + (f"{{{options}}}" if options else "")
+
+
+@dataclass(frozen=True)
+class ExactPass(Pass):
+    """A pass whose result equals its input up to the rounding of floating point; held to the dtype's tolerance."""
+
+
+@dataclass(frozen=True)
+class ApproximatePass(Pass):
+    """A pass that trades accuracy for speed; runs only when asked for, and is gated by itself.
+
+    Class attributes:
+        gives_up: one sentence: what the result may lose.
+    """
+
+    gives_up: ClassVar[str]
