@@ -1,0 +1,282 @@
+"""The two gates: a measured error and a measured gain, for every pass, on the user's own target.
+
+Exact passes are gated as a group, and bisected when the group fails; approximate passes are gated one by one,
+and their composition again at the end against one budget. This module decides; it does not know how a program
+is compiled or timed: the driver hands it a :class:`Bench`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from planish.ir.budget import Budget
+from planish.ir.compare import compare_outputs, tolerance, worst_of
+from planish.ir.errors import PlanishError
+from planish.ir.ledger import ErrorStats, Ledger, LedgerEntry, Ratio
+from planish.ir.program import Program
+from planish.passes.base import Pass, PassResult
+from planish.passes.group import NOTHING, Candidate, Failure, PassGroup
+from planish.passes.journal import Decision, DecisionJournal
+
+#: Relative L2 that approximate passes may cost together when the user gives no budget.
+DEFAULT_APPROXIMATE_ERROR = 1e-2
+#: Wall seconds for all measuring of one run when the user gives no limit.
+DEFAULT_SECONDS = 20.0
+
+_UNRUNNABLE = ErrorStats(float("inf"), float("inf"), -1.0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate's outputs, how far they are from what came before, and `broken`: why it does not run."""
+
+    error: ErrorStats  # the one that is held to the limit
+    previous: ErrorStats
+    original: ErrorStats
+    outputs: list[dict[str, Any]]
+    broken: str = ""
+
+
+class Bench(Protocol):
+    """What the gates need of a runtime, on the calibration inputs."""
+
+    def run(self, program: Program) -> list[dict[str, Any]]:
+        """Outputs by name for each calibration batch."""
+
+    def speedup(self, baseline: Program, candidate: Program, *, seconds: float, threshold: float) -> Ratio:
+        """Time of `baseline` over time of `candidate`, interleaved; stops early once it clears `threshold`."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during an optimization. `best` is the last program that passed its gates."""
+
+    def __init__(self, best: Program, ledger: Ledger) -> None:
+        super().__init__("interrupted")
+        self.best, self.ledger = best, ledger
+
+
+@dataclass
+class Gates:
+    """One gated run; call :meth:`optimize` once.
+
+    Attributes:
+        bench: runs and times programs.
+        budget: the user's limits.
+        apply: applies one pass in place; raises PlanishError if the pass raised or left an invalid program.
+        journal: decisions of this run, and of an interrupted one that it continues.
+        reproduce: writes a reproducer folder from (program before, pass, error text); returns its path.
+        progress: called with what is being done.
+    """
+
+    bench: Bench
+    budget: Budget
+    apply: Callable[[Pass, Program], PassResult]
+    journal: DecisionJournal = field(default_factory=DecisionJournal)
+    reproduce: Callable[[Program, Pass, str], Path | None] = lambda program, p, error: None
+    progress: Callable[[str], None] = lambda what: None
+
+    def optimize(self, program: Program, passes: Sequence[Pass]) -> tuple[Program, Ledger]:
+        """Returns the optimized program and the ledger; `program` itself is not changed.
+
+        Raises:
+            Interrupted: Ctrl-C; carries the best program so far.
+        """
+        self.original, self.best, self.ledger = program, program, Ledger()
+        self.checkpoints: list[tuple[Program, int]] = []  # (program before an approximate pass, ledger length)
+        seconds = DEFAULT_SECONDS if self.budget.seconds is None else self.budget.seconds
+        try:
+            self._reference()
+            self.deadline = time.monotonic() + seconds
+            for kind, group in groupby(passes, key=lambda p: p.kind):
+                if kind == "exact":
+                    self._gate(PassGroup(self.best, list(group), self.apply, self.reproduce, self._announce), kind)
+                else:
+                    for p in group:
+                        self._gate(PassGroup(self.best, [p], self.apply, self.reproduce, self._announce), kind)
+            self._composition()
+        except KeyboardInterrupt:
+            self.ledger.notes.append("interrupted: the best program so far was kept")
+            raise Interrupted(self.best, self.ledger) from None
+        return self.best, self.ledger
+
+    # --- error ---------------------------------------------------------------------------------------------
+
+    def _reference(self) -> None:
+        """Runs the original twice: what differs between the runs is random and can not be held to anything."""
+        self.progress("running the original")
+        self.expected = self.bench.run(self.original)
+        again = self.bench.run(self.original)
+        self.best_outputs = self.expected
+        self.tolerance = max(map(tolerance, self.expected), default=0.0)
+        self.random = {
+            name
+            for one, two in zip(self.expected, again, strict=True)
+            for name in one
+            if compare_outputs({name: one[name]}, two).relative_l2 > self.tolerance
+        }
+        self.ledger.tolerance = self.tolerance
+        if self.random:
+            names = ", ".join(sorted(self.random))
+            self.ledger.notes.append(f"error not measured for outputs that differ from run to run: {names}")
+
+    def _limit(self, kind: str) -> float:
+        """The largest error allowed: exact passes keep to the dtype's tolerance whatever the user's budget is."""
+        asked = self.budget.error
+        if kind == "approximate":
+            return DEFAULT_APPROXIMATE_ERROR if asked is None else asked
+        if self.budget.metric is not None:
+            return self.tolerance if asked is None else asked
+        return self.tolerance if asked is None else min(self.tolerance, asked)
+
+    def _error(self, expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> ErrorStats:
+        fixed = [{k: v for k, v in batch.items() if k not in self.random} for batch in expected]
+        stats = worst_of([compare_outputs(want, have) for want, have in zip(fixed, got, strict=True)])
+        if self.budget.metric is None:
+            return stats
+        value = float(self.budget.metric(list(expected), list(got)))
+        return ErrorStats(stats.relative_l2, stats.max_abs, stats.cosine, value, stats.output)
+
+    def _try(self, program: Program, kind: str) -> Trial:
+        """Error of a candidate: exact passes answer to the program before them, approximate ones to the original."""
+        try:
+            outputs = self.bench.run(program)
+        except PlanishError as error:
+            return Trial(_UNRUNNABLE, _UNRUNNABLE, _UNRUNNABLE, [], f"does not run: {error}")
+        original = self._error(self.expected, outputs)
+        previous = original if self.best_outputs is self.expected else self._error(self.best_outputs, outputs)
+        return Trial(previous if kind == "exact" else original, previous, original, outputs)
+
+    # --- one group -----------------------------------------------------------------------------------------
+
+    def _gate(self, group: PassGroup, kind: str) -> None:
+        """Applies a group and takes passes back, one at a time, until what is left passes both gates."""
+        started = time.monotonic()
+        key = DecisionJournal.key(group.base, ",".join(map(str, group.passes)), self.budget)
+        known = self.journal.find(key)
+        if known is not None:
+            group.failed.update({index: Failure(verdict) for index, verdict in known.failed.items()})
+            candidate, ratio = group.build(), known.speedup
+            trial = self._try(candidate.program, kind) if candidate.changed else None
+            if trial is not None and _exceeds(trial.error, self._limit(kind)):
+                candidate, trial, ratio = self._settle(group, kind)  # another machine, or another runtime
+        else:
+            candidate, trial, ratio = self._settle(group, kind)
+            self.journal.record(key, Decision({i: f.verdict for i, f in group.failed.items()}, ratio))
+        if kind == "approximate" and candidate.changed:
+            self.checkpoints.append((group.base, len(self.ledger.entries)))
+        self._enter(group, candidate, kind, trial, ratio, time.monotonic() - started)
+        self.best = candidate.program if candidate.changed else group.base
+        if trial is not None:
+            self.best_outputs = trial.outputs
+
+    def _settle(self, group: PassGroup, kind: str) -> tuple[Candidate, Trial | None, Ratio | None]:
+        limit = self._limit(kind)
+        while True:  # each round ends it or takes a pass back, so there are at most as many rounds as passes
+            candidate = group.build()
+            if not candidate.changed:
+                return candidate, None, None
+            self.progress("measuring error")
+            trial = self._try(candidate.program, kind)
+            if _exceeds(trial.error, limit):
+                self._take_back_wrong(group, trial, kind, limit)
+                continue
+            self.progress("measuring gain")
+            ratio = self._measure(group.base, candidate.program)
+            reason = self._no_gain(ratio, kind)
+            if not reason:
+                return candidate, trial, ratio
+            self._take_back_slow(group, kind, ratio, reason)
+
+    def _take_back_wrong(self, group: PassGroup, trial: Trial, kind: str, limit: float) -> None:
+        guilty = group.first_bad(lambda program: _exceeds(self._try(program, kind).error, limit))
+        at = f" at output '{trial.error.output}'" if trial.error.output else ""
+        reason = trial.broken or f"error {_value(trial.error):.1e} > {limit:.1e}{at}"
+        group.fail(guilty, reason, error=trial.error)
+
+    # --- gain ----------------------------------------------------------------------------------------------
+
+    def _measure(self, baseline: Program, candidate: Program) -> Ratio:
+        seconds = max(0.2, (self.deadline - time.monotonic()) / 2)
+        return self.bench.speedup(baseline, candidate, seconds=seconds, threshold=self.budget.min_gain or 1.0)
+
+    def _no_gain(self, ratio: Ratio, kind: str) -> str:
+        """Why a measured ratio is not enough, or an empty string.
+
+        An exact pass costs nothing but time, so it stays unless it is measurably slower; an approximate one
+        must be measurably faster.
+        """
+        asked = self.budget.min_gain
+        if ratio.high < 1.0:
+            return f"slower, {ratio}"
+        if asked is not None and ratio.median < asked:
+            return f"gain {ratio} is under the {asked:g}x asked for"
+        if (kind == "approximate" or asked is not None) and ratio.low <= 1.0:
+            return f"no measurable gain, {ratio}"
+        return ""
+
+    def _take_back_slow(self, group: PassGroup, kind: str, ratio: Ratio, reason: str) -> None:
+        if kind == "approximate" or ratio.high >= 1.0 or time.monotonic() > self.deadline:
+            group.fail_all(reason)
+            return
+        guilty = group.first_bad(lambda program: self._measure(group.base, program).high < 1.0)
+        group.fail(guilty, reason, speedup=ratio)
+
+    # --- the ledger ----------------------------------------------------------------------------------------
+
+    def _announce(self, p: Pass) -> None:
+        self.progress(str(p))
+
+    def _enter(
+        self,
+        group: PassGroup,
+        candidate: Candidate,
+        kind: str,
+        trial: Trial | None,
+        ratio: Ratio | None,
+        seconds: float,
+    ) -> None:
+        self.ledger.entries += candidate.entries
+        if kind == "approximate":
+            entry = candidate.entries[0]
+            entry.seconds = seconds
+        else:
+            counts = group.base.node_count(), candidate.program.node_count()
+            entry = LedgerEntry("exact passes", "composition", *counts, seconds=seconds)
+            entry.fired = sum(e.fired for e in candidate.entries if e.kept)
+            entry.verdict = "kept" if candidate.changed else NOTHING
+            entry.kept = candidate.changed
+            self.ledger.entries.append(entry)
+        if trial is not None:
+            entry.error_previous, entry.error_original, entry.speedup = trial.previous, trial.original, ratio
+
+    def _composition(self) -> None:
+        """Holds all passes together to the one budget; takes approximate ones back, the last first, until they fit."""
+        if not self.checkpoints:
+            return
+        limit = self._limit("approximate")
+        self.progress("measuring all passes together")
+        trial = self._try(self.best, "approximate")
+        while _exceeds(trial.error, limit) and self.checkpoints:
+            self.best, length = self.checkpoints.pop()
+            for entry in self.ledger.entries[length:]:
+                entry.kept = False
+                entry.verdict = f"rolled back: all passes together cost {_value(trial.error):.1e} > {limit:.1e}"
+            trial = self._try(self.best, "approximate")
+        counts = self.original.node_count(), self.best.node_count()
+        total = LedgerEntry("all passes", "composition", *counts)
+        total.error_original = total.error_previous = trial.original
+        total.speedup = self._measure(self.original, self.best) if self.best is not self.original else None
+        self.ledger.entries.append(total)
+
+
+def _value(error: ErrorStats) -> float:
+    return error.relative_l2 if error.metric is None else error.metric
+
+
+def _exceeds(error: ErrorStats, limit: float) -> bool:
+    return not _value(error) <= limit  # written so that a NaN exceeds every limit
