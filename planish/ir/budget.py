@@ -41,3 +41,5 @@ class Budget:
                 raise InputError(f"budget.{name} is {value!r}; it must be a finite number of at least {low:g}.")
         if self.metric is not None and not callable(self.metric):
             raise InputError(f"budget.metric must be a function of (expected, got), not {type(self.metric).__name__}.")
+        if self.metric is not None and self.error is None:
+            raise InputError("budget.metric is given without budget.error; say how much of the metric may be lost.")

@@ -33,13 +33,20 @@ _UNRUNNABLE = ErrorStats(float("inf"), float("inf"), -1.0)
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate's outputs, how far they are from what came before, and `broken`: why it does not run."""
+    """A candidate's outputs, how far they are from what came before, and `broken`: why it does not run.
 
-    error: ErrorStats  # the one that is held to the limit
+    `cost` is what is held to the limit: for exact passes relative L2 against the program before them, for
+    approximate ones the user's metric, or relative L2, against the original.
+    """
+
+    cost: float
     previous: ErrorStats
     original: ErrorStats
     outputs: list[dict[str, Any]]
     broken: str = ""
+
+    def exceeds(self, limit: float) -> bool:
+        return not self.cost <= limit  # written so that a NaN exceeds every limit
 
 
 class Bench(Protocol):
@@ -130,7 +137,7 @@ class Gates:
         if kind == "approximate":
             return DEFAULT_APPROXIMATE_ERROR if asked is None else asked
         if self.budget.metric is not None:
-            return self.tolerance if asked is None else asked
+            return self.tolerance
         return self.tolerance if asked is None else min(self.tolerance, asked)
 
     def _error(self, expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> ErrorStats:
@@ -146,23 +153,24 @@ class Gates:
         try:
             outputs = self.bench.run(program)
         except PlanishError as error:
-            return Trial(_UNRUNNABLE, _UNRUNNABLE, _UNRUNNABLE, [], f"does not run: {error}")
+            return Trial(float("inf"), _UNRUNNABLE, _UNRUNNABLE, [], f"does not run: {error}")
         original = self._error(self.expected, outputs)
         previous = original if self.best_outputs is self.expected else self._error(self.best_outputs, outputs)
-        return Trial(previous if kind == "exact" else original, previous, original, outputs)
+        cost = original.relative_l2 if original.metric is None else original.metric
+        return Trial(previous.relative_l2 if kind == "exact" else cost, previous, original, outputs)
 
     # --- one group -----------------------------------------------------------------------------------------
 
     def _gate(self, group: PassGroup, kind: str) -> None:
         """Applies a group and takes passes back, one at a time, until what is left passes both gates."""
         started = time.monotonic()
-        key = DecisionJournal.key(group.base, ",".join(map(str, group.passes)), self.budget)
+        key = self.journal.key(group.base, ",".join(map(str, group.passes)), self.budget)
         known = self.journal.find(key)
         if known is not None:
             group.failed.update({index: Failure(verdict) for index, verdict in known.failed.items()})
             candidate, ratio = group.build(), known.speedup
             trial = self._try(candidate.program, kind) if candidate.changed else None
-            if trial is not None and _exceeds(trial.error, self._limit(kind)):
+            if trial is not None and trial.exceeds(self._limit(kind)):
                 candidate, trial, ratio = self._settle(group, kind)  # another machine, or another runtime
         else:
             candidate, trial, ratio = self._settle(group, kind)
@@ -182,7 +190,7 @@ class Gates:
                 return candidate, None, None
             self.progress("measuring error")
             trial = self._try(candidate.program, kind)
-            if _exceeds(trial.error, limit):
+            if trial.exceeds(limit):
                 self._take_back_wrong(group, trial, kind, limit)
                 continue
             self.progress("measuring gain")
@@ -193,10 +201,10 @@ class Gates:
             self._take_back_slow(group, kind, ratio, reason)
 
     def _take_back_wrong(self, group: PassGroup, trial: Trial, kind: str, limit: float) -> None:
-        guilty = group.first_bad(lambda program: _exceeds(self._try(program, kind).error, limit))
-        at = f" at output '{trial.error.output}'" if trial.error.output else ""
-        reason = trial.broken or f"error {_value(trial.error):.1e} > {limit:.1e}{at}"
-        group.fail(guilty, reason, error=trial.error)
+        guilty = group.first_bad(lambda program: self._try(program, kind).exceeds(limit))
+        error = trial.previous if kind == "exact" else trial.original
+        at = f" at output '{error.output}'" if error.output else ""
+        group.fail(guilty, trial.broken or f"error {trial.cost:.1e} > {limit:.1e}{at}", error=error)
 
     # --- gain ----------------------------------------------------------------------------------------------
 
@@ -261,22 +269,14 @@ class Gates:
         limit = self._limit("approximate")
         self.progress("measuring all passes together")
         trial = self._try(self.best, "approximate")
-        while _exceeds(trial.error, limit) and self.checkpoints:
+        while trial.exceeds(limit) and self.checkpoints:
             self.best, length = self.checkpoints.pop()
             for entry in self.ledger.entries[length:]:
                 entry.kept = False
-                entry.verdict = f"rolled back: all passes together cost {_value(trial.error):.1e} > {limit:.1e}"
+                entry.verdict = f"rolled back: all passes together cost {trial.cost:.1e} > {limit:.1e}"
             trial = self._try(self.best, "approximate")
         counts = self.original.node_count(), self.best.node_count()
         total = LedgerEntry("all passes", "composition", *counts)
         total.error_original = total.error_previous = trial.original
         total.speedup = self._measure(self.original, self.best) if self.best is not self.original else None
         self.ledger.entries.append(total)
-
-
-def _value(error: ErrorStats) -> float:
-    return error.relative_l2 if error.metric is None else error.metric
-
-
-def _exceeds(error: ErrorStats, limit: float) -> bool:
-    return not _value(error) <= limit  # written so that a NaN exceeds every limit

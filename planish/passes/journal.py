@@ -44,9 +44,10 @@ class DecisionJournal:
         else:
             self.path.write_text(json.dumps({"journal": "planish", "schema": SCHEMA}) + "\n")
 
-    @staticmethod
-    def key(program: Program, passes: str, budget: Budget) -> str:
+    def key(self, program: Program, passes: str, budget: Budget) -> str:
         """Identifies a decision: program (weights included), target, passes, and the limits they were held to."""
+        if self.path is None:
+            return ""  # nothing is kept, so the weights need not be hashed
         limits = f"{budget.error} {budget.min_gain} {getattr(budget.metric, '__qualname__', budget.metric)}"
         return f"{structural_hash(program)} {program.target} {passes} {limits}"
 
@@ -54,8 +55,8 @@ class DecisionJournal:
         return self._known.get(key)
 
     def record(self, key: str, decision: Decision) -> None:
-        self._known[key] = decision
         if self.path is not None:
+            self._known[key] = decision
             with self.path.open("a") as file:
                 file.write(json.dumps({"key": key, **asdict(decision)}) + "\n")
 
