@@ -1,0 +1,298 @@
+"""The driver: capture → pipeline under gates → executable."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planish.ir.budget import Budget
+from planish.ir.errors import InputError, PlanishError, UnsupportedError
+from planish.ir.ledger import Ledger, LedgerEntry
+from planish.ir.program import Calibration, Program
+from planish.ir.target import IMPLEMENTED, Target
+from planish.passes.base import Pass, PassContext, PassResult
+from planish.passes.gates import Gates, Interrupted
+from planish.passes.journal import DecisionJournal
+from planish.runtime.bench import OrtBench
+from planish.runtime.executable import Executable
+from planish.runtime.report import Report
+
+if TYPE_CHECKING:
+    from planish.passes.instruments import Instrument
+
+__all__ = ["Hooks", "Interrupted", "optimize", "optimize_with"]
+
+
+@dataclass
+class Hooks:
+    """What a caller such as the command line adds to a run.
+
+    Attributes:
+        progress: called with what is being done now.
+        instruments: watch every pass.
+        journal: decisions to continue from and to add to.
+        reproducers: folder for reproducers of failed passes; None: a new folder under the system's temporary one,
+            made when the first pass fails.
+    """
+
+    progress: Callable[[str], None] = lambda what: None
+    instruments: Sequence[Instrument] = ()
+    journal: DecisionJournal = field(default_factory=DecisionJournal)
+    reproducers: Path | None = None
+
+
+def optimize(
+    model: Any,
+    target: str | Target = "ort-cpu",
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    passes: str | Sequence[Pass] | None = None,
+    calibration: Any = None,
+    budget: Budget | None = None,
+) -> Executable:
+    """Optimizes a model for a target; every change is held to a measured error and a measured gain.
+
+    Args:
+        model: a ``torch.nn.Module``, a path to an ONNX file, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+        target: for example ``"ort-cpu"`` or ``"ort-cpu:threads=2"``.
+        example_inputs: for a torch module: what its forward takes, a tuple of tensors or a dict by parameter.
+        dynamic_shapes: for a torch module: as for ``torch.export.export``; names may stand for ``Dim`` objects.
+        passes: None for the target's exact pipeline, a pipeline string, or a list of passes.
+        calibration: inputs to measure with: a dict by input name, a tuple in input order, or a list of these.
+            None: the example inputs; without these, inputs made from the specs, marked as synthetic.
+        budget: limits of the gates; None for the defaults of :class:`planish.Budget`.
+
+    Returns:
+        An executable; ``exe.report`` says what was done, what it cost and what it gained.
+
+    Raises:
+        InputError: something given is wrong; the message says what, where, and what to do.
+        Interrupted: Ctrl-C; a ``KeyboardInterrupt`` that carries the best program so far.
+    """
+    return optimize_with(
+        Hooks(),
+        model,
+        target,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        passes=passes,
+        calibration=calibration,
+        budget=budget,
+    )
+
+
+def optimize_with(
+    hooks: Hooks,
+    model: Any,
+    target: str | Target = "ort-cpu",
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    passes: str | Sequence[Pass] | None = None,
+    calibration: Any = None,
+    budget: Budget | None = None,
+) -> Executable:
+    """:func:`optimize` with hooks for progress, instruments, the journal and reproducers."""
+    started = time.monotonic()
+    target, budget = _implemented(Target.parse(target)), budget or Budget()
+    pipeline = resolve_pipeline(passes, target)
+    hooks.progress("reading the model")
+    program, check = _capture(model, example_inputs, dynamic_shapes, target)
+    note = _calibrate(program, calibration, example_inputs)
+    bench = OrtBench(target, program.calibration)
+    if check is not None and budget.gates:
+        hooks.progress("comparing the captured program with the module")
+        check(bench.run_inputs)
+    best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
+    ledger.synthetic = program.calibration is not None and program.calibration.synthetic
+    hooks.progress("preparing the executable")
+    report = _report(model, program, best, pipeline, ledger, time.monotonic() - started)
+    return Executable(best, {"main": bench.runner(best)}, report=report, pipeline=report.pipeline)
+
+
+def resolve_pipeline(passes: str | Sequence[Pass] | None, target: Target) -> list[Pass]:
+    """The passes that `optimize` will run, checked to chain before anything else is done.
+
+    Raises:
+        InputError: a pipeline string that does not parse, or a property that a pass requires and none ensures.
+    """
+    from planish.passes.defaults import default_pipeline
+    from planish.passes.pipeline import parse_pipeline
+
+    if passes is None:
+        passes = default_pipeline(target)
+    if isinstance(passes, str):
+        return parse_pipeline(passes)
+    wrong = [p for p in passes if not isinstance(p, Pass)]
+    if wrong:
+        raise InputError(f"passes holds {wrong[0]!r}, which is no pass; give a pipeline string or pass instances.")
+    return list(passes)
+
+
+def _implemented(target: Target) -> Target:
+    if target.name not in IMPLEMENTED:
+        raise UnsupportedError(f"target '{target.name}' is not implemented yet; use {', '.join(IMPLEMENTED)}.")
+    return target
+
+
+def _is_module(model: Any) -> bool:
+    torch = sys.modules.get("torch")  # a module can not exist before torch is imported
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+def _capture(
+    model: Any, example_inputs: Any, dynamic_shapes: Any, target: Target
+) -> tuple[Program, Callable[..., Any] | None]:
+    if _is_module(model):
+        from planish.frontends.torch import capture
+
+        captured = capture(model, example_inputs, dynamic_shapes, target)
+        return captured.program, captured.check
+    if dynamic_shapes is not None:
+        raise InputError("dynamic_shapes is for torch modules; an ONNX model says itself which sizes are dynamic.")
+    from planish.frontends.onnx import load_onnx
+
+    return load_onnx(model, target), None
+
+
+def _calibrate(program: Program, calibration: Any, example_inputs: Any) -> str:
+    """Sets the program's calibration; returns a note if there is nothing to measure with."""
+    from planish.ir.inputs import synthesize
+    from planish.ir.signature import as_batches
+
+    specs = program.inputs(next(iter(program.entries)))
+    given = calibration if calibration is not None else example_inputs
+    if given is not None:
+        program.calibration = Calibration(as_batches(given, specs))
+        return ""
+    try:
+        program.calibration = Calibration([synthesize(program, next(iter(program.entries)))], synthetic=True)
+    except PlanishError as error:
+        return str(error)
+    return ""
+
+
+def _run_passes(
+    hooks: Hooks, program: Program, pipeline: list[Pass], bench: OrtBench, budget: Budget, note: str
+) -> tuple[Program, Ledger]:
+    from planish.passes.instruments import Verify
+    from planish.passes.manager import PassManager
+
+    ctx = PassContext(program.target)
+    manager = PassManager(pipeline, instruments=[Verify(), *hooks.instruments])
+    manager.check(program)
+
+    def apply(p: Pass, candidate: Program) -> PassResult:
+        return PassManager([p], instruments=[Verify(), *hooks.instruments]).apply(candidate, ctx)
+
+    if not budget.gates:
+        return _without_gates(hooks, program, pipeline, apply)
+    reason = note or _can_not_run(bench, program)
+    if reason:
+        ledger = Ledger(measured=False, notes=[f"nothing was changed: {reason}; give calibration inputs"])
+        return program, ledger
+    gates = Gates(bench, budget, apply, hooks.journal, _Reproducers(hooks.reproducers), hooks.progress)
+    return gates.optimize(program, pipeline)
+
+
+def _can_not_run(bench: OrtBench, program: Program) -> str:
+    """Why the original does not run on made-up inputs; inputs of the user that fail are the user's error."""
+    assert program.calibration is not None
+    if not program.calibration.synthetic:
+        return ""
+    try:
+        bench.run(program)
+    except PlanishError as error:
+        return f"the original does not run on synthetic inputs ({error})"
+    return ""
+
+
+def _without_gates(
+    hooks: Hooks, program: Program, pipeline: list[Pass], apply: Callable[[Pass, Program], PassResult]
+) -> tuple[Program, Ledger]:
+    from planish.passes.group import PassGroup
+
+    ledger = Ledger(measured=False, notes=["gates were off: error and gain were not measured"])
+    group = PassGroup(program, pipeline, apply, _Reproducers(hooks.reproducers), lambda p: hooks.progress(str(p)))
+    candidate = group.build()
+    ledger.entries = [*candidate.entries, LedgerEntry("all passes", "composition")]
+    ledger.entries[-1].nodes_before, ledger.entries[-1].nodes_after = (
+        program.node_count(),
+        candidate.program.node_count(),
+    )
+    ledger.entries[-1].verdict = "not measured"
+    return candidate.program, ledger
+
+
+class _Reproducers:
+    """Writes what is needed to see a pass fail again; a folder is made only when one does."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def __call__(self, before: Program, p: Pass, error: str) -> Path | None:
+        from planish.passes.bisect import write_reproducer
+
+        if self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="planish-reproducer-"))
+        try:
+            return write_reproducer(self.folder / p.name, before, str(p), error)
+        except OSError:
+            return None  # a full disk must not turn a rolled-back pass into a failed run
+
+
+def _report(
+    model: Any, before: Program, after: Program, pipeline: list[Pass], ledger: Ledger, seconds: float
+) -> Report:
+    from planish.passes.pipeline import format_pipeline
+
+    total = next((e for e in reversed(ledger.entries) if e.kind == "composition"), None)
+    dims = _dims(before)
+    return Report.build(
+        model=_name(model),
+        before=before,
+        after=after,
+        pipeline=format_pipeline(pipeline),
+        ledger=ledger,
+        error=total.error_original if total else None,
+        speedup=total.speedup if total else None,
+        seconds=seconds,
+        **_costs(before, after, dims),
+    )
+
+
+def _costs(before: Program, after: Program, dims: Mapping[str, int]) -> dict[str, Any]:
+    from planish.ir.analyses.cost import cost
+    from planish.ir.analyses.liveness import liveness
+
+    result: dict[str, Any] = {}
+    for name, program in (("before", before), ("after", after)):
+        result[f"cost_{name}"] = int(cost(program, dims=dims).flops)
+        result[f"peak_{name}"] = int(liveness(program, dims=dims).peak_bytes)
+    return result
+
+
+def _dims(program: Program) -> dict[str, int]:
+    """Sizes of the symbols, read off the first calibration batch."""
+    dims: dict[str, int] = {}
+    if program.calibration is None or not program.calibration.batches:
+        return dims
+    for spec in program.inputs(next(iter(program.entries))):
+        value = program.calibration.batches[0].get(spec.name)
+        if spec.shape is not None and isinstance(value, np.ndarray):
+            dims |= {d: n for d, n in zip(spec.shape, value.shape, strict=False) if isinstance(d, str)}
+    return dims
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, str | Path):
+        return Path(model).name
+    return type(model).__name__
