@@ -1,0 +1,124 @@
+"""Types and shapes of all values, in place, with symbolic sizes kept.
+
+Standard operators go through onnx's inference on a copy without weights, dialect operators through their own
+symbolic rule, contrib operators keep what their values have. What was known is never lost: inference adds types
+and shapes where there were none, names where there was nothing, numbers where there was a name, and on a
+conflict the existing information stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+
+from planish.ir.schemas import DIALECT_DOMAIN
+from planish.ir.stripped import INLINE_BYTES, large_constant, stripped_proto
+
+logger = logging.getLogger(__name__)
+_MAX_ROUNDS = 4
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fills in types and shapes of every value of `model` that follow from its inputs and weights.
+
+    A model that onnx's inference refuses as a whole keeps what it has: to refuse is for the verifier.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                _from_tensor(value, value.const_value)
+        for node in graph:
+            if node.op_type == "Constant" and not node.domain:
+                tensor = large_constant(node, INLINE_BYTES)
+                if tensor is not None:
+                    _from_tensor(node.outputs[0], tensor)
+    dialect = [n for n in model.graph.all_nodes() if n.domain == DIALECT_DOMAIN]
+    for _ in range(_MAX_ROUNDS):
+        _infer_standard(model)
+        # A rule may learn something that the standard operators behind it wait for.
+        if not sum(_infer_dialect(node) for node in dialect):
+            break
+
+
+def _from_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    if value.type is None:
+        value.type = ir.TensorType(tensor.dtype)
+    if value.shape is None:
+        value.shape = ir.Shape(tensor.shape.numpy())
+
+
+def _infer_standard(model: ir.Model) -> None:
+    try:
+        proto = stripped_proto(model)
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    except Exception as error:  # onnx raises several types; the model keeps what it has
+        logger.debug("onnx inference refused the model: %s", error)
+        return
+    _merge_graph(model.graph, inferred.graph)
+
+
+def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+    infos = {info.name: info.type for info in (*proto.value_info, *proto.output)}
+    nodes = {node.output[0]: node for node in proto.node if node.output}
+    for node in graph:
+        for value in node.outputs:
+            info = infos.get(value.name or "")
+            if info is not None:
+                merge_type(value, info)
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref() and node.outputs:
+                other = nodes.get(node.outputs[0].name or "")
+                for item in other.attribute if other is not None else ():
+                    if item.name == attribute.name:
+                        _merge_graph(attribute.value, item.g)
+
+
+def merge_type(value: ir.Value, proto: onnx.TypeProto) -> None:
+    """Adds to `value` what `proto` knows more."""
+    kind = proto.WhichOneof("value")
+    if kind is None:
+        return
+    if kind != "tensor_type":
+        if value.type is None:
+            value.type = ir.serde.deserialize_type_proto_for_type(proto)
+            value.shape = ir.serde.deserialize_type_proto_for_shape(proto)
+        return
+    tensor = proto.tensor_type
+    if value.type is None and tensor.elem_type:
+        value.type = ir.TensorType(ir.DataType(tensor.elem_type))
+    if tensor.HasField("shape"):
+        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+        merge_shape(value, dims)
+
+
+def merge_shape(value: ir.Value, dims: Iterable[int | str | None]) -> bool:
+    """Adds to the shape of `value` what `dims` knows more; returns whether anything was learned."""
+    new = list(dims)
+    old = value.shape
+    if old is None:
+        value.shape = ir.Shape(new)
+        return True
+    if len(old) != len(new):
+        return False
+    merged = [_better(a if isinstance(a, int) else a.value, b) for a, b in zip(old, new, strict=True)]
+    if merged == [d if isinstance(d, int) else d.value for d in old]:
+        return False
+    value.shape = ir.Shape(merged)
+    return True
+
+
+def _better(old: int | str | None, new: int | str | None) -> int | str | None:
+    if isinstance(old, int) or new is None:
+        return old
+    if isinstance(new, int) or old is None:
+        return new
+    return old
+
+
+def _infer_dialect(node: ir.Node) -> bool:
+    from planish.ir.ops import infer_node
+
+    return infer_node(node)
