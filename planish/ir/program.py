@@ -9,28 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.errors import InputError, VerifyError, unknown
+from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
 
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """An input or output of an entry. `shape` holds ints, symbol names, None for an unknown size; None as a
-    whole when the rank is unknown. `dtype` is None for values that are not tensors (sequences, optionals)."""
-
-    name: str
-    dtype: ir.DataType | None
-    shape: tuple[int | str | None, ...] | None
-
-    def __str__(self) -> str:
-        dims = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
-        kind = self.dtype.name.lower() if self.dtype is not None else "non-tensor"
-        return f"{self.name}: {kind}[{dims}]"
-
-    @classmethod
-    def of(cls, value: ir.Value) -> TensorSpec:
-        dims = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
-        dtype = value.dtype if isinstance(value.type, ir.TensorType) else None
-        return cls(value.name or "", dtype, dims)
+__all__ = ["Calibration", "Program", "TensorSpec"]
 
 
 @dataclass
