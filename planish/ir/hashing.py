@@ -6,6 +6,7 @@ the names of inputs and outputs (they are the interface). It does not cover meta
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import weakref
 from collections.abc import Iterable
@@ -48,10 +49,8 @@ def tensor_digest(tensor: ir.TensorProtocol) -> str:
         array = np.ascontiguousarray(tensor.numpy())
         digest.update(array.reshape(-1).view(np.uint8).data)
     text = digest.hexdigest()
-    try:
+    with contextlib.suppress(TypeError):  # a tensor class without weak references: computed each time
         _digests[key] = (weakref.ref(tensor, lambda _, k=key: _digests.pop(k, None)), text)  # type: ignore[misc]
-    except TypeError:  # a tensor class without weak references: computed each time
-        pass
     return text
 
 

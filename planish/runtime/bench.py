@@ -37,8 +37,7 @@ class OrtBench:
         if known is None:
             while len(self._runners) >= KEPT:
                 self._runners.popitem(last=False)
-            entry = self.calibration.entry if self.calibration is not None else "main"
-            model = program.entries[entry] if entry in program.entries else program.main
+            model = program.main if self.calibration is None else program.entry(self.calibration.entry)
             known = (program, compile_ort(model, self.target))
         self._runners[id(program)] = known
         return known[1]
