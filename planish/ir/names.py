@@ -38,7 +38,8 @@ class _Namer:
 
     def graph(self, graph: ir.Graph, outer: set[str], *, graph_is_main: bool) -> int:
         changed = 0
-        values, nodes = set(outer), set()
+        values = set(outer)
+        nodes: set[str] = set()
         own = [*graph.inputs, *(v for v in graph.initializers.values() if not v.is_graph_input())]
         for value in own:
             if not value.name or (value.name in values and not graph_is_main):

@@ -63,7 +63,7 @@ def parse_model(text: str, *, weights: Mapping[str, ir.TensorProtocol] | None = 
     except onnx.parser.ParseError as error:
         message = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
         raise InputError(f"model text does not parse: {' '.join(message.split())}") from error
-    model = ir.from_proto(proto)
+    model: ir.Model = ir.from_proto(proto)
     values = {v.name: v for node in model.graph for v in node.inputs if v is not None}
     for name, digest in _ELIDED.findall(text):
         _restore(model, name.strip('"'), digest, weights or {}, values)

@@ -136,8 +136,9 @@ class _Checker:
             raise self._error(f"value '{name}' is defined twice", node)
         if name in names:
             raise self._error(f"value '{name}' has the name of another value that is visible here", node)
-        if node is None and value.producer() is not None:
-            raise self._error(f"'{name}' is an input or initializer and also the output of '{value.producer().name}'")
+        producer = value.producer()
+        if node is None and producer is not None:
+            raise self._error(f"'{name}' is an input or initializer and also the output of '{producer.name}'")
         defined.add(value)
         names.add(name)
 
@@ -245,7 +246,7 @@ class _Checker:
             )
 
 
-def _admits(declared: ir.Shape, actual: ir.Shape) -> bool:
+def _admits(declared: ir.Shape, actual: ir.ShapeProtocol) -> bool:
     return len(declared) == len(actual) and all(
         not isinstance(d, int) or d == a for d, a in zip(declared, actual, strict=True)
     )
