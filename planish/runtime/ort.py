@@ -1,0 +1,252 @@
+"""Programs on ONNX Runtime: sessions over the weights that planish already holds, and runs without copies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from planish.ir.errors import InputError, PlanishError, UnsupportedError
+from planish.ir.signature import check_inputs
+from planish.ir.spec import TensorSpec
+from planish.ir.target import Target
+from planish.runtime import flush
+from planish.runtime.ort_options import BUFFERS, FLUSH, session_options
+from planish.runtime.tensors import EXTENDED, NATIVE, from_ortvalue, to_arrays, to_ortvalue, to_torch
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+_PROVIDERS = ["CPUExecutionProvider"]
+_STRING = 8
+#: Shapes whose check is remembered; a server that sees more distinct shapes than this checks each time.
+_REMEMBERED = 4096
+
+
+def compile_ort(
+    model: ir.Model, target: Target, *, optimize: bool = True, options: Mapping[str, str] | None = None
+) -> OrtRunner:
+    """Makes a session for a model; the weights are used where they lie, not copied.
+
+    Args:
+        model: is not changed, and its weight tensors must stay unchanged while the runner lives.
+        target: threads and ``session.*`` options are taken from it.
+        optimize: False turns off all of ONNX Runtime's own graph optimizations.
+        options: further ``session.*`` options, which win over the target's.
+
+    Raises:
+        UnsupportedError: ONNX Runtime has no kernel for a node, or does not take the model.
+        InputError: an unknown session option.
+    """
+    from planish.ir.serialize import to_proto_without_weights
+
+    if target.name != "ort-cpu":
+        raise UnsupportedError(f"target '{target}' is not one that planish.runtime.ort compiles for; use 'ort-cpu'.")
+    settings = session_options(target, options, optimize)
+    proto, weights = to_proto_without_weights(model)
+    kept = _hand_over(proto, weights, settings)
+    graph = model.graph
+    inputs = [TensorSpec.of(v) for v in graph.inputs if v.name not in graph.initializers]
+    outputs = [TensorSpec.of(v) for v in graph.outputs]
+    session = create_session(proto.SerializeToString(), settings, model)
+    return OrtRunner(session, inputs, outputs, flush_denormals=_flushes(settings), keep_alive=kept)
+
+
+def create_session(model: bytes, settings: ort.SessionOptions, named: ir.Model | None = None) -> ort.InferenceSession:
+    """An ONNX Runtime session; its refusals become one-line errors. `named` serves to say more about a node."""
+    # The first session of a process may leave flush-to-zero on in this thread, for NumPy and everybody else.
+    with flush.KeepEnvironment():
+        try:
+            return ort.InferenceSession(model, settings, providers=_PROVIDERS)
+        except Exception as error:
+            raise _load_error(error, named) from error
+
+
+def _hand_over(
+    proto: onnx.ModelProto, weights: Mapping[str, ir.TensorProtocol], settings: ort.SessionOptions
+) -> list[Any]:
+    """Gives the weights to the session as buffers; returns what must live as long as the session.
+
+    Of ONNX Runtime's ways to take weights from memory, this one alone copies nothing and still lets its optimizers
+    read them: `add_external_initializers` copies each weight, `add_initializer` hides the values from constant
+    folding. Each weight is a "file" of its own in memory.
+    """
+    if not weights:
+        return []
+    buffers = {name: _raw(tensor) for name, tensor in weights.items()}
+    for tensor in proto.graph.initializer:
+        if tensor.name not in buffers:
+            continue
+        del tensor.external_data[:]
+        for key, value in (("location", tensor.name), ("offset", "0"), ("length", str(buffers[tensor.name].nbytes))):
+            tensor.external_data.add(key=key, value=value)
+    names = list(buffers)
+    settings.add_session_config_entry(BUFFERS, "1")
+    settings.add_external_initializers_from_files_in_memory(
+        names, [memoryview(buffers[n]) for n in names], [buffers[n].nbytes for n in names]
+    )
+    return [*buffers.values(), *weights.values()]
+
+
+def _raw(tensor: ir.TensorProtocol) -> np.ndarray:
+    """The stored bytes of a tensor; without a copy for every dtype of whole bytes."""
+    if tensor.dtype.bitwidth >= 8:
+        array = np.ascontiguousarray(tensor.numpy())
+        return array.reshape(-1).view(np.uint8)
+    return np.frombuffer(tensor.tobytes(), np.uint8)
+
+
+def _flushes(settings: ort.SessionOptions) -> bool:
+    return bool(settings.get_session_config_entry(FLUSH) == "1")
+
+
+class OrtRunner:
+    """One entry of a program as an ONNX Runtime session.
+
+    Attributes:
+        session: the ``onnxruntime.InferenceSession``.
+        inputs, outputs: what `run` takes and gives.
+        notes: what a report should mention about this session.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        flush_denormals: bool = True,
+        keep_alive: Sequence[Any] = (),
+    ) -> None:
+        self.session = session
+        self.inputs = list(inputs)
+        self.outputs = list(outputs)
+        self.notes: list[str] = []
+        self._keep_alive = list(keep_alive)
+        self._optional = frozenset(v.name for v in session.get_overridable_initializers())
+        self._names = [spec.name for spec in self.outputs]
+        self._checked: set[tuple[Any, ...]] = set()
+        self._flush: AbstractContextManager[None] = flush.FlushToZero() if flush_denormals else nullcontext()
+        self._extended = any(s.dtype is not None and s.dtype in EXTENDED for s in (*self.inputs, *self.outputs))
+        if flush_denormals and not flush.SUPPORTED:
+            self.notes.append(
+                "denormal numbers are flushed to zero in ONNX Runtime's worker threads, and in the calling thread only "
+                "if this process made no ONNX Runtime session before."
+            )
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs on inputs by name; returns outputs by name, as torch tensors if an input was one.
+
+        Contiguous inputs are read where they lie, outputs are given without a copy.
+
+        Raises:
+            InputError: an input is unknown, missing, or of another dtype or shape; or a node failed on it.
+        """
+        arrays, as_torch = to_arrays(feeds)
+        self.check(arrays)
+        outputs = self._run_values(arrays) if self._extended else self._run_arrays(arrays)
+        if as_torch:
+            return {name: to_torch(value) for name, value in outputs.items()}
+        return outputs
+
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Raises InputError if the inputs do not fit; shapes that were fine before are not checked again."""
+        try:
+            key = tuple([(name, a.dtype, a.shape) for name, a in arrays.items()])
+        except AttributeError:  # sequences and optionals
+            self._check(arrays)
+            return
+        if key not in self._checked:
+            self._check(arrays)
+            if len(self._checked) < _REMEMBERED:
+                self._checked.add(key)
+
+    def prepared(self, feeds: Mapping[str, Any]) -> Callable[[], Any]:
+        """A function without arguments that runs on these inputs, checked once: what a measurement calls."""
+        arrays, _ = to_arrays(feeds)
+        self.check(arrays)
+        if self._extended:
+            return lambda: self._run_values(arrays)
+        return lambda: self._run_arrays(arrays)
+
+    def _check(self, arrays: Mapping[str, Any]) -> None:
+        for spec in self.inputs:
+            value = arrays.get(spec.name)
+            if spec.dtype is not None and spec.name in arrays and not isinstance(value, np.ndarray | np.generic):
+                raise InputError(
+                    f"input '{spec.name}' is of type {type(value).__name__}, expected {spec}; "
+                    "give a numpy array or a torch tensor."
+                )
+        check_inputs(self.inputs, arrays, self._optional)
+
+    def _run_arrays(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            with self._flush:
+                values = self.session.run(self._names, arrays)
+        except Exception as error:
+            raise _run_error(error) from error
+        return dict(zip(self._names, values, strict=True))
+
+    def _run_values(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The way for dtypes that NumPy lacks, which ONNX Runtime takes and gives as OrtValues only."""
+        types = {spec.name: spec.dtype for spec in self.inputs}
+        kept = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        try:
+            feeds = {name: to_ortvalue(value, types.get(name) or _native(value)) for name, value in kept.items()}
+            with self._flush:
+                values = self.session.run_with_ort_values(self._names, feeds)
+        except Exception as error:
+            raise _run_error(error) from error
+        kinds = [spec.dtype or 0 for spec in self.outputs]
+        return {name: from_ortvalue(value, kind) for name, value, kind in zip(self._names, values, kinds, strict=True)}
+
+
+def _native(array: np.ndarray) -> int:
+    return next((number for number, dtype in NATIVE.items() if dtype == array.dtype), 0)
+
+
+_KERNEL = re.compile(r"Could not find an implementation for (\S+?)\((\d+)\) node with name '(.*?)'")
+_NODE = re.compile(r"running (\S+) node\. Name:'(.*?)' Status Message: (.*)", re.DOTALL)
+
+
+def _load_error(error: Exception, model: ir.Model | None) -> PlanishError:
+    text = _one_line(error)
+    if match := _KERNEL.search(text):
+        op, version, name = match.groups()
+        return UnsupportedError(
+            f"ONNX Runtime {ort.__version__} has no CPU kernel for {op} (opset {version}) at node "
+            f"'{name}'{_operands(model, name, op)}."
+        )
+    return UnsupportedError(f"ONNX Runtime {ort.__version__} does not take the model: {text}")
+
+
+def _operands(model: ir.Model | None, name: str, op: str) -> str:
+    """``" with inputs float8e4m3fn, int64"``, for the node that ONNX Runtime named."""
+    nodes = [] if model is None else [n for n in model.graph.all_nodes() if n.op_type == op and n.name == name]
+    if not nodes:
+        return ""
+    kinds = [v.dtype.name.lower() if v is not None and v.dtype is not None else "?" for v in nodes[0].inputs]
+    return f" with inputs {', '.join(kinds)}" if kinds else ""
+
+
+def _run_error(error: Exception) -> PlanishError:
+    if isinstance(error, PlanishError):
+        return error
+    text = _one_line(error)
+    if match := _NODE.search(text):
+        op, name, message = match.groups()
+        return InputError(f"node '{name}' ({op}) failed on these inputs: {message}")
+    return InputError(f"ONNX Runtime {ort.__version__} failed on these inputs: {text}")
+
+
+def _one_line(error: Exception) -> str:
+    """ONNX Runtime's message without its prefix, source paths and line breaks."""
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    text = re.sub(r"/\S*onnxruntime\S*\.(cc|h):\d+\s*", "", text)
+    text = re.sub(r"\s+", " ", text).strip()
+    return text if len(text) <= 600 else text[:597] + "..."

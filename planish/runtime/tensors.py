@@ -1,0 +1,180 @@
+"""NumPy, torch and OrtValue views of one buffer. Never copies a contiguous array; never imports torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+
+from planish.ir.errors import InputError
+from planish.ir.spec import ElementType
+
+#: Element types that NumPy has itself: the ones that `InferenceSession.run` takes and gives as arrays.
+NATIVE: dict[int, np.dtype[Any]] = {
+    ElementType.FLOAT: np.dtype(np.float32),
+    ElementType.UINT8: np.dtype(np.uint8),
+    ElementType.INT8: np.dtype(np.int8),
+    ElementType.UINT16: np.dtype(np.uint16),
+    ElementType.INT16: np.dtype(np.int16),
+    ElementType.INT32: np.dtype(np.int32),
+    ElementType.INT64: np.dtype(np.int64),
+    ElementType.BOOL: np.dtype(np.bool_),
+    ElementType.FLOAT16: np.dtype(np.float16),
+    ElementType.DOUBLE: np.dtype(np.float64),
+    ElementType.UINT32: np.dtype(np.uint32),
+    ElementType.UINT64: np.dtype(np.uint64),
+    ElementType.COMPLEX64: np.dtype(np.complex64),
+    ElementType.COMPLEX128: np.dtype(np.complex128),
+}
+#: Element types of whole bytes that come from ml_dtypes; they cross into ONNX Runtime as OrtValues.
+EXTENDED: dict[int, np.dtype[Any]] = {
+    ElementType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    ElementType.FLOAT8E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
+    ElementType.FLOAT8E4M3FNUZ: np.dtype(ml_dtypes.float8_e4m3fnuz),
+    ElementType.FLOAT8E5M2: np.dtype(ml_dtypes.float8_e5m2),
+    ElementType.FLOAT8E5M2FNUZ: np.dtype(ml_dtypes.float8_e5m2fnuz),
+    ElementType.FLOAT8E8M0: np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+#: Element types below one byte: ONNX Runtime packs two (or four) in a byte, ml_dtypes keeps one in each.
+PACKED: dict[int, tuple[np.dtype[Any], int]] = {
+    ElementType.UINT4: (np.dtype(ml_dtypes.uint4), 4),
+    ElementType.INT4: (np.dtype(ml_dtypes.int4), 4),
+    ElementType.FLOAT4E2M1: (np.dtype(ml_dtypes.float4_e2m1fn), 4),
+    ElementType.UINT2: (np.dtype(ml_dtypes.uint2), 2),
+    ElementType.INT2: (np.dtype(ml_dtypes.int2), 2),
+}
+NUMPY: dict[int, np.dtype[Any]] = {**NATIVE, **EXTENDED, **{k: v[0] for k, v in PACKED.items()}}
+_BY_NAME = {dtype.name: ElementType(number) for number, dtype in NUMPY.items()}
+# torch dtypes that NumPy lacks → an integer dtype of the same width, and the ml_dtypes dtype.
+_TORCH_VIEWS = {
+    "bfloat16": ("int16", EXTENDED[ElementType.BFLOAT16]),
+    "float8_e4m3fn": ("uint8", EXTENDED[ElementType.FLOAT8E4M3FN]),
+    "float8_e4m3fnuz": ("uint8", EXTENDED[ElementType.FLOAT8E4M3FNUZ]),
+    "float8_e5m2": ("uint8", EXTENDED[ElementType.FLOAT8E5M2]),
+    "float8_e5m2fnuz": ("uint8", EXTENDED[ElementType.FLOAT8E5M2FNUZ]),
+    "float8_e8m0fnu": ("uint8", EXTENDED[ElementType.FLOAT8E8M0]),
+}
+
+
+def element_type(array: np.ndarray) -> ElementType | None:
+    """The ONNX element type of an array; STRING for text and objects; None if ONNX has none."""
+    if array.dtype.kind in "OSUT":
+        return ElementType.STRING
+    return _BY_NAME.get(array.dtype.name)
+
+
+def is_torch(value: Any) -> bool:
+    """Whether `value` is a torch tensor; False without importing torch when nobody has."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def from_torch(name: str, tensor: Any) -> np.ndarray:
+    """A NumPy view of a CPU torch tensor (shares memory).
+
+    Raises:
+        InputError: the tensor is on another device, sparse, or of a dtype without a NumPy view.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        raise InputError(
+            f"input '{name}' is on device '{tensor.device}'; this target runs on the CPU: call .cpu() first."
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    try:
+        if dtype in _TORCH_VIEWS:
+            carrier, extended = _TORCH_VIEWS[dtype]
+            view: np.ndarray = tensor.view(getattr(sys.modules["torch"], carrier)).numpy().view(extended)
+            return view
+        array: np.ndarray = tensor.resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"input '{name}': a torch tensor of {dtype} has no NumPy view: {error}.") from error
+    return array
+
+
+def to_torch(array: Any) -> Any:
+    """A torch tensor over the memory of `array`; what torch has no dtype for stays as it is."""
+    torch = sys.modules["torch"]
+    if isinstance(array, list):
+        return [to_torch(item) for item in array]
+    if not isinstance(array, np.ndarray) or array.dtype.kind in "OSUT":
+        return array
+    for name, (carrier, extended) in _TORCH_VIEWS.items():
+        if array.dtype == extended:
+            return torch.from_numpy(array.view(getattr(np, carrier))).view(getattr(torch, name))
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        return array
+
+
+def to_ortvalue(array: np.ndarray, element: int) -> Any:
+    """An OrtValue over the memory of a contiguous array; the caller keeps the array alive.
+
+    Raises:
+        TypeError: a dtype below one byte (see :data:`PACKED`): such values only cross as weights.
+    """
+    binding = ort.OrtValue
+    if element in NATIVE:
+        return binding.ortvalue_from_numpy(array)
+    if element in EXTENDED:
+        carrier = np.uint16 if array.dtype.itemsize == 2 else np.uint8
+        return binding.ortvalue_from_numpy_with_onnx_type(array.view(carrier), int(element))
+    raise TypeError(f"element type {element} has no OrtValue over a NumPy buffer")
+
+
+class _Buffer:
+    """Exposes the memory of an OrtValue and keeps it alive."""
+
+    def __init__(self, value: Any, nbytes: int) -> None:
+        self.value = value
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (value.data_ptr(), False),
+        }
+
+
+def from_ortvalue(value: Any, element: int) -> Any:
+    """The array (list for a sequence, None for an empty optional) over the memory of an OrtValue."""
+    if not value.has_value():
+        return None
+    if element not in EXTENDED and element not in PACKED:
+        return value.numpy()
+    shape = tuple(value.shape())
+    count = math.prod(shape)
+    dtype = NUMPY[element]
+    if count == 0:
+        return np.empty(shape, dtype)
+    if element in PACKED:
+        bits = PACKED[element][1]
+        raw = np.asarray(_Buffer(value, (count * bits + 7) // 8))
+        return unpack(raw, bits, count).view(dtype).reshape(shape)
+    return np.asarray(_Buffer(value, count * dtype.itemsize)).view(dtype).reshape(shape)
+
+
+def unpack(raw: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Values below one byte, first value in the low bits (ONNX's order), one per byte: uint8[count]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)[:count]
+
+
+def to_arrays(feeds: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Inputs as NumPy arrays, without copies, and whether any of them was a torch tensor."""
+    if "torch" not in sys.modules:
+        return dict(feeds), False
+    arrays: dict[str, Any] = {}
+    found = False
+    for name, value in feeds.items():
+        if is_torch(value):
+            arrays[name] = from_torch(name, value)
+            found = True
+        else:
+            arrays[name] = value
+    return arrays, found
