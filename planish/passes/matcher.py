@@ -1,0 +1,403 @@
+"""The matcher: finds a compiled pattern at a node, trying both operand orders of commutative operators.
+
+Matching is a depth-first search over a list of goals ("this pattern must equal this graph value") with an undo
+trail. Where several things are possible (operand orders, alternatives of an ``OrValue``, consumers of a shared
+value) a choice point is kept, so a wrong early choice is taken back, and further matches can be asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.passes.pattern import (
+    AnyPattern,
+    CompiledPattern,
+    ConstPattern,
+    NodePattern,
+    OrPattern,
+    OutPattern,
+    ValuePattern,
+    VarPattern,
+    attribute_default,
+)
+
+#: Called where matching stops: (operator calls bound so far, the pattern that failed, the node or value, why).
+#: `why` is formatted only when called.
+Trace = Callable[[dict[NodePattern, ir.Node], Any, Any, Callable[[], str]], None]
+
+_FAIL: Any = object()
+_MOST_STEPS = 20_000  # goals tried at one root; a pattern needs some dozens
+# How far a constant found in the graph may be from the number in the pattern, by its dtype.
+_RELATIVE = {
+    ir.DataType.DOUBLE: 1e-6,  # exporters store float32 constants in float64 graphs
+    ir.DataType.FLOAT: 1e-5,
+    ir.DataType.FLOAT16: 2e-3,
+    ir.DataType.BFLOAT16: 8e-3,
+}
+_SMALLEST = 1e-8  # a pattern's zero
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of a value that can not change: an initializer without override, or the output of a Constant."""
+    if value is None or value.is_graph_input():
+        return None
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain:
+        return None
+    return ir.convenience.get_const_tensor(value)
+
+
+def constant_array(value: ir.Value | None) -> np.ndarray | None:
+    """The contents of :func:`constant_tensor` as an array (not copied), or None."""
+    tensor = constant_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+class Matcher:
+    """Matches one pattern in the graphs of one model.
+
+    Args:
+        pattern: what to look for.
+        opsets: opset imports of the model; defaults of attributes depend on them.
+        trace: told about every failure; leave it out where nobody reads it.
+    """
+
+    def __init__(self, pattern: CompiledPattern, opsets: dict[str, int], trace: Trace | None = None) -> None:
+        self.pattern, self.opsets, self.trace = pattern, opsets, trace
+
+    def screen(self, node: ir.Node) -> bool:
+        """A quick test that rejects most nodes: are the operands of the root what the pattern expects?"""
+        pattern = self.pattern.roots[0]
+        given = node.inputs
+        if pattern.commutative:
+            return len(given) == len(pattern.inputs) and all(
+                any(_plausible(p, v) for v in given) for p in pattern.inputs
+            )
+        return all(map(_plausible, pattern.inputs, given))
+
+    def matches(self, root: ir.Node, context: Any = None) -> Iterator[dict[Any, Any]]:
+        """Yields the bindings of every match whose first root is `root`.
+
+        A binding maps names of variables to values (or attributes, or tags), and NodePattern to the graph node.
+        `context` is handed to the ``_check`` functions of the pattern.
+        """
+        yield from _Search(self, root, context).run()
+
+
+class _Search:
+    def __init__(self, matcher: Matcher, root: ir.Node, context: Any) -> None:
+        self.pattern, self.opsets, self.trace = matcher.pattern, matcher.opsets, matcher.trace
+        self.root, self.graph, self.context = root, root.graph, context
+        self.bound: dict[Any, Any] = {}
+        self.trail: list[Any] = []
+        self.choices: list[tuple[Iterator[Any], int]] = []
+
+    def run(self) -> Iterator[dict[Any, Any]]:
+        goals: Any = (self.pattern.roots[0], self.root, None)
+        steps = 0
+        while True:
+            while goals is not None and goals is not _FAIL:
+                goals = self._step(*goals)
+                steps += 1
+            if goals is None:
+                goals = self._next_root()
+                if goals is None:
+                    yield dict(self.bound)
+                    goals = _FAIL
+            if goals is _FAIL:
+                goals = self._backtrack()
+                if goals is _FAIL or steps > _MOST_STEPS:
+                    return
+
+    def _backtrack(self) -> Any:
+        while self.choices:
+            alternatives, mark = self.choices[-1]
+            while len(self.trail) > mark:
+                del self.bound[self.trail.pop()]
+            goals = next(alternatives, _FAIL)
+            if goals is not _FAIL:
+                return goals
+            self.choices.pop()
+        return _FAIL
+
+    def _choose(self, alternatives: list[Any]) -> Any:
+        """Continues with the first alternative and remembers the others."""
+        if len(alternatives) > 1:
+            self.choices.append((iter(alternatives[1:]), len(self.trail)))
+        return alternatives[0]
+
+    def _fail(self, pattern: Any, item: Any, why: Callable[[], str]) -> Any:
+        if self.trace is not None:
+            nodes = {k: v for k, v in self.bound.items() if isinstance(k, NodePattern)}
+            self.trace(nodes, pattern, item, why)
+        return _FAIL
+
+    def _bind(self, key: Any, item: Any) -> bool:
+        if key in self.bound:
+            known = self.bound[key]
+            return known is item or (isinstance(item, ir.Attr) and known == item)
+        self.bound[key] = item
+        self.trail.append(key)
+        return True
+
+    def _bind_value(self, pattern: Any, name: str | None, value: Any) -> bool:
+        if name is None or self._bind(name, value):
+            return True
+        self._fail(pattern, value, lambda: f"'{name}' is already {_describe(self.bound.get(name))}")
+        return False
+
+    def _step(self, pattern: Any, item: Any, rest: Any) -> Any:
+        kind = type(pattern)
+        if kind is VarPattern:
+            if item is None and not pattern.optional:
+                return self._fail(pattern, item, lambda: f"an input is absent where {pattern} is expected")
+            if not self._bind_value(pattern, pattern.name, item):
+                return _FAIL
+            if pattern.check is not None and not pattern.check(self.context, item):
+                return self._fail(pattern, item, lambda: f"{_describe(item)} fails the check of {pattern}")
+            return rest
+        if kind is OutPattern:
+            return self._output(pattern, item, rest)
+        if kind is NodePattern:
+            return self._node(pattern, item, rest)
+        if kind is ConstPattern:
+            problem = _constant_problem(pattern, item)
+            return rest if problem is None else self._fail(pattern, item, problem)
+        if kind is OrPattern:
+            return self._either(pattern, item, rest)
+        if kind is AnyPattern:
+            return rest
+        # A tag to bind: (name, tag).
+        return rest if self._bind(pattern[0], pattern[1]) else _FAIL
+
+    def _either(self, pattern: OrPattern, item: Any, rest: Any) -> Any:
+        if not self._bind_value(pattern, pattern.name, item):
+            return _FAIL
+        goals = []
+        for alternative, tag in zip(pattern.alternatives, pattern.tags, strict=True):
+            if _plausible(alternative, item):
+                after = ((pattern.tag_var, tag), None, rest) if pattern.tag_var else rest
+                goals.append((alternative, item, after))
+        if not goals:
+            return self._fail(pattern, item, lambda: f"{_describe(item)} is none of: {pattern}")
+        return self._choose(goals)
+
+    def _output(self, pattern: OutPattern, value: ir.Value | None, rest: Any) -> Any:
+        if value is None:
+            return self._fail(pattern, value, lambda: f"an input is absent where {pattern} is expected")
+        node = value.producer()
+        if node is None:
+            return self._fail(pattern, value, lambda: f"{_describe(value)} is not computed; expected {pattern}")
+        if value.index() != pattern.index:
+            return self._fail(
+                pattern, value, lambda: f"output {value.index()} of {_describe(node)}; expected {pattern.index}"
+            )
+        if node.graph is not self.graph:
+            return self._fail(pattern, node, lambda: f"{_describe(node)} is in another graph than the root")
+        return self._node(pattern.node, node, rest)
+
+    def _node(self, pattern: NodePattern, node: ir.Node, rest: Any) -> Any:
+        known = self.bound.get(pattern)
+        if known is not None:
+            if known is node:
+                return rest
+            return self._fail(pattern, node, lambda: f"{pattern} is already {_describe(known)}")
+        if not _same_op(pattern, node):
+            return self._fail(pattern, node, lambda: f"expected {pattern}, found {_describe(node)}")
+        given, wanted = list(node.inputs), pattern.inputs
+        while len(given) > len(wanted) and given[-1] is None:
+            given.pop()
+        if len(given) > len(wanted) and not pattern.other_inputs:
+            return self._fail(
+                pattern, node, lambda: f"{_describe(node)} has {len(given)} inputs; expected {len(wanted)}"
+            )
+        if not self._attributes(pattern, node):
+            return _FAIL
+        if pattern.check is not None and not pattern.check(self.context, node):
+            return self._fail(pattern, node, lambda: f"{_describe(node)} fails the check of {pattern}")
+        self._bind(pattern, node)
+        for index, name in enumerate(pattern.outputs):
+            if index >= len(node.outputs):
+                return self._fail(pattern, node, lambda: f"{_describe(node)} has {len(node.outputs)} outputs")
+            if name is not None and not self._bind_value(pattern, name, node.outputs[index]):
+                return _FAIL
+        return self._operands(pattern, node, given, rest)
+
+    def _operands(self, pattern: NodePattern, node: ir.Node, given: list[Any], rest: Any) -> Any:
+        wanted = pattern.inputs
+        given = given + [None] * (len(wanted) - len(given))
+        orders: Any = [given]
+        if pattern.commutative and len(given) == len(wanted):
+            orders = itertools.permutations(given)
+        possible = [order for order in orders if all(map(_plausible, wanted, order))]
+        if not possible:
+            return self._fail(
+                pattern,
+                node,
+                lambda: f"operands of {_describe(node)}: expected {_list(wanted)}; found {_list_found(given)}",
+            )
+        goals = []
+        for order in possible:
+            chain = rest
+            for operand, value in zip(reversed(wanted), reversed(order[: len(wanted)]), strict=True):
+                if operand is not None:
+                    if type(operand) is ConstPattern:
+                        value = (value, order)
+                    chain = (operand, value, chain)
+            goals.append(chain)
+        return self._choose(goals)
+
+    def _attributes(self, pattern: NodePattern, node: ir.Node) -> bool:
+        for name, wanted in pattern.attributes:
+            found = node.attributes.get(name)
+            if found is None:
+                version = node.version or self.opsets.get(node.domain, 1)
+                found = attribute_default(node.domain, node.op_type, version, name)
+            if found is None and not wanted.can_match_none:
+                self._fail(pattern, node, lambda n=name: f"{_describe(node)} has no attribute '{n}'")
+                return False
+            if found is not None and not _attribute_matches(wanted, found):
+                self._fail(
+                    pattern, node,
+                    lambda n=name, w=wanted, f=found: f"{_describe(node)}: expected {n}={w}, found {f.value}",
+                )
+                return False
+            if wanted.name is not None and not self._bind_value(pattern, wanted.name, found):
+                return False
+        if not pattern.other_attributes:
+            names = {name for name, _ in pattern.attributes}
+            for name in node.attributes:
+                if name not in names:
+                    self._fail(pattern, node, lambda n=name: f"{_describe(node)} has an attribute '{n}'")
+                    return False
+        return True
+
+    def _next_root(self) -> Any:
+        """Goals for a root that is not bound yet: consumers of a value that it shares with what is bound."""
+        for root in self.pattern.roots[1:]:
+            if root in self.bound:
+                continue
+            for node in self.pattern.slices[root]:
+                if node in self.bound:
+                    continue
+                shared = next((v for v in map(self._bound_value, node.inputs) if v is not None), None)
+                if shared is None:
+                    continue
+                taken = {id(n) for k, n in self.bound.items() if isinstance(k, NodePattern)}
+                goals = [
+                    (node, consumer, None)
+                    for consumer in shared.consumers()
+                    if id(consumer) not in taken and consumer.graph is self.graph and _same_op(node, consumer)
+                ]
+                if goals:
+                    return self._choose(goals)
+                return self._fail(node, shared, lambda s=shared, n=node: f"{_describe(s)} has no consumer {n}")
+            return self._fail(root, self.root, lambda r=root: f"no {r} shares a value with the match")
+        return None
+
+    def _bound_value(self, pattern: ValuePattern | None) -> ir.Value | None:
+        if isinstance(pattern, VarPattern) and pattern.name is not None:
+            value = self.bound.get(pattern.name)
+            return value if isinstance(value, ir.Value) else None
+        if isinstance(pattern, OutPattern):
+            node = self.bound.get(pattern.node)
+            return node.outputs[pattern.index] if node is not None else None
+        return None
+
+
+def _same_op(pattern: NodePattern, node: ir.Node) -> bool:
+    named = node.op_type == pattern.op if pattern.op is not None else pattern.accepts(node.op_type)
+    if not named:
+        return False
+    return node.domain == pattern.domain if pattern.domain is not None else pattern.accepts_domain(node.domain)
+
+
+def _plausible(pattern: Any, value: Any) -> bool:
+    """False only where `pattern` can not match `value`; looks no further than the producer's operator."""
+    kind = type(pattern)
+    if kind is VarPattern:
+        return value is not None or pattern.optional
+    if pattern is None:
+        return value is None
+    if kind is AnyPattern:
+        return True
+    if kind is OrPattern:
+        return any(_plausible(alternative, value) for alternative in pattern.alternatives)
+    if value is None:
+        return False
+    if kind is OutPattern:
+        node = value.producer()
+        return node is not None and _same_op(pattern.node, node)
+    producer = value.producer()
+    return value.const_value is not None or (producer is not None and producer.op_type == "Constant")
+
+
+def _attribute_matches(wanted: Any, found: ir.Attr) -> bool:
+    expected = getattr(wanted, "_value", None)
+    if isinstance(expected, float) and found.type == ir.AttributeType.FLOAT:
+        return math.isclose(found.as_float(), expected, rel_tol=1e-6)  # attributes are stored as float32
+    return bool(wanted.matches(found))
+
+
+def _constant_problem(pattern: ConstPattern, item: Any) -> Callable[[], str] | None:
+    """None if the value is the constant; else what to say about it. `item` may carry the operands beside it."""
+    value, beside = item if isinstance(item, tuple) else (item, ())
+    tensor = constant_tensor(value)
+    if tensor is None:
+        return lambda: f"{_describe(value)} is not a constant; expected {pattern.value}"
+    wanted = pattern.value if isinstance(pattern.value, list) else [pattern.value]
+    dims = tuple(tensor.shape)
+    if isinstance(pattern.value, list):
+        if dims != (len(wanted),):
+            return lambda: f"{_describe(value)} has shape {list(dims)}; expected [{len(wanted)}]"
+    elif dims not in ((), (1,)):
+        return lambda: f"{_describe(value)} has shape {list(dims)}; expected the number {pattern.value}"
+    elif dims == (1,) and any(v is not value and v is not None and v.shape is not None and not len(v.shape)
+                              for v in beside):
+        return lambda: f"{_describe(value)} has shape [1] beside a scalar, and gives the result its rank"
+    if tensor.dtype == ir.DataType.STRING:
+        return lambda: f"{_describe(value)} holds strings; expected {pattern.value}"
+    found = tensor.numpy().reshape(-1)
+    rel_tol = pattern.rel_tol if pattern.rel_tol is not None else _RELATIVE.get(tensor.dtype, 0.0)
+    floating = tensor.dtype in _RELATIVE or pattern.rel_tol is not None
+    for number, expected in zip(found.tolist(), wanted, strict=True):
+        # Beside a small number an absolute tolerance would accept 0 for 1e-12, so only a zero has one.
+        absolute = _SMALLEST if floating and expected == 0 else 0.0
+        if not math.isclose(number, expected, rel_tol=rel_tol, abs_tol=absolute):
+            return lambda: f"{_describe(value)} is {found.tolist()[0] if len(wanted) == 1 else found.tolist()}; " \
+                           f"expected {pattern.value}"
+    return None
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, tuple):
+        item = item[0]
+    if isinstance(item, ir.Node):
+        return f"{item.op_type} '{item.name}'"
+    if isinstance(item, ir.Value):
+        return f"value '{item.name}'"
+    return "absent" if item is None else str(item)
+
+
+def _list(patterns: Any) -> str:
+    return ", ".join("nothing" if p is None else str(p.node) if isinstance(p, OutPattern) else str(p) for p in patterns)
+
+
+def _list_found(values: Any) -> str:
+    def one(value: ir.Value | None) -> str:
+        if value is None:
+            return "nothing"
+        node = value.producer()
+        if node is not None:
+            return f"{node.op_type} '{value.name}'"
+        return f"constant '{value.name}'" if value.const_value is not None else f"input '{value.name}'"
+
+    return ", ".join(one(v) for v in values)
