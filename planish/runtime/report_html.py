@@ -1,0 +1,368 @@
+"""The report as one HTML page: no network, no other file, readable in ten seconds, whatever the model is called.
+
+This module turns a report into what the template shows: words, positions in percent, colours. The template only
+lays it out, with autoescape on: names come from model files, which nobody vouches for.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from planish.ir.errors import InputError
+from planish.ir.ledger import LedgerEntry
+from planish.runtime.report import Report
+from planish.runtime.report_graph import graph_view
+from planish.runtime.report_text import op_rows, reasons, spec_text
+from planish.runtime.units import (
+    count_text,
+    duration,
+    milliseconds,
+    number,
+    percent_change,
+    printable,
+    ratio_text,
+    size,
+)
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SHOWN_OPS = 18
+_SHOWN_REASONS = 8
+_SHOWN_SPECS = 40
+_NAME = 120
+
+
+def render_html(report: Report) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    # Only this script may run on the page: an injected one does not match the digest.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        **page(report),
+        style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_digest=digest,
+    )
+
+
+def write_html(report: Report, path: str | os.PathLike[str]) -> None:
+    """Writes the page whole or not at all.
+
+    Raises:
+        InputError: the folder does not exist or can not be written.
+    """
+    text = render_html(report)
+    target = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"can not write the report '{target}': {error.strerror or error}.") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def page(report: Report) -> dict[str, Any]:
+    """Everything that the template shows, as plain data."""
+    # Passes that did something come first, so that theirs are the hues that are easiest to tell apart.
+    names = dict.fromkeys(entry.name.partition("{")[0] for entry in [*report.acted, *report.idle])
+    hues = dict(zip(names, _hues(), strict=False))
+    model = printable(report.model, 300)
+    return {
+        "title": printable(Path(report.model).name or report.model, 80),
+        "model": model,
+        "target": report.target,
+        "version": report.version,
+        "verdict": printable(report.verdict, 500),
+        "tone": _tone(report),
+        "tiles": _tiles(report),
+        "remarks": [printable(line, 400) for line in report.remarks()],
+        "budget_lines": report.budget_lines(),
+        "ledger": [_row(entry, hues) for entry in report.ledger.entries if entry not in report.idle],
+        "idle": [printable(entry.name, _NAME) for entry in report.idle],
+        "charts": [chart for chart in (_nodes_chart(report, hues), _gain_chart(report), _error_chart(report)) if chart],
+        "ops": _ops(report),
+        "graph": graph_view(report, hues),
+        "inputs": [(printable(spec.name, _NAME), spec_text(spec)) for spec in report.inputs[:_SHOWN_SPECS]],
+        "outputs": [(printable(spec.name, _NAME), spec_text(spec)) for spec in report.outputs[:_SHOWN_SPECS]],
+        "pipeline": report.pipeline or "(no passes)",
+        "seconds": duration(report.seconds),
+    }
+
+
+def _hues() -> list[int]:
+    """Hues for passes in the order of the pipeline: neighbours are far apart on the circle."""
+    first = [212, 28, 150, 280, 345, 52, 185, 312]
+    return first + [round(first[-1] + 137.5 * k) % 360 for k in range(1, 200)]
+
+
+def _tone(report: Report) -> str:
+    if report.speedup is None:
+        return "plain"
+    if report.speedup.low > 1:
+        return "good"
+    return "bad" if report.speedup.high < 1 else "plain"
+
+
+def _tiles(report: Report) -> list[dict[str, Any]]:
+    before, after = report.before, report.after
+    change = percent_change(before.nodes, after.nodes)
+    undone = sum(not entry.kept for entry in report.passes)
+    acted = report.acted
+    passes = [f"{len(report.idle)} had nothing to do"] if report.idle else []
+    passes += [f"{undone} rolled back"] if undone else []
+    weights = f"weights {size(after.weight_bytes)}"
+    if before.weight_bytes != after.weight_bytes:
+        weights = f"weights {size(before.weight_bytes)} → {size(after.weight_bytes)}"
+    flops = [f"{count_text(before.flops)} → {count_text(after.flops)} FLOPs"] if before.flops and after.flops else []
+    peaks = before.peak_activation_bytes, after.peak_activation_bytes
+    memory = {"label": "Weights", "value": size(after.weight_bytes), "sub": [report.size_change() or "unchanged"]}
+    if None not in peaks:
+        drop = percent_change(*peaks)
+        was, now = size(peaks[0]), size(peaks[1])
+        if was.partition(" ")[2] == now.partition(" ")[2]:
+            was = was.partition(" ")[0]  # one unit is enough
+        sub = [f"{drop} · {weights}" if drop else weights]
+        memory = {"label": "Peak activations", "value": now, "was": was if drop else None, "sub": sub}
+    return [
+        _speed_tile(report),
+        _error_tile(report),
+        {"label": "Nodes", "value": str(after.nodes), "was": str(before.nodes), "note": change, "sub": flops},
+        memory,
+        {"label": "Passes kept", "value": f"{sum(e.kept for e in acted)} of {len(acted)}", "sub": passes},
+    ]
+
+
+def _speed_tile(report: Report) -> dict[str, Any]:
+    ratio = report.speedup
+    if ratio is None:
+        return {"label": "Speed", "value": "–", "sub": ["not measured"]}
+    digits = 3 if abs(ratio.median - 1) < 0.095 else 2
+    sub = [f"{ratio.confidence:.0%} interval {ratio.low:.{digits}f} to {ratio.high:.{digits}f}"]
+    if ratio.baseline_ms is not None:
+        sub.append(f"{milliseconds(ratio.baseline_ms)} → {milliseconds(ratio.candidate_ms)}")
+    words = {"good": "faster", "bad": "slower", "plain": "no measurable change"}
+    tone = _tone(report)
+    return {"label": "Speed", "value": f"{ratio.median:.{digits}f}×", "note": words[tone], "tone": tone, "sub": sub}
+
+
+def _error_tile(report: Report) -> dict[str, Any]:
+    error = report.error
+    if error is None:
+        return {"label": "Error", "value": "–", "sub": ["not measured"]}
+    value = error.relative_l2 if error.metric is None else error.metric
+    sub = ["relative L2" if error.metric is None else f"your metric · relative L2 {number(error.relative_l2)}"]
+    sub[0] += f" · max abs {number(error.max_abs)}"
+    if report.synthetic_inputs:
+        sub.append("on synthetic inputs")
+    tile: dict[str, Any] = {"label": "Error", "value": number(value), "sub": sub}
+    if report.error_budget and any(e.kind == "approximate" and e.kept for e in report.passes):
+        share = value / report.error_budget
+        tile["meter"] = round(100 * min(1.0, share), 1) if math.isfinite(share) else 100.0
+        tile["sub"].append(f"{100 * share:.0f}% of the budget of {number(report.error_budget)}")
+    return tile
+
+
+def _row(entry: LedgerEntry, hues: dict[str, int]) -> dict[str, Any]:
+    name, brace, options = entry.name.partition("{")
+    error = entry.error_original or entry.error_previous
+    verdict, colon, why = entry.verdict.partition(":")
+    shown = None if error is None else (error.relative_l2 if error.metric is None else error.metric)
+    why_not = reasons(entry)
+    return {
+        "name": printable(name, _NAME),
+        "options": printable(brace + options, 200),
+        "hue": hues.get(name),
+        "whole": entry.kind == "composition",
+        "kind": "together" if entry.kind == "composition" else entry.kind,
+        "fired": entry.fired or "",
+        "before": entry.nodes_before,
+        "after": entry.nodes_after,
+        "same": entry.nodes_before == entry.nodes_after,
+        "error": "" if error is None else number(shown),
+        "error_detail": "" if error is None else f"max abs {number(error.max_abs)}, cosine {error.cosine:.6f}",
+        "gain": ratio_text(entry.speedup) if entry.speedup else "",
+        "gain_tone": "" if entry.speedup is None else _ratio_tone(entry),
+        "seconds": duration(entry.seconds) if entry.seconds else "",
+        "kept": entry.kept,
+        "chip": verdict if len(verdict) < 24 else ("kept" if entry.kept else "rolled back"),
+        "why": printable((why if colon else "").strip() or (verdict if len(verdict) >= 24 else ""), 300),
+        "declined": len(entry.declined),
+        "reasons": [(printable(reason, 200), count) for reason, count in why_not[:_SHOWN_REASONS]],
+        "more_reasons": max(0, len(why_not) - _SHOWN_REASONS),
+        "reproducer": printable(entry.reproducer or "", 200),
+    }
+
+
+def _ratio_tone(entry: LedgerEntry) -> str:
+    ratio = entry.speedup
+    if ratio is None:
+        return ""
+    return "good" if ratio.low > 1 else ("bad" if ratio.high < 1 else "")
+
+
+# --- charts: rows of labels and marks, positions in percent of the plot's width -------------------------------
+
+
+def _percent(value: float) -> str:
+    return f"{100 * min(1.0, max(0.0, value)):.2f}%"
+
+
+def _nodes_chart(report: Report, hues: dict[str, int]) -> dict[str, Any] | None:
+    """A waterfall: what is left after each pass, and what the pass took away or added."""
+    steps = [e for e in report.acted if e.kept and e.nodes_before != e.nodes_after]
+    if not steps:
+        return None
+    top = max([report.before.nodes] + [max(e.nodes_before, e.nodes_after) for e in steps]) or 1
+    rows = [
+        {"label": "before", "value": str(report.before.nodes), "marks": [_bar(0, report.before.nodes / top, "base")]}
+    ]
+    for entry in steps:
+        low, high = sorted((entry.nodes_before, entry.nodes_after))
+        change = entry.nodes_after - entry.nodes_before
+        name = entry.name.partition("{")[0]
+        marks = [_bar(0, low / top, "rest"), dict(_bar(low / top, high / top, "step"), hue=hues.get(name))]
+        value = f"−{-change}" if change < 0 else f"+{change}"
+        rows.append({"label": printable(entry.name, 60), "value": value, "marks": marks})
+    left = report.after.nodes
+    rows.append({"label": "after", "value": str(left), "marks": [_bar(0, left / top, "base")]})
+    return {"title": "Nodes", "hint": "what each pass removed", "rows": rows, "ticks": [], "lines": []}
+
+
+def _bar(start: float, end: float, role: str) -> dict[str, Any]:
+    return {"role": role, "left": _percent(start), "width": _percent(end - start)}
+
+
+def _gain_chart(report: Report) -> dict[str, Any] | None:
+    """Measured speed-ups with their intervals, around the line of no change."""
+    steps = [(e, e.speedup) for e in report.ledger.entries if e.speedup is not None]
+    if not steps:
+        return None
+    low = min([0.98] + [max(ratio.low, 0.0) for _, ratio in steps])
+    high = max([1.02] + [min(ratio.high, 100.0) for _, ratio in steps])
+    room = (high - low) * 0.08
+    low, high = max(0.0, low - room), high + room
+
+    def at(value: float) -> float:
+        return (value - low) / (high - low)
+
+    rows = []
+    for entry, ratio in steps:
+        tone = _ratio_tone(entry) if entry.kept else "bad" if ratio.high < 1 else "dim"
+        marks = [dict(_bar(at(ratio.low), at(ratio.high), "span"), tone=tone)]
+        marks.append({"role": "dot", "left": _percent(at(ratio.median)), "tone": tone})
+        rows.append(_measured_row(entry, f"{ratio.median:.3f}×", marks))
+    ticks = [{"left": _percent(at(v)), "text": f"{v:g}×"} for v in _ticks(low, high)]
+    lines = [{"left": _percent(at(1.0)), "role": "one", "text": ""}]
+    hint = "against what came before; right of 1× is faster"
+    return {"title": "Speed-up", "hint": hint, "rows": rows, "ticks": ticks, "lines": lines}
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9)))
+    for factor in (5.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.1):
+        values = [
+            round(k * step * factor, 6)
+            for k in range(math.ceil(low / (step * factor)), 1 + int(high / (step * factor)))
+        ]
+        if len(values) >= 3:
+            return values[:8]
+    return [1.0]
+
+
+def _error_chart(report: Report) -> dict[str, Any] | None:
+    """Errors against the original on a logarithmic scale, with the limits they were held to."""
+    steps = []
+    for entry in report.ledger.entries:
+        error = entry.error_original or entry.error_previous
+        if error is not None:
+            steps.append((entry, error.relative_l2 if error.metric is None else error.metric))
+    if not steps:
+        return None
+    loose = any(entry.kind == "approximate" for entry, _ in steps)
+    limits = [("tolerance", report.ledger.tolerance), ("budget", report.error_budget if loose else None)]
+    bounds = [(name, value) for name, value in limits if value and math.isfinite(value)]
+    finite = [v for _, v in steps if math.isfinite(v) and v > 0] + [v for _, v in bounds]
+    low = math.floor(math.log10(min([1e-7, *finite]))) - 0.5
+    high = math.ceil(math.log10(max([1e-4, *finite]))) + 0.5
+
+    def at(value: float) -> float:
+        if value <= 0:
+            return 0.0
+        return (math.log10(value) - low) / (high - low) if math.isfinite(value) else 1.0
+
+    rows = []
+    for entry, value in steps:
+        tone = "good" if entry.kept else "bad"
+        marks = [
+            dict(_bar(0, at(value), "stem"), tone=tone),
+            {"role": "dot", "left": _percent(at(value)), "tone": tone},
+        ]
+        rows.append(_measured_row(entry, number(value), marks))
+    stride = max(1, math.ceil((high - low) / 6))
+    powers = range(math.ceil(low), math.floor(high) + 1, stride)
+    ticks = [{"left": _percent(at(10.0**k)), "text": f"1e{k}"} for k in powers]
+    lines = [{"left": _percent(at(v)), "role": "limit", "text": f"{n} {number(v)}"} for n, v in bounds]
+    for line, side in zip(lines, ("before", "after") if len(lines) > 1 else ("middle",), strict=True):
+        line["side"] = side  # two labels lean away from each other
+    return {"title": "Error", "hint": "against the original, logarithmic", "rows": rows, "ticks": ticks, "lines": lines}
+
+
+def _measured_row(entry: LedgerEntry, value: str, marks: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "label": printable(entry.name, 60),
+        "value": value,
+        "marks": marks,
+        "whole": entry.kind == "composition",
+        "undone": not entry.kept,
+    }
+
+
+def _ops(report: Report) -> list[dict[str, Any]]:
+    rows = op_rows(report.before.ops, report.after.ops, _SHOWN_OPS)
+    top = max([1] + [max(old, new) for _, old, new in rows])
+    return [
+        {
+            "name": printable(name, 60),
+            "before": old,
+            "after": new,
+            "old": _percent(old / top),
+            "new": _percent(new / top),
+            "state": "new"
+            if not old
+            else "gone"
+            if not new
+            else "same"
+            if old == new
+            else "less"
+            if new < old
+            else "more",
+        }
+        for name, old, new in rows
+    ]
+
+
+def _state(old: int, new: int) -> str:
+    if not old or not new:
+        return "new" if not old else "gone"
+    return "same" if old == new else ("less" if new < old else "more")

@@ -1,0 +1,177 @@
+"""The report in the terminal: the table that ONNX users know, the ledger, remarks, and one last sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planish.ir.ledger import ErrorStats, LedgerEntry
+from planish.ir.spec import TensorSpec
+from planish.runtime.report import Report
+from planish.runtime.units import (
+    count_text,
+    duration,
+    milliseconds,
+    number,
+    percent_change,
+    printable,
+    ratio_text,
+    size,
+)
+
+#: Operators that the table shows; the rest are summed up in one row.
+SHOWN_OPS = 24
+
+
+def print_report(report: Report, console: Any = None) -> None:
+    """Writes `report` to `console`, or to a new one on stdout."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    console.print(_summary(report))
+    if report.passes:
+        console.print(_ledger(report))
+    for line in _after_ledger(report):
+        console.print(line)
+    good = report.speedup is None or report.speedup.high >= 1.0
+    console.print(Text(printable(report.verdict, 500), style="bold green" if good else "bold yellow"))
+
+
+def op_rows(before: dict[str, int], after: dict[str, int], limit: int) -> list[tuple[str, int, int]]:
+    """(operator, before, after), the ones that changed most first; beyond `limit` summed as "n other operators"."""
+    names = sorted({*before, *after}, key=lambda n: (-max(before.get(n, 0), after.get(n, 0)), n))
+    rows = [(name, before.get(name, 0), after.get(name, 0)) for name in names]
+    if len(rows) <= limit + 1:
+        return rows
+    rest = rows[limit:]
+    other = (f"{len(rest)} other operators", sum(r[1] for r in rest), sum(r[2] for r in rest))
+    return [*rows[:limit], other]
+
+
+def _summary(report: Report) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"planish {report.version}", style="bold"), title_justify="left", pad_edge=True)
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="left" if not name else "right", overflow="fold")
+    before, after = report.before, report.after
+    table.add_row("Model", Text(printable(report.model, 80)), Text(report.target), "")
+    for role, specs in (("IN", report.inputs), ("OUT", report.outputs)):
+        for spec in specs[:8]:
+            table.add_row(Text(f"{role}: {printable(spec.name, 40)}"), Text(spec_text(spec)), "", "")
+    table.add_section()
+    for name, old, new in op_rows(before.ops, after.ops, SHOWN_OPS):
+        table.add_row(Text(printable(name, 60)), str(old), _changed(old, new), "")
+    table.add_section()
+    for label, old_value, new_value, show in (
+        ("Nodes", before.nodes, after.nodes, str),
+        ("Model size", before.weight_bytes, after.weight_bytes, size),
+        ("FLOPs", before.flops, after.flops, count_text),
+        ("Peak activations", before.peak_activation_bytes, after.peak_activation_bytes, size),
+        ("Latency", before.latency_ms, after.latency_ms, milliseconds),
+    ):
+        if old_value is None and new_value is None and label != "Latency":
+            continue
+        text = Text(show(new_value), style=_colour(old_value, new_value))
+        change = Text(percent_change(old_value, new_value), style=_colour(old_value, new_value))
+        table.add_row(label, show(old_value), text, change)
+    table.add_section()
+    table.add_row("Speed-up", "", Text(ratio_text(report.speedup), style=_ratio_style(report.speedup)), "")
+    table.add_row("Error", "", _error(report.error), "")
+    table.add_row("Time spent", "", duration(report.seconds), "")
+    return table
+
+
+def spec_text(spec: TensorSpec) -> str:
+    """``float32[batch, 128]``, or ``sequence`` for what is not a tensor."""
+    return printable(str(spec)[len(spec.name) + 2 :], 80)
+
+
+def _changed(old: int, new: int) -> Any:
+    from rich.text import Text
+
+    return Text(str(new), style=_colour(old, new))
+
+
+def _colour(old: float | None, new: float | None) -> str:
+    if old is None or new is None or old == new:
+        return ""
+    return "green" if new < old else "yellow"
+
+
+def _ratio_style(ratio: Any) -> str:
+    if ratio is None:
+        return "dim"
+    return "green" if ratio.low > 1 else ("red" if ratio.high < 1 else "")
+
+
+def _error(error: ErrorStats | None) -> Any:
+    from rich.text import Text
+
+    if error is None:
+        return Text("not measured", style="dim")
+    text = f"{number(error.relative_l2)} relative L2, {number(error.max_abs)} max abs"
+    if error.metric is not None:
+        text = f"{number(error.metric)} by your metric, {text}"
+    return Text(text)
+
+
+def _ledger(report: Report) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text("Passes", style="bold"), title_justify="left")
+    for name in ("pass", "kind", "fired", "declined", "nodes", "error", "gain", "time", "verdict"):
+        right = name in ("fired", "declined", "time")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name in ("kind", "nodes", "time", "gain"))
+    idle = {id(entry) for entry in report.idle}
+    for entry in report.ledger.entries:
+        if id(entry) not in idle:
+            table.add_row(*_entry_cells(entry), end_section=entry.kind == "composition")
+    return table
+
+
+def _entry_cells(entry: LedgerEntry) -> list[Any]:
+    from rich.text import Text
+
+    whole = entry.kind == "composition"
+    same = entry.nodes_before == entry.nodes_after
+    nodes = str(entry.nodes_after) if same else f"{entry.nodes_before} → {entry.nodes_after}"
+    error = entry.error_original or entry.error_previous
+    shown = "" if error is None else number(error.relative_l2 if error.metric is None else error.metric)
+    verdict = Text(printable(entry.verdict, 160), style="green" if entry.kept else "red")
+    return [
+        Text(printable(entry.name, 80), style="bold" if whole else ""),
+        "together" if whole else entry.kind,
+        str(entry.fired or ""),
+        str(len(entry.declined) or ""),
+        nodes,
+        shown,
+        Text(ratio_text(entry.speedup) if entry.speedup else "", style=_ratio_style(entry.speedup)),
+        duration(entry.seconds) if entry.seconds else "",
+        verdict,
+    ]
+
+
+def _after_ledger(report: Report) -> list[Any]:
+    from rich.text import Text
+
+    lines = []
+    if report.idle:
+        names = ", ".join(printable(entry.name, 60) for entry in report.idle)
+        lines.append(Text(f"Nothing to do for {len(report.idle)} passes: {names}", style="dim"))
+    for entry in report.ledger.entries:
+        if entry.reproducer:
+            lines.append(Text(f"Reproducer of {printable(entry.name, 60)}: {printable(entry.reproducer)}", style="red"))
+    lines += [Text(line) for line in report.budget_lines()]
+    lines += [Text(f"Note: {printable(line, 400)}", style="yellow") for line in report.remarks()]
+    return lines
+
+
+def reasons(entry: LedgerEntry) -> list[tuple[str, int]]:
+    """The reasons of an entry's declines with how often each occurs, most frequent first."""
+    counts: dict[str, int] = {}
+    for item in entry.declined:
+        counts[item.reason] = counts.get(item.reason, 0) + 1
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
