@@ -19,6 +19,8 @@ from planish.ir.stripped import INLINE_BYTES, large_constant, stripped_proto
 
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 4
+#: How onnx names the sizes that it can not express.
+_MADE_UP = "unk__"
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -113,7 +115,7 @@ def merge_shape(value: ir.Value, dims: Iterable[int | str | None]) -> bool:
 def _better(old: int | str | None, new: int | str | None) -> int | str | None:
     if isinstance(old, int) or new is None:
         return old
-    if isinstance(new, int) or old is None:
+    if isinstance(new, int) or old is None or (old.startswith(_MADE_UP) and not new.startswith(_MADE_UP)):
         return new
     return old
 

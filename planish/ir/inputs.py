@@ -126,8 +126,9 @@ def _integers(
         return np.asarray(rng.integers(5 if rows > 100 else 0, max(rows, 1), shape))
     if "length" in name or name.endswith("_len") or ("sequence_lens", 4) in uses.operators:
         longest = max([n for s, n in sizes.items() if "seq" in s or "len" in s or "time" in s], default=4)
-        lengths = rng.integers(1, longest + 1, shape)
-        return -np.sort(-np.maximum(lengths, np.where(np.arange(lengths.size).reshape(shape) == 0, longest, 1)))
+        lengths = np.sort(rng.integers(1, longest + 1, shape).reshape(-1))[::-1].copy()
+        lengths[:1] = longest  # recurrent operators want the longest first, and one that fills the sequence
+        return lengths.reshape(shape)
     if uses.operators & _SHAPE_LIKE:
         return np.ones(shape, np.int64)
     if dtype in (ir.DataType.UINT8, ir.DataType.INT8) and len(shape) >= 2:

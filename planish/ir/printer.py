@@ -63,19 +63,25 @@ def parse_model(text: str, *, weights: Mapping[str, ir.TensorProtocol] | None = 
     except onnx.parser.ParseError as error:
         message = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
         raise InputError(f"model text does not parse: {' '.join(message.split())}") from error
+    elided = {name.strip('"'): digest for name, digest in _ELIDED.findall(text)}
+    tensors = {name: _given(name, digest, weights or {}) for name, digest in elided.items()}
+    for name, tensor in tensors.items():
+        # Declared as inputs while the graph is built, so that their uses resolve.
+        proto.graph.input.add(name=name).type.tensor_type.elem_type = int(tensor.dtype)
     model: ir.Model = ir.from_proto(proto)
-    values = {v.name: v for node in model.graph for v in node.inputs if v is not None}
-    for name, digest in _ELIDED.findall(text):
-        _restore(model, name.strip('"'), digest, weights or {}, values)
+    first = len(model.graph.inputs) - len(tensors)
+    for _ in tensors:
+        value = model.graph.inputs.pop(first)
+        value.const_value = tensors[value.name or ""]
+        value.shape = ir.Shape(tensors[value.name or ""].shape.numpy())
+        model.graph.register_initializer(value)
     ensure_names(model)
     if infer:
         infer_shapes(model)
     return model
 
 
-def _restore(
-    model: ir.Model, name: str, digest: str, weights: Mapping[str, ir.TensorProtocol], values: Mapping[str, ir.Value]
-) -> None:
+def _given(name: str, digest: str, weights: Mapping[str, ir.TensorProtocol]) -> ir.TensorProtocol:
     if name not in weights:
         raise InputError(f"weight '{name}' (digest {digest}) is not in the text; give its data by weights={{...}}.")
     tensor = weights[name]
@@ -83,11 +89,7 @@ def _restore(
         raise InputError(
             f"weight '{name}' has digest {tensor_digest(tensor)[:16]}; the text was printed from {digest}."
         )
-    value = values.get(name) or ir.Value(name=name)
-    value.const_value = tensor
-    value.type = ir.TensorType(tensor.dtype)
-    value.shape = ir.Shape(tensor.shape.numpy())
-    model.graph.register_initializer(value)
+    return tensor
 
 
 def op_counts(model: ir.Model | Program) -> dict[str, int]:

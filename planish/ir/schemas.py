@@ -7,6 +7,7 @@ Runtime have no schema outside its binary, so they are taken as they are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -15,7 +16,6 @@ import onnx_ir as ir
 #: Domains that ONNX Runtime implements and that no Python package describes.
 OPAQUE_DOMAINS = ("com.microsoft", "com.ms.internal")
 DIALECT_DOMAIN = "planish"
-_UNLIMITED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class OpRecord:
     max_inputs: int
     min_outputs: int
     max_outputs: int
-    attributes: dict[str, ir.AttributeType | None]
+    attributes: Mapping[str, ir.AttributeType | None]
     required: tuple[str, ...]
     needed_inputs: tuple[int, ...] = ()
     deprecated_since: int = 0

@@ -9,6 +9,7 @@ node uses although no graph holds it, is not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Set
 
 import onnx
@@ -19,6 +20,10 @@ from planish.ir.errors import VerifyError
 from planish.ir.program import Program
 from planish.ir.schemas import DIALECT_DOMAIN, OpRecord
 from planish.ir.stripped import stripped_proto
+
+#: onnx expands an operator that is defined by a function without the defaults of its attributes, and then refuses
+#: the expansion: MeanVarianceNormalization without axes. The model is right.
+_ONNX_DEFECT = re.compile(r"op_type:MeanVarianceNormalization.*attributes 'value'.*Constant node", re.DOTALL)
 
 
 def verify(program: Program, *, full: bool) -> None:
@@ -38,6 +43,7 @@ def verify(program: Program, *, full: bool) -> None:
         _ = program.weights  # raises where two entries disagree on a weight
     if full:
         for entry, model in program.entries.items():
+            _verify_dialect(entry, model)
             _verify_with_onnx(entry, model)
 
 
@@ -258,6 +264,38 @@ def _span(low: int, high: int) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+def _verify_dialect(entry: str, model: ir.Model) -> None:
+    """Dtypes and shapes of dialect nodes by their own rules, which onnx does not know."""
+    from planish.ir.ops import InferenceError, TensorInfo, dialect_op
+
+    for node in model.graph.all_nodes():
+        if node.domain != DIALECT_DOMAIN:
+            continue
+        try:
+            results = dialect_op(node.op_type).infer_node(node)
+        except InferenceError as error:
+            raise VerifyError(f"entry '{entry}': node '{node.name}' (planish::{node.op_type}): {error}.") from error
+        for value, info in zip(node.outputs, results, strict=False):
+            have = TensorInfo.of(value)
+            if info.dtype is not None and have.dtype is not None and info.dtype != have.dtype:
+                wrong = f"is declared {have.dtype.name.lower()} and is {info.dtype.name.lower()}"
+            elif not _compatible(have.dims, info.dims):
+                wrong = f"is declared {list(have.dims or ())} and is {list(info.dims or ())}"
+            else:
+                continue
+            raise VerifyError(
+                f"entry '{entry}': node '{node.name}' (planish::{node.op_type}): output '{value.name}' {wrong}."
+            )
+
+
+def _compatible(a: tuple[int | str | None, ...] | None, b: tuple[int | str | None, ...] | None) -> bool:
+    if a is None or b is None:
+        return True
+    return len(a) == len(b) and all(
+        x == y or not isinstance(x, int) or not isinstance(y, int) for x, y in zip(a, b, strict=True)
+    )
+
+
 def _verify_with_onnx(entry: str, model: ir.Model) -> None:
     try:
         proto = stripped_proto(model)
@@ -267,6 +305,8 @@ def _verify_with_onnx(entry: str, model: ir.Model) -> None:
         onnx.checker.check_model(proto)
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        if _ONNX_DEFECT.search(str(error)):
+            return
         raise VerifyError(f"entry '{entry}': {_one_line(error)}") from error
 
 
