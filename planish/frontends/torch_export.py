@@ -1,0 +1,192 @@
+"""torch.export and the ONNX exporter, run quietly, once, and without the decompositions that nothing needs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from planish.frontends.torch_errors import translate
+from planish.frontends.torch_inputs import Call
+from planish.frontends.torch_shapes import DynamicShapes
+from planish.ir.errors import UnsupportedError
+
+OPSET = 23
+_NOISY = ("torch", "onnxscript", "onnx_ir", "transformers")
+_BITWISE = {"aten::__and__": "bitwise_and", "aten::__or__": "bitwise_or", "aten::__xor__": "bitwise_xor"}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what torch and the exporter print, log and warn about: the caller gets our error or nothing."""
+    names = [n for n in logging.root.manager.loggerDict if n.split(".")[0] in _NOISY]
+    loggers = [logging.getLogger(n) for n in {*names, *_NOISY}]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every submodule's own training flag is restored."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+def export_program(module: torch.nn.Module, call: Call, shapes: DynamicShapes) -> torch.export.ExportedProgram:
+    """Runs torch.export (non-strict).
+
+    Raises:
+        InputError: the module can not be captured: data-dependent control flow, a dynamic dim that the module
+            fixes, an output of an unknown type; the line says where.
+    """
+    _register_caches()
+    try:
+        with quiet():
+            return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes.spec, strict=False)
+    except Exception as error:
+        raise translate(error, module, "torch.export") from error
+
+
+def to_onnx(module: torch.nn.Module, exported: torch.export.ExportedProgram) -> ir.Model:
+    """Converts an exported program to ONNX. Weights share memory with the module.
+
+    Raises:
+        UnsupportedError: an operator without an ONNX counterpart (its name and the module that calls it).
+    """
+    _refuse_mutation(module, exported)
+    # The exporter's own preparation traces the whole graph twice more to decompose it, although almost every
+    # graph of a transformer holds only operators that it can translate as they are.
+    if _simplify(exported.graph_module):
+        original = exported.run_decompositions
+
+        def decompose(table: Any = None, **kwargs: Any) -> torch.export.ExportedProgram:
+            if table is not None and not _needs_decomposition(exported.graph_module, table):
+                return exported
+            return original(table, **kwargs)
+
+        exported.run_decompositions = decompose  # type: ignore[method-assign]
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                exported, dynamo=True, opset_version=OPSET, verbose=False, verify=False, report=False, optimize=True
+            )
+    except Exception as error:
+        raise translate(error, module, "the ONNX exporter", exported) from error
+    if program is None:
+        raise UnsupportedError(f"the ONNX exporter returned nothing for {type(module).__name__}.")
+    return program.model
+
+
+def _simplify(graph_module: torch.fx.GraphModule) -> bool:
+    """Rewrites the few composite operators that have a one-to-one counterpart.
+
+    Returns False when the graph has nested graphs or writes in place: then only torch's own decomposition will do.
+    """
+    if any(isinstance(m, torch.fx.GraphModule) for m in graph_module.children()):
+        return False
+    targets = [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+    if any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
+        return False
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name, _, overload = node.target.name().partition(".")
+        if name == "aten::to":
+            _simplify_to(graph_module.graph, node)
+        elif name in _BITWISE and overload in ("Tensor", "Scalar"):
+            node.target = getattr(getattr(torch.ops.aten, _BITWISE[name]), overload)
+    return True
+
+
+def _simplify_to(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    source = node.args[0]
+    if not isinstance(source, torch.fx.Node):
+        return
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        node.replace_all_uses_with(source)
+        if node in _outputs(graph):
+            return
+        graph.erase_node(node)
+    else:
+        node.target = torch.ops.aten._to_copy.default
+        node.args, node.kwargs = (source,), {"dtype": dtype}
+
+
+def _outputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    return set(next(n for n in reversed(graph.nodes) if n.op == "output").all_input_nodes)
+
+
+def _needs_decomposition(graph_module: torch.fx.GraphModule, table: Any) -> bool:
+    names = {op.name() for op in table if isinstance(op, torch._ops.OpOverload)}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.name() in names:
+            return True
+    return False
+
+
+def _refuse_mutation(module: torch.nn.Module, exported: torch.export.ExportedProgram) -> None:
+    """A program is a function: a module that keeps state between calls would silently lose it."""
+    signature = exported.graph_signature
+    written = list(signature.buffers_to_mutate.values())
+    written += [
+        str(target.args[0].target if isinstance(target.args[0], torch.fx.Node) else target.args[0])
+        for target in exported.graph_module.graph.nodes
+        if _writes_placeholder(target, signature)
+    ]
+    if written:
+        raise UnsupportedError(
+            f"{type(module).__name__} changes its buffer '{_buffer(written[0], signature)}' in forward; "
+            "a captured program keeps no state between calls: return the new value as an output instead."
+        )
+
+
+def _writes_placeholder(node: torch.fx.Node, signature: Any) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if not node.target._schema.is_mutable or not node.args or not isinstance(node.args[0], torch.fx.Node):
+        return False
+    return node.args[0].name in signature.inputs_to_buffers
+
+
+def _buffer(name: str, signature: Any) -> str:
+    return str(signature.inputs_to_buffers.get(name, name))
+
+
+def _register_caches() -> None:
+    """Lets a transformers key-value cache be an input or an output (its tensors become inputs and outputs)."""
+    import sys
+
+    if "transformers.cache_utils" not in sys.modules:
+        return
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        from transformers.integrations import executorch
+
+        executorch.register_dynamic_cache_export_support()
+
+
+Progress = Callable[[str], None]
