@@ -1,0 +1,143 @@
+"""Executable: what `planish.optimize` and `planish.load` return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from planish.ir.errors import InputError, unknown
+from planish.ir.spec import TensorSpec
+from planish.ir.target import Target
+
+if TYPE_CHECKING:
+    from planish.ir.program import Program
+    from planish.runtime.report import Report
+
+
+class Runner(Protocol):
+    """One compiled entry."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+class Executable:
+    """An optimized program, compiled for its target.
+
+    Call it with inputs in order or by name; one output comes as an array, several as a tuple in output order.
+    :meth:`run` takes and gives dicts by name. NumPy arrays in, NumPy arrays out; if any input is a torch tensor,
+    the outputs are torch tensors. Arrays are shared with the runtime, not copied.
+
+    Args:
+        program: what was compiled; None when only the compiled form is at hand (a loaded artifact).
+        runners: compiled entries by name.
+        report: what was done; see :class:`planish.runtime.report.Report`.
+        pipeline: the passes, as a string that parses back.
+        provenance: where the program came from.
+        target: by default the program's.
+        source: the artifact folder this was loaded from, if any.
+    """
+
+    def __init__(
+        self,
+        program: Program | None,
+        runners: Mapping[str, Runner],
+        *,
+        report: Report | None = None,
+        pipeline: str = "",
+        provenance: Mapping[str, str] | None = None,
+        target: Target | None = None,
+        source: Path | None = None,
+    ) -> None:
+        if not runners:
+            raise InputError("an executable needs at least one entry.")
+        self.program = program
+        self.runners = dict(runners)
+        self.pipeline = pipeline
+        self.provenance = dict(provenance if provenance is not None else program.provenance if program else {})
+        self.target = target or (program.target if program is not None else Target())
+        self.source = source
+        self._report = report
+
+    @property
+    def report(self) -> Report | None:
+        """What was done, what it cost and what it gained; None if nothing recorded it."""
+        return self._report
+
+    @property
+    def entries(self) -> list[str]:
+        """Names of the entries; a plain model has ``["main"]``."""
+        return list(self.runners)
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        """Inputs of the only entry, or of ``"main"``; of another entry: ``exe.runners[name].inputs``."""
+        return self._runner(None).inputs
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """Outputs of the only entry, or of ``"main"``."""
+        return self._runner(None).outputs
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Runs on inputs in order, by name, or both; returns one array, or a tuple of several.
+
+        Raises:
+            InputError: an input is unknown, missing, given twice, or of another dtype or shape.
+        """
+        runner = self._runner(None)
+        feeds = _bind(runner.inputs, args, named) if args else named
+        outputs = tuple(runner.run(feeds).values())
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def run(self, inputs: Mapping[str, Any], entry: str | None = None) -> dict[str, Any]:
+        """Runs an entry on inputs by name; returns outputs by name."""
+        if not isinstance(inputs, Mapping):
+            raise InputError(f"run takes a dict of arrays by input name, not {type(inputs).__name__}.")
+        return self._runner(entry).run(inputs)
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes an artifact folder that :func:`planish.load` reads; all of it, or nothing.
+
+        Args:
+            path: the folder to make; its parent must exist.
+            overwrite: replace an artifact that is already there. Anything else there is never replaced.
+
+        Raises:
+            InputError: the folder exists, can not be written, or the disk is full.
+        """
+        from planish.runtime.artifact import export_artifact
+
+        return export_artifact(self, path, overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        entries = "; ".join(
+            f"{name}({', '.join(map(str, r.inputs))}) -> ({', '.join(map(str, r.outputs))})"
+            for name, r in self.runners.items()
+        )
+        return f"<planish.Executable for {self.target}: {entries}>"
+
+    def _runner(self, entry: str | None) -> Runner:
+        if entry is not None:
+            if entry not in self.runners:
+                raise unknown("entry", entry, self.runners)
+            return self.runners[entry]
+        if len(self.runners) == 1:
+            return next(iter(self.runners.values()))
+        if "main" in self.runners:
+            return self.runners["main"]
+        raise InputError(f"this program has the entries {', '.join(self.runners)}; run(inputs, entry=...) picks one.")
+
+
+def _bind(specs: Sequence[TensorSpec], args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    if len(args) > len(specs):
+        listed = "; ".join(map(str, specs)) or "none"
+        raise InputError(f"{len(args)} inputs were given, but there are {len(specs)}: {listed}.")
+    feeds = {spec.name: value for spec, value in zip(specs, args, strict=False)}
+    for name in named:
+        if name in feeds:
+            raise InputError(f"input '{name}' was given twice: at position {list(feeds).index(name)} and by name.")
+    return feeds | named
