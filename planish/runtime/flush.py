@@ -41,7 +41,7 @@ SUPPORTED = _FUNCTIONS is not None
 
 
 class _State(threading.local):
-    """Per thread: room for the caller's environment and for the one with the bits set."""
+    """Per thread: room for the caller's environment, and an environment with the bits set."""
 
     def __init__(self) -> None:
         self.saved = (ctypes.c_uint32 * 16)()
@@ -49,37 +49,34 @@ class _State(threading.local):
         self.saved_at = ctypes.addressof(self.saved)
         self.flushed_at = ctypes.addressof(self.flushed)
         self.depth = 0
+        if _FUNCTIONS is not None:
+            _FUNCTIONS[0](self.flushed_at)
+            self.flushed[_WORD] |= _BITS
 
 
 _state = _State()
 
 
-class FlushToZero:
-    """Context in which this thread treats denormal numbers as zero; may be nested; costs about 1 µs."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None:
-        if _FUNCTIONS is None:
-            return
-        state = _state
-        state.depth += 1
-        if state.depth > 1:
-            return
+def begin() -> None:
+    """From here on this thread treats denormal numbers as zero, until the matching :func:`end`; may be nested."""
+    if _FUNCTIONS is None:
+        return
+    state = _state
+    state.depth += 1
+    if state.depth == 1:
         get, put = _FUNCTIONS
         get(state.saved_at)
-        get(state.flushed_at)
-        state.flushed[_WORD] |= _BITS
         put(state.flushed_at)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if _FUNCTIONS is None:
-            return
-        _state.depth -= 1
-        if _state.depth == 0:
-            _FUNCTIONS[1](_state.saved_at)
+
+def end() -> None:
+    """Restores what held before the matching :func:`begin`."""
+    if _FUNCTIONS is None:
+        return
+    state = _state
+    state.depth -= 1
+    if state.depth == 0:
+        _FUNCTIONS[1](state.saved_at)
 
 
 class KeepEnvironment:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def compile_ort(
     if target.name != "ort-cpu":
         raise UnsupportedError(f"target '{target}' is not one that planish.runtime.ort compiles for; use 'ort-cpu'.")
     settings = session_options(target, options, optimize)
-    proto, weights = to_proto_without_weights(model)
+    proto, weights = to_proto_without_weights(_with_bodies(model))
     kept = _hand_over(proto, weights, settings)
     graph = model.graph
     inputs = [TensorSpec.of(v) for v in graph.inputs if v.name not in graph.initializers]
@@ -67,6 +67,18 @@ def create_session(model: bytes, settings: ort.SessionOptions, named: ir.Model |
             raise _load_error(error, named) from error
 
 
+def _with_bodies(model: ir.Model) -> ir.Model:
+    """The model with the function body of every dialect operator in it; the given one if nothing is missing."""
+    from planish.ir.ops import DIALECT_DOMAIN, import_functions
+
+    used = {n.op_identifier() for n in model.graph.all_nodes() if n.domain == DIALECT_DOMAIN}
+    if used <= set(model.functions):
+        return model
+    model = model.clone()
+    import_functions(model)
+    return model
+
+
 def _hand_over(
     proto: onnx.ModelProto, weights: Mapping[str, ir.TensorProtocol], settings: ort.SessionOptions
 ) -> list[Any]:
@@ -78,17 +90,18 @@ def _hand_over(
     """
     if not weights:
         return []
-    buffers = {name: _raw(tensor) for name, tensor in weights.items()}
+    buffers: dict[str, np.ndarray] = {}
     for tensor in proto.graph.initializer:
-        if tensor.name not in buffers:
+        if tensor.name not in weights:
             continue
+        location = f"weight-{len(buffers)}"  # the weight's own name may not be one that a file can have
+        buffers[location] = raw = _raw(weights[tensor.name])
         del tensor.external_data[:]
-        for key, value in (("location", tensor.name), ("offset", "0"), ("length", str(buffers[tensor.name].nbytes))):
+        for key, value in (("location", location), ("offset", "0"), ("length", str(raw.nbytes))):
             tensor.external_data.add(key=key, value=value)
-    names = list(buffers)
     settings.add_session_config_entry(BUFFERS, "1")
     settings.add_external_initializers_from_files_in_memory(
-        names, [memoryview(buffers[n]) for n in names], [buffers[n].nbytes for n in names]
+        list(buffers), [memoryview(raw) for raw in buffers.values()], [raw.nbytes for raw in buffers.values()]
     )
     return [*buffers.values(), *weights.values()]
 
@@ -131,7 +144,8 @@ class OrtRunner:
         self._optional = frozenset(v.name for v in session.get_overridable_initializers())
         self._names = [spec.name for spec in self.outputs]
         self._checked: set[tuple[Any, ...]] = set()
-        self._flush: AbstractContextManager[None] = flush.FlushToZero() if flush_denormals else nullcontext()
+        self._flush = flush_denormals
+        self._run = session.run
         self._extended = any(s.dtype is not None and s.dtype in EXTENDED for s in (*self.inputs, *self.outputs))
         if flush_denormals and not flush.SUPPORTED:
             self.notes.append(
@@ -147,7 +161,7 @@ class OrtRunner:
         Raises:
             InputError: an input is unknown, missing, or of another dtype or shape; or a node failed on it.
         """
-        arrays, as_torch = to_arrays(feeds)
+        arrays, as_torch = to_arrays(feeds) if "torch" in sys.modules else (feeds, False)
         self.check(arrays)
         outputs = self._run_values(arrays) if self._extended else self._run_arrays(arrays)
         if as_torch:
@@ -177,7 +191,7 @@ class OrtRunner:
     def _check(self, arrays: Mapping[str, Any]) -> None:
         for spec in self.inputs:
             value = arrays.get(spec.name)
-            if spec.dtype is not None and spec.name in arrays and not isinstance(value, np.ndarray | np.generic):
+            if spec.dtype is not None and spec.name in arrays and not isinstance(value, np.ndarray):
                 raise InputError(
                     f"input '{spec.name}' is of type {type(value).__name__}, expected {spec}; "
                     "give a numpy array or a torch tensor."
@@ -185,11 +199,16 @@ class OrtRunner:
         check_inputs(self.inputs, arrays, self._optional)
 
     def _run_arrays(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        flushing = self._flush
         try:
-            with self._flush:
-                values = self.session.run(self._names, arrays)
+            if flushing:
+                flush.begin()
+            values = self._run(self._names, arrays)
         except Exception as error:
             raise _run_error(error) from error
+        finally:
+            if flushing:
+                flush.end()
         return dict(zip(self._names, values, strict=True))
 
     def _run_values(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,8 +217,13 @@ class OrtRunner:
         kept = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
         try:
             feeds = {name: to_ortvalue(value, types.get(name) or _native(value)) for name, value in kept.items()}
-            with self._flush:
+            if self._flush:
+                flush.begin()
+            try:
                 values = self.session.run_with_ort_values(self._names, feeds)
+            finally:
+                if self._flush:
+                    flush.end()
         except Exception as error:
             raise _run_error(error) from error
         kinds = [spec.dtype or 0 for spec in self.outputs]
