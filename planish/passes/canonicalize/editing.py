@@ -1,0 +1,260 @@
+"""Edits that the canonicalizing passes share: fresh names, new constants and nodes, replacing one value by another.
+
+An :class:`Editor` lives for one run of one pass over one program and does the bookkeeping of that run: how many
+places changed, what was declined, which node was made from which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.ir.ledger import Declined
+from planish.ir.program import Program
+from planish.passes.base import Decline, PassResult
+
+PASS_KEY = "planish.pass"
+FROM_KEY = "planish.from"
+_MAX_SOURCES = 8
+
+
+def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs that are attributes of `node`."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.value
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.value
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of a value that no caller can change: an initializer that is not also an input, or a Constant."""
+    if value is None:
+        return None
+    if value.is_initializer():
+        return None if value.is_graph_input() else value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain:
+        return None
+    return constant_node_tensor(node)
+
+
+def constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node; None for a sparse one, for a reference to an attribute of a function."""
+    if len(node.attributes) != 1:
+        return None
+    name, attribute = next(iter(node.attributes.items()))
+    if attribute.is_ref() or name not in _CONSTANT_DTYPES:
+        return None
+    if name == "value":
+        return attribute.as_tensor()
+    if name in ("value_string", "value_strings"):
+        items = [attribute.value] if name == "value_string" else list(attribute.value)
+        shape = ir.Shape([] if name == "value_string" else [len(items)])
+        return ir.StringTensor([s.encode() if isinstance(s, str) else s for s in items], shape=shape)
+    return ir.tensor(np.array(attribute.value, dtype=_CONSTANT_DTYPES[name]))
+
+
+_CONSTANT_DTYPES: dict[str, type | None] = {
+    "value": None,
+    "value_string": None,
+    "value_strings": None,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_float": np.float32,
+    "value_floats": np.float32,
+}
+
+
+def constant_array(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | None:
+    """The contents of a constant of at most `limit` elements, or None."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.size > limit:
+        return None
+    return np.asarray(tensor.numpy())
+
+
+def is_op(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether `node` is one of these operators of the standard domain."""
+    return node is not None and not node.domain and node.op_type in op_types
+
+
+class Editor:
+    """The edits of one run of the pass called `name`.
+
+    Attributes:
+        fired: number of places changed so far.
+        declined: places left alone, with reasons.
+    """
+
+    def __init__(self, program: Program, name: str) -> None:
+        self.program = program
+        self.name = name
+        self.fired = 0
+        self.declined: list[Declined] = []
+        self._values: set[str] | None = None
+        self._nodes: set[str] = set()
+        self._counters: dict[str, int] = {}
+
+    def result(self) -> PassResult:
+        return PassResult(self.fired > 0, self.fired, self.declined)
+
+    def decline(self, node: ir.Node, reason: str) -> None:
+        """Keeps the reason why the pass left `node` alone."""
+        self.declined.append(Declined(self.name, node.name or f"unnamed {node.op_type}", reason))
+
+    def value_name(self, stem: str) -> str:
+        """A name no value of the program has, in any entry: an initializer may be shared between entries."""
+        if self._values is None:
+            self._collect_names()
+        assert self._values is not None
+        return self._fresh(stem, self._values)
+
+    def node_name(self, stem: str) -> str:
+        if self._values is None:
+            self._collect_names()
+        return self._fresh(stem, self._nodes)
+
+    def _fresh(self, stem: str, taken: set[str]) -> str:
+        name = stem
+        while name in taken:
+            number = self._counters[stem] = self._counters.get(stem, 0) + 1
+            name = f"{stem}_{number}"
+        taken.add(name)
+        return name
+
+    def _collect_names(self) -> None:
+        self._values = set()
+        for graph in self.program.graphs():
+            self._values.update(v.name or "" for v in (*graph.inputs, *graph.initializers.values()))
+            for node in graph:
+                self._nodes.add(node.name or "")
+                self._values.update(v.name or "" for v in node.outputs)
+
+    def constant(self, graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, stem: str) -> ir.Value:
+        """A new initializer of `graph`."""
+        tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
+        value = ir.Value(name=self.value_name(stem), const_value=tensor)
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        graph.register_initializer(value)
+        return value
+
+    def node(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        like: ir.Value | None = None,
+        sources: Iterable[ir.Node] = (),
+    ) -> ir.Value:
+        """Inserts a node of one output in front of `before`; the output takes type and shape from `like`."""
+        node = ir.node(
+            op_type, list(inputs), attributes=dict(attributes or {}), name=self.node_name(f"{op_type}_planish")
+        )
+        value = node.outputs[0]
+        value.name = self.value_name(f"{like.name if like is not None else op_type}_planish")
+        if like is not None:
+            value.type, value.shape = like.type, like.shape
+        assert before.graph is not None
+        before.graph.insert_before(before, node)
+        self.mark(node, list(sources) or [before])
+        return value
+
+    def mark(self, node: ir.Node, sources: Sequence[ir.Node]) -> None:
+        """Notes on `node` that this pass made it from `sources`, whose own metadata it takes over."""
+        for source in sources:
+            for key, text in source.metadata_props.items():
+                node.metadata_props.setdefault(key, text)
+        names = [s.name for s in sources if s.name][:_MAX_SOURCES]
+        node.metadata_props[PASS_KEY] = self.name
+        node.metadata_props[FROM_KEY] = ",".join(names)
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Lets every user of `old` use `new`, and gives `new` the name of `old` where that is an output.
+
+        Raises:
+            Decline: `old` is an output of its graph and `new` can not take its place and name.
+        """
+        if old.is_graph_output():
+            self._replace_output(old, new)
+        if new.type is None:
+            new.type = old.type
+        if new.shape is None and new.producer() is not None:
+            new.shape = old.shape
+        for user, index in old.uses():
+            user.replace_input_with(index, new)
+
+    def _replace_output(self, old: ir.Value, new: ir.Value) -> None:
+        graph = old.graph
+        producer = new.producer()
+        if producer is None or producer.graph is not graph:
+            raise Decline(f"'{old.name}' is an output of the graph, and '{new.name}' is not made by one of its nodes")
+        if new.is_graph_output():
+            raise Decline(f"'{old.name}' and '{new.name}' are both outputs of the graph")
+        assert graph is not None
+        graph.outputs[:] = [new if v is old else v for v in graph.outputs]
+        name = old.name
+        old.name = self.value_name(f"{name}_replaced")
+        new.name = name
+        # The declared type of an output is the interface of the graph.
+        new.type = old.type if old.type is not None else new.type
+        new.shape = old.shape if old.shape is not None else new.shape
+
+    def remove(self, node: ir.Node) -> None:
+        """Takes a node without users out of its graph, and all that is inside it out of the lists of users."""
+        detach(node)
+        assert node.graph is not None
+        node.graph.remove(node)
+
+
+def detach(node: ir.Node) -> None:
+    """Makes `node`, and every node in its subgraphs, no longer a user of anything."""
+    for index, value in enumerate(node.inputs):
+        if value is not None:
+            node.replace_input_with(index, None)
+    for graph in subgraphs_of(node):
+        for inner in graph:
+            detach(inner)
+
+
+def walk(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes in order of execution, what is inside a node before the node; the current node may be removed."""
+    for node in graph:
+        if node.attributes:
+            for inner in subgraphs_of(node):
+                yield from walk(inner)
+        yield node
+
+
+Rule = Callable[[ir.Node, Editor], bool]
+
+
+def apply_rules(
+    program: Program, name: str, rules: Mapping[str, Rule], observe: Callable[[ir.Node], object] | None = None
+) -> PassResult:
+    """One sweep over all graphs: each node of the standard domain meets the rule of its operator.
+
+    Args:
+        rules: operator → a rule, which returns whether it changed something, or raises `Decline`.
+        observe: called with every node before its rule, in order of execution.
+    """
+    editor = Editor(program, name)
+    for model in program.entries.values():
+        for node in walk(model.graph):
+            rule = rules.get(node.op_type) if not node.domain else None
+            if observe is not None:
+                observe(node)
+            if rule is None:
+                continue
+            try:
+                editor.fired += bool(rule(node, editor))
+            except Decline as decline:
+                editor.decline(node, decline.reason)
+    return editor.result()

@@ -1,0 +1,182 @@
+"""simplify-shapes: shape arithmetic by numbers and names instead of by nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.ir.program import Program
+from planish.passes.base import Decline, ExactPass, PassContext, PassResult
+from planish.passes.canonicalize.editing import Editor, constant_tensor, is_op, subgraphs_of
+from planish.passes.canonicalize.facts import SHAPE_OPS, Facts, Item, Vector, dims_of, same_item
+from planish.passes.registry import register
+
+_MIN_OPSET = 15  # Shape has start and end
+
+
+@register
+@dataclass(frozen=True)
+class SimplifyShapes(ExactPass):
+    """Computes with the known sizes of shapes.
+
+    * A vector of sizes that are all known becomes a constant.
+    * A single symbolic size is read by one ``Shape(x, start=i, end=i+1)`` from the input of the graph that has a
+      size of this name, so that equal sizes have one producer.
+    * A Reshape to computed sizes gets a constant target of numbers, 0 (copied) and at most one -1, where that is
+      right for every size, also for an empty batch.
+    """
+
+    name: ClassVar[str] = "simplify-shapes"
+
+    def apply(self, program: Program, ctx: PassContext) -> PassResult:
+        editor = Editor(program, self.name)
+        for model in program.entries.values():
+            if model.opset_imports.get("", 1) >= _MIN_OPSET:
+                _Simplifier(editor, Facts()).graph(model.graph)
+        return editor.result()
+
+
+@dataclass
+class _Simplifier:
+    editor: Editor
+    facts: Facts
+    # Names of sizes hold within one graph: the body of a Loop may use a name of the outside for another size.
+    homes: dict[str, tuple[ir.Value, int]] = field(default_factory=dict)
+    readers: dict[tuple[str, bool], ir.Value] = field(default_factory=dict)
+    axes: ir.Value | None = None
+
+    def graph(self, graph: ir.Graph) -> None:
+        for value in graph.inputs:
+            if isinstance(value.type, ir.TensorType):
+                for axis, dim in enumerate(dims_of(value) or ()):
+                    if isinstance(dim, str):
+                        self.homes.setdefault(dim, (value, axis))
+        for node in graph:
+            for inner in subgraphs_of(node) if node.attributes else ():
+                _Simplifier(self.editor, self.facts).graph(inner)
+            if node.domain:
+                continue
+            found = self.facts.visit(node) if node.op_type in SHAPE_OPS else None
+            try:
+                if found is not None and self._replace(node, found):
+                    self.editor.fired += 1
+                elif node.op_type == "Reshape":
+                    self.editor.fired += self._reshape(node)
+            except Decline as decline:
+                self.editor.decline(node, decline.reason)
+
+    def _replace(self, node: ir.Node, found: Vector) -> bool:
+        old = node.outputs[0]
+        if not old.uses() or old.is_graph_output() or all(constant_tensor(v) is not None for v in node.inputs):
+            return False  # dead, part of the interface, or for fold-constants
+        ints = found.ints
+        if ints is not None:
+            new = self._number(node, ints, found.scalar)
+        elif len(found.items) == 1 and isinstance(found.items[0], str):
+            new = self._symbol(node, found.items[0], found.scalar)
+        else:
+            new = None
+        if new is None:
+            return False
+        self.editor.replace(old, new)
+        self.editor.remove(node)
+        return True
+
+    def _number(self, node: ir.Node, ints: tuple[int, ...], scalar: bool) -> ir.Value | None:
+        dtype = node.outputs[0].dtype or (ir.DataType.INT64 if node.op_type in ("Shape", "Size") else None)
+        if dtype is None or node.graph is None:
+            return None
+        array = np.array(ints, dtype=dtype.numpy()).reshape(() if scalar else -1)
+        return self.editor.constant(node.graph, array, node.outputs[0].name or "sizes")
+
+    def _symbol(self, node: ir.Node, symbol: str, scalar: bool) -> ir.Value | None:
+        """The one reader of a size; None where `node` is it, or where it would have another type."""
+        old = node.outputs[0]
+        if old.dtype != ir.DataType.INT64 or symbol not in self.homes:
+            return None
+        if scalar and all(is_op(user, "Unsqueeze") for user in old.consumers()):
+            return None  # these become readers themselves, and `node` is dead then
+        home, axis = self.homes[symbol]
+        key = (symbol, scalar)
+        if key in self.readers:
+            return self.readers[key]
+        if _reads(node, home, axis, scalar):
+            self.readers[key] = node.outputs[0]
+            return None
+        if scalar:
+            vector = self.readers.get((symbol, False)) or self._reader(node, symbol, home, axis)
+            if self.axes is None:
+                self.axes = self.editor.constant(node.graph, np.array([0], np.int64), "axes")  # type: ignore[arg-type]
+            new = self.editor.node(node, "Squeeze", [vector, self.axes])
+            new.type, new.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([])
+            self.facts.visit(new.producer())  # type: ignore[arg-type]
+            self.readers[key] = new
+            return new
+        return self._reader(node, symbol, home, axis)
+
+    def _reader(self, node: ir.Node, symbol: str, home: ir.Value, axis: int) -> ir.Value:
+        new = self.editor.node(node, "Shape", [home], {"start": axis, "end": axis + 1})
+        new.type, new.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
+        self.facts.visit(new.producer())  # type: ignore[arg-type]
+        self.readers[(symbol, False)] = new
+        return new
+
+    def _reshape(self, node: ir.Node) -> bool:
+        if len(node.inputs) < 2 or constant_tensor(node.inputs[1]) is not None:
+            return False
+        target = self.facts.vector(node.inputs[1])
+        if target is None or target.scalar:
+            raise Decline("the sizes that the tensor is reshaped to are not known")
+        copies = not node.attributes.get_int("allowzero", 0)
+        sizes = _target(dims_of(node.inputs[0]), target.items, dims_of(node.outputs[0]), copies)
+        assert node.graph is not None
+        new = self.editor.constant(node.graph, np.array(sizes, np.int64), f"{node.name}_sizes")
+        node.replace_input_with(1, new)
+        self.editor.mark(node, [node])
+        return True
+
+
+def _reads(node: ir.Node, home: ir.Value, axis: int, scalar: bool) -> bool:
+    """Whether `node` has the one form in which a size is read."""
+    if scalar:
+        inner = node.inputs[0].producer() if is_op(node, "Squeeze") and node.inputs[0] is not None else None
+        return inner is not None and _reads(inner, home, axis, False)
+    attributes = node.attributes
+    return (
+        is_op(node, "Shape")
+        and node.inputs[0] is home
+        and attributes.get_int("start", 0) == axis
+        and attributes.get_int("end", None) == axis + 1
+    )
+
+
+def _target(
+    source: tuple[Item, ...] | None, items: tuple[Item, ...], output: tuple[Item, ...] | None, copies: bool
+) -> list[int]:
+    """The constant target of a Reshape from `source` to `items`.
+
+    Raises:
+        Decline: no constant says it. A -1 next to a copied size is not used: with an empty batch it would have
+            no answer.
+    """
+    sizes: list[int | None] = []
+    for axis, item in enumerate(items):
+        known = output[axis] if output is not None and len(output) == len(items) else None
+        size = item if isinstance(item, int) else known if isinstance(known, int) else None
+        if size is None and copies and source is not None and axis < len(source):
+            same = same_item(item, source[axis]) or same_item(known, source[axis])
+            size = 0 if same else None
+        sizes.append(size)
+    open_axes = [axis for axis, size in enumerate(sizes) if size is None]
+    if len(open_axes) > 1:
+        raise Decline(f"{len(open_axes)} of the {len(sizes)} sizes are neither known nor copied from the input")
+    if open_axes:
+        if any(not isinstance(s, int) or s < 1 for axis, s in enumerate(sizes) if axis not in open_axes):
+            raise Decline("one size is open next to a copied or unknown one: with an empty batch it has no answer")
+        sizes[open_axes[0]] = -1
+    elif sizes.count(-1) > 1:
+        raise Decline("more than one size is -1")
+    return [s for s in sizes if s is not None]
