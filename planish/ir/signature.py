@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from planish.ir.errors import InputError, did_you_mean
-from planish.ir.program import TensorSpec
+from planish.ir.spec import TensorSpec
 
 
 def check_inputs(

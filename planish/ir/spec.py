@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+_NUMPY = {"float": "float32", "double": "float64"}
+_ML_DTYPES = {
+    "float8e4m3fn": "float8_e4m3fn",
+    "float8e4m3fnuz": "float8_e4m3fnuz",
+    "float8e5m2": "float8_e5m2",
+    "float8e5m2fnuz": "float8_e5m2fnuz",
+    "float8e8m0": "float8_e8m0fnu",
+    "float6e2m3": "float6_e2m3fn",
+    "float6e3m2": "float6_e3m2fn",
+    "float4e2m1": "float4_e2m1fn",
+}
 
 
 class ElementType(enum.IntEnum):
@@ -41,6 +56,13 @@ class ElementType(enum.IntEnum):
     INT2 = 26
     FLOAT6E2M3 = 27
     FLOAT6E3M2 = 28
+
+    def numpy(self) -> np.dtype[Any]:
+        """The NumPy dtype of one element, from ml_dtypes where NumPy has none; text is ``object``."""
+        name = self.name.lower()
+        if self is ElementType.STRING:
+            return np.dtype(object)
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES.get(name, name), None) or _NUMPY.get(name, name))
 
 
 @dataclass(frozen=True)
