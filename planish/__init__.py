@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from planish.ir.budget import Budget
     from planish.ir.errors import PlanishError
     from planish.ir.target import Target
-    from planish.optimize import optimize
+    from planish.driver import optimize
     from planish.runtime.artifact import load
     from planish.runtime.executable import Executable
 
@@ -22,7 +22,7 @@ _HOMES = {
     "PlanishError": "planish.ir.errors",
     "Target": "planish.ir.target",
     "load": "planish.runtime.artifact",
-    "optimize": "planish.optimize",
+    "optimize": "planish.driver",
 }
 
 
