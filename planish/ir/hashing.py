@@ -20,18 +20,23 @@ from planish.ir.program import Program
 _digests: dict[int, tuple[weakref.ref[object], str]] = {}
 
 
-def structural_hash(item: Program | ir.Model) -> str:
-    """Returns 32 hex digits that are equal for structurally equal programs (or models)."""
+def structural_hash(item: Program | ir.Model, *, contents: bool = True) -> str:
+    """Returns 32 hex digits that are equal for structurally equal programs (or models).
+
+    Args:
+        contents: False takes weights by the identity of their tensor objects instead of by content. That costs
+            the same whatever their size, and compares states of one program within one process.
+    """
     digest = hashlib.blake2b(digest_size=16)
     models = item.entries.items() if isinstance(item, Program) else [("main", item)]
     for name, model in models:
         digest.update(f"entry {name} {sorted(model.graph.opset_imports.items())}\n".encode())
-        _Hasher(digest).graph(model.graph)
+        _Hasher(digest, contents).graph(model.graph)
         for identifier in sorted(model.functions):
             function = model.functions[identifier]
             digest.update(f"function {identifier} {sorted(function.opset_imports.items())}\n".encode())
             digest.update(f"{sorted((n, _attribute_text(a)) for n, a in function.attributes.items())}\n".encode())
-            _Hasher(digest).graph(function)
+            _Hasher(digest, contents).graph(function)
     return digest.hexdigest()
 
 
@@ -54,6 +59,10 @@ def tensor_digest(tensor: ir.TensorProtocol) -> str:
     return text
 
 
+def _identity(tensor: ir.TensorProtocol) -> str:
+    return f"{id(tensor)} {tensor.dtype} {tensor.shape}"
+
+
 def _attribute_text(attribute: ir.Attr) -> str:
     return f"{attribute.type} {attribute.ref_attr_name or attribute.value!r}"
 
@@ -61,8 +70,9 @@ def _attribute_text(attribute: ir.Attr) -> str:
 class _Hasher:
     """Feeds one graph (and its subgraphs) to a digest, numbering values in order of definition."""
 
-    def __init__(self, digest: hashlib._Hash) -> None:
+    def __init__(self, digest: hashlib._Hash, contents: bool) -> None:
         self.digest = digest
+        self.tensor = tensor_digest if contents else _identity
         self.numbers: dict[ir.Value, int] = {}
         # Weights are numbered at their first use, so that renaming one does not change the hash.
         self.pending: dict[ir.Value, str] = {}
@@ -72,7 +82,7 @@ class _Hasher:
         for value in graph.inputs:
             self._define(value, f"input {value.name}")
         for value in initializers.values():
-            content = tensor_digest(value.const_value) if value.const_value is not None else "none"
+            content = self.tensor(value.const_value) if value.const_value is not None else "none"
             if value not in self.numbers:
                 self.pending[value] = f"weight {content}"
             else:
@@ -113,10 +123,10 @@ class _Hasher:
             for graph in attribute.value:
                 self.graph(graph)
         elif attribute.type == ir.AttributeType.TENSOR:
-            self.digest.update(tensor_digest(attribute.value).encode())
+            self.digest.update(self.tensor(attribute.value).encode())
         elif attribute.type == ir.AttributeType.TENSORS:
             for tensor in attribute.value:
-                self.digest.update(tensor_digest(tensor).encode())
+                self.digest.update(self.tensor(tensor).encode())
         else:
             value = attribute.value
             listed = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value

@@ -75,6 +75,12 @@ def names() -> list[str]:
     return sorted({*_passes, *_offered()})
 
 
+def known() -> dict[str, type[Pass]]:
+    """The pass classes that are loaded, by name."""
+    _load_own()
+    return dict(_passes)
+
+
 def unregister(name: str) -> None:
     """Forgets a pass that was registered in this process; for tests and notebooks."""
     _passes.pop(name, None)

@@ -1,0 +1,21 @@
+"""The exact pipeline that each target gets when the user names none."""
+
+from __future__ import annotations
+
+from planish.ir.target import Target
+from planish.passes import registry
+
+# Cleaning comes first, so that fusions see one form of a thing; fusions come largest first, since a small one
+# would take apart what a larger one looks for; and what they leave behind is cleaned at the end.
+_CLEAN = ("fold-constants", "simplify-shapes", "remove-no-ops", "eliminate-common-subexpressions",
+          "eliminate-dead-code")
+_FUSE = ("fuse-attention", "fuse-layer-norm", "fuse-rms-norm", "fuse-gelu", "fuse-swiglu", "fuse-silu",
+         "fuse-matmul-add")
+_PIPELINES = {"ort-cpu": (*_CLEAN, *_FUSE, *_CLEAN)}
+
+
+def default_pipeline(target: Target | str) -> str:
+    """The pipeline string of a target's exact passes."""
+    wanted = _PIPELINES.get(Target.parse(target).name, (*_CLEAN,))
+    known = set(registry.names())
+    return ",".join(name for name in wanted if name in known)
