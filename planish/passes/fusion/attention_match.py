@@ -1,0 +1,222 @@
+"""Reads attention off a graph: from the product with V back through softmax, mask and scale to Q and K.
+
+Exporters write attention in many ways that differ in small steps of a chain, so this is a walk and not a pattern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from planish.passes.base import Decline
+from planish.passes.canonicalize.editing import constant_array, is_op
+from planish.passes.fusion.sizes import rank, reshaped, scalar, sizes, transposed_with
+
+
+@dataclass
+class Mask:
+    """One masking step. `fill` is None for an addition of `value`; else `value` is a condition, and scores where it
+    is not `keep` become `fill`."""
+
+    value: ir.Value
+    fill: float | None = None
+    keep: bool = True
+
+
+@dataclass
+class Attention:
+    """softmax(scale * q k^T + mask) v, as found: q (B, H, S, D), v (B, H, L, Dv); k (B, H, L, D) after `k_perm`.
+
+    Attributes:
+        masks: masking steps in the order of execution.
+        guarded: rows that are NaN (all keys at ``-inf``) become zeros.
+        nodes: what the chain consists of, the product with v first; nobody else uses their outputs.
+    """
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    k_perm: tuple[int, ...] | None = None
+    scale: float = 1.0
+    masks: list[Mask] = field(default_factory=list)
+    guarded: bool = False
+    nodes: list[ir.Node] = field(default_factory=list)
+
+
+def softmax_behind(value: ir.Value | None) -> ir.Node | None:
+    """The Softmax that `value` comes from through steps that inference leaves alone, or None."""
+    steps = _weights(value)
+    return steps[0] if steps else None
+
+
+def match_attention(root: ir.Node) -> Attention:
+    """Reads the attention whose last product is the MatMul `root`, whose first operand `softmax_behind` accepts.
+
+    Raises:
+        Decline: it is not attention, or attention of a kind that is not understood; the reason says which.
+    """
+    steps = _weights(root.inputs[0])
+    assert steps is not None and root.inputs[1] is not None
+    softmax, guarded, nodes = steps
+    axis = softmax.attributes.get_int("axis", -1)
+    if axis not in (-1, (rank(softmax.inputs[0]) or 4) - 1):
+        raise Decline(f"the softmax is over axis {axis}, not over the keys")
+    scores = _scores(softmax.inputs[0])
+    if scores is None:
+        raise Decline("the softmax is not over a product of queries and keys")
+    product, steps_after, chain = scores
+    found = Attention(product.inputs[0], product.inputs[1], root.inputs[1], guarded=guarded)  # type: ignore[arg-type]
+    found.nodes = [root, *nodes, softmax, *chain, product]
+    _read_steps(found, steps_after)
+    found.q, factor = _unscaled(found.q)
+    found.scale *= factor
+    _read_keys(found)
+    _require_private(found)
+    return found
+
+
+def _weights(value: ir.Value | None) -> tuple[ir.Node, bool, list[ir.Node]] | None:
+    """(softmax, guarded against NaN, nodes between), going back from the weights of the product with v."""
+    nodes: list[ir.Node] = []
+    guarded = False
+    while value is not None:
+        node = value.producer()
+        if is_op(node, "Softmax"):
+            return node, guarded, nodes  # type: ignore[return-value]
+        if is_op(node, "Where") and is_op(node.inputs[0].producer(), "IsNaN"):  # type: ignore[union-attr]
+            test = node.inputs[0].producer()  # type: ignore[union-attr]
+            if test.inputs[0] is not node.inputs[2] or scalar(node.inputs[1]) != 0.0:  # type: ignore[union-attr]
+                return None
+            guarded, value = True, node.inputs[2]  # type: ignore[union-attr]
+            nodes += [node, test]  # type: ignore[list-item]
+        elif node is not None and _is_transparent(node):
+            value = node.inputs[0]
+            nodes.append(node)
+        else:
+            return None
+    return None
+
+
+def _is_transparent(node: ir.Node) -> bool:
+    """Identity, a Dropout at inference, a Cast that changes nothing."""
+    if is_op(node, "Cast"):
+        return node.inputs[0] is not None and node.inputs[0].dtype == node.outputs[0].dtype is not None
+    if is_op(node, "Dropout"):
+        training = node.inputs[2] if len(node.inputs) > 2 else None
+        flag = constant_array(training, 1)
+        return (training is None or (flag is not None and not flag.any())) and node.outputs[0].uses() != ()
+    return is_op(node, "Identity")
+
+
+def _scores(value: ir.Value | None) -> tuple[ir.Node, list[tuple[str, object]], list[ir.Node]] | None:
+    """(product, steps in order of execution, their nodes), going back from the input of the softmax."""
+    node = value.producer() if value is not None else None
+    if node is None:
+        return None
+    if is_op(node, "MatMul"):
+        return node, [], []
+    options: list[tuple[int, str, object]] = []
+    if _is_transparent(node):
+        options = [(0, "same", None)]
+    elif is_op(node, "Mul"):
+        options = [(i, "scale", scalar(node.inputs[1 - i])) for i in (0, 1)]
+    elif is_op(node, "Div"):
+        divisor = scalar(node.inputs[1])
+        options = [(0, "scale", 1.0 / divisor if divisor else None)]
+    elif is_op(node, "Add"):
+        options = [(i, "mask", Mask(node.inputs[1 - i])) for i in (0, 1)]  # type: ignore[arg-type]
+    elif is_op(node, "Where"):
+        fills = scalar(node.inputs[2]), scalar(node.inputs[1])
+        options = [
+            (i, "mask", Mask(node.inputs[0], fill, keep) if fill is not None else None)  # type: ignore[arg-type]
+            for i, fill, keep in ((1, fills[0], True), (2, fills[1], False))
+        ]
+    for index, kind, detail in options:
+        if kind != "same" and detail is None:
+            continue
+        found = _scores(node.inputs[index])
+        if found is not None:
+            return found[0], [*found[1], (kind, detail)], [node, *found[2]]
+    return None
+
+
+def _read_steps(found: Attention, steps: list[tuple[str, object]]) -> None:
+    for kind, detail in steps:
+        if kind == "mask":
+            assert isinstance(detail, Mask)
+            found.masks.append(detail)
+        elif kind == "scale":
+            if found.masks:
+                raise Decline("the scores are scaled after they are masked")
+            assert isinstance(detail, float)
+            found.scale *= detail
+
+
+def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
+    """`value` without multiplications by numbers, and their product."""
+    factor = 1.0
+    while True:
+        node = value.producer()
+        if is_op(node, "Mul"):
+            numbers = [scalar(v) for v in node.inputs]  # type: ignore[union-attr]
+            at = next((i for i in (0, 1) if numbers[1 - i] is not None and rank(node.inputs[i]) == 4), None)  # type: ignore[union-attr]
+            if at is None:
+                return value, factor
+            factor, value = factor * float(numbers[1 - at] or 0.0), node.inputs[at]  # type: ignore
+        elif is_op(node, "Div") and scalar(node.inputs[1]) and rank(node.inputs[0]) == 4:  # type: ignore[union-attr]
+            factor, value = factor / float(scalar(node.inputs[1]) or 1.0), node.inputs[0]  # type: ignore
+        elif is_op(node, "Identity"):
+            value = node.inputs[0]  # type: ignore
+        else:
+            return value, factor
+
+
+def _read_keys(found: Attention) -> None:
+    value, factor = _unscaled(found.k)
+    node = value.producer()
+    if transposed_with(node, 0, 1, 3, 2):
+        value, more = _unscaled(node.inputs[0])  # type: ignore
+        factor *= more
+    elif transposed_with(node, 0, 2, 3, 1):
+        value, found.k_perm = node.inputs[0], (0, 2, 1, 3)  # type: ignore
+    else:
+        flat = _flattened_transpose(node)
+        if flat is None:
+            raise Decline("the keys do not reach the product through a transpose")
+        value, more = _unscaled(flat)
+        factor *= more
+    found.k, found.scale = value, found.scale * factor
+
+
+def _flattened_transpose(node: ir.Node | None) -> ir.Value | None:
+    """K of ``Reshape(Transpose(Reshape(K, (-1, L, D)), 0 2 1), (B, H, D, L))``, which torch writes at opset 18."""
+    if not is_op(node, "Reshape"):
+        return None
+    swap = node.inputs[0].producer()  # type: ignore[union-attr]
+    if not transposed_with(swap, 0, 2, 1):
+        return None
+    flatten = swap.inputs[0].producer()  # type: ignore[union-attr]
+    if not is_op(flatten, "Reshape"):
+        return None
+    key = flatten.inputs[0]  # type: ignore[union-attr]
+    dims, inner, outer = sizes(key), reshaped(flatten), reshaped(node)  # type: ignore[arg-type]
+    if dims is None or inner is None or outer is None or len(dims) != 4 or len(inner) != 3 or len(outer) != 4:
+        return None
+    batch, heads, length, depth = dims
+    # In each case one item may be left to the runtime: the others determine it.
+    wanted = (batch, heads, depth, length)
+    unknown = sum(a is None for a in outer)
+    same = all(a is None or a == b for a, b in zip(outer, wanted, strict=True))
+    return key if inner[1:] == (length, depth) and same and unknown <= 1 else None
+
+
+def _require_private(found: Attention) -> None:
+    inside = set(found.nodes)
+    for node in found.nodes[1:]:
+        for value in node.outputs:
+            if value.is_graph_output() or any(user not in inside for user in value.consumers()):
+                raise Decline(f"'{value.name}', a step between scores and output, is used elsewhere")
+
+
+__all__ = ["Attention", "Mask", "match_attention", "softmax_behind"]

@@ -1,0 +1,76 @@
+"""Recovers the Attention operator (opset 23) from matrix products and a softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from planish.passes.base import Decline
+from planish.passes.fusion.attention_mask import build_mask
+from planish.passes.fusion.attention_match import Attention, match_attention, softmax_behind
+from planish.passes.fusion.sizes import Term, sizes
+from planish.passes.pattern import Var
+from planish.passes.registry import register
+from planish.passes.rewrite import Match, RewritePass
+
+
+@register
+@dataclass(frozen=True)
+class FuseAttention(RewritePass):
+    """Replaces softmax(scale * Q K^T + mask) V by ``Attention(Q, K, V, mask)`` over heads, (B, H, S, D).
+
+    Understands what torch writes for scaled_dot_product_attention below opset 23 (both factors scaled, keys
+    transposed through three dimensions, NaN guard), eager attention of transformers, and TorchScript graphs; masks
+    added or filled in, scales before or after the product. A mask is kept as a mask, causal ones too. Where a
+    fully masked row would change its meaning the place is left alone.
+    """
+
+    name: ClassVar[str] = "fuse-attention"
+    min_opset: ClassVar[int] = 23
+    remove_nodes: ClassVar[bool] = False
+
+    def pattern(self, op: Any, weights: Any, v: Any) -> Any:
+        weights = Var("weights", check=lambda _, value: softmax_behind(value) is not None)
+        return op.MatMul(weights, v)
+
+    def rewrite(self, op: Any, match: Match) -> ir.Value:
+        found = match_attention(match.root)
+        lengths = _require_heads(found)
+        if found.scale <= 0:
+            raise Decline(f"the scores are scaled by {found.scale:g}, and Attention takes positive scales")
+        mask = build_mask(op, found, lengths, match.graph)
+        key = op.Transpose(found.k, perm=found.k_perm) if found.k_perm else found.k
+        # Nodes of the chain that nothing else needs leave with the match.
+        match.nodes = tuple(found.nodes)
+        inputs = [found.q, key, found.v] + ([mask] if mask is not None else [])
+        fused: ir.Value = op.Attention(*inputs, scale=found.scale)
+        return fused
+
+
+def _require_heads(found: Attention) -> tuple[Term, Term]:
+    """Checks that q, k, v are (batch, heads, length, depth) as Attention reads them; returns both lengths."""
+    for role, value in (("queries", found.q), ("keys", found.k), ("values", found.v)):
+        if value.dtype != ir.DataType.FLOAT:
+            raise Decline(f"the {role} are {value.dtype.name if value.dtype else 'of unknown dtype'}, not float32")
+    q, v, k = sizes(found.q), sizes(found.v), sizes(found.k)
+    if q is None or k is None or v is None:
+        raise Decline("the rank of queries, keys or values is unknown")
+    if not len(q) == len(k) == len(v) == 4:
+        raise Decline(f"queries, keys and values have ranks {len(q)}, {len(k)}, {len(v)}; Attention takes 4")
+    if found.k_perm is not None:
+        k = tuple(k[i] for i in found.k_perm)
+    for axis, what in ((0, "batch"), (1, "heads")):
+        known = [d[axis] for d in (q, k, v)]
+        numbers = {d for d in known if isinstance(d, int)}
+        # One broadcast over another is not what Attention means by it; names that differ may still be equal.
+        if len(numbers) > 1 or (numbers == {1} and not all(d == 1 for d in known)):
+            raise Decline(f"queries, keys and values differ in {what}: {', '.join(map(_shown, known))}")
+        if axis == 1 and len(numbers) != 1:
+            raise Decline("the number of heads is unknown")
+    return q[2], k[2]
+
+
+def _shown(term: Term) -> str:
+    return "?" if isinstance(term, tuple) else str(term)

@@ -1,0 +1,116 @@
+"""What values an additive attention mask can hold, as an interval; where masks come from is known to be simple.
+
+The bounds matter for rows in which every key is masked. A row of finite numbers is a plain softmax over the scores,
+one of ``-inf`` is NaN, and ONNX Runtime's Attention gives zeros as soon as a whole row is at the lowest float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.passes.canonicalize.editing import constant_array
+
+#: Close to the lowest float32, and above it: absorbs every score as that does, without its meaning in Attention.
+ALMOST_LOWEST = -3.3e38
+_LOWEST = float(np.finfo(np.float32).min)
+_DEPTH = 24
+_MOVES = frozenset(
+    "Identity Unsqueeze Squeeze Reshape Expand Transpose Slice Gather GatherND GatherElements Tile Trilu".split()
+)
+_BOOL_OPS = frozenset("Equal Less LessOrEqual Greater GreaterOrEqual And Or Not Xor".split())
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Finite values are in [low, high]; `infinite` when ``-inf`` can occur besides."""
+
+    low: float
+    high: float
+    infinite: bool = False
+
+    def join(self, other: Bounds) -> Bounds:
+        return Bounds(min(self.low, other.low), max(self.high, other.high), self.infinite or other.infinite)
+
+    def checked(self) -> Bounds | None:
+        """Accounts for overflow: sums below the lowest float32 are ``-inf``; above the highest nothing is known."""
+        if not self.high <= -_LOWEST:
+            return None
+        return replace(self, low=_LOWEST, infinite=True) if self.low < _LOWEST else self
+
+
+def bounds(value: ir.Value | None, depth: int = _DEPTH) -> Bounds | None:
+    """The interval of `value`, or None if nothing is known.
+
+    An integer or bool input of the graph that a mask is made from is taken to hold zeros and ones.
+    """
+    if value is None or depth == 0:
+        return None
+    if value.dtype == ir.DataType.BOOL:
+        return Bounds(0.0, 1.0)
+    array = constant_array(value, 1 << 24)
+    if array is not None:
+        return _of_array(array)
+    node = value.producer()
+    if node is None:
+        integer = value.dtype is not None and value.dtype.is_integer()
+        return Bounds(0.0, 1.0) if value.is_graph_input() and integer else None
+    if node.domain:
+        return None
+    kind = node.op_type
+    if kind in _BOOL_OPS:
+        return Bounds(0.0, 1.0)
+    if kind in _MOVES:
+        found = bounds(node.inputs[0], depth - 1)
+        # Trilu fills with zeros.
+        return found.join(Bounds(0.0, 0.0)) if found is not None and kind == "Trilu" else found
+    if kind == "Cast":
+        return bounds(node.inputs[0], depth - 1)
+    if kind == "Where":
+        return _join([bounds(v, depth - 1) for v in node.inputs[1:]])
+    if kind == "Concat":
+        return _join([bounds(v, depth - 1) for v in node.inputs])
+    if kind in ("Add", "Sub", "Mul", "Neg", "Max"):
+        return _arithmetic(kind, [bounds(v, depth - 1) for v in node.inputs])
+    return None
+
+
+def _of_array(array: np.ndarray) -> Bounds | None:
+    values = np.asarray(array, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    if np.isnan(values).any() or np.isposinf(values).any():
+        return None
+    infinite = finite.size < values.size
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return Bounds(low, high, infinite)
+
+
+def _join(parts: list[Bounds | None]) -> Bounds | None:
+    found = parts[0]
+    for part in parts[1:]:
+        found = found.join(part) if found is not None and part is not None else None
+    return found
+
+
+def _arithmetic(kind: str, parts: list[Bounds | None]) -> Bounds | None:
+    known = [p for p in parts if p is not None]
+    if len(known) < len(parts):
+        return None
+    a = known[0]
+    if kind == "Neg":
+        return None if a.infinite else Bounds(-a.high, -a.low)
+    b = known[1]
+    if kind == "Max" and len(known) == 2:
+        infinite = a.infinite and b.infinite
+        return Bounds(max(a.low, b.low) if not (a.infinite or b.infinite) else min(a.low, b.low),
+                      max(a.high, b.high), infinite)
+    if kind == "Add" and len(known) == 2:
+        return Bounds(a.low + b.low, a.high + b.high, a.infinite or b.infinite).checked()
+    if kind == "Sub":
+        return None if b.infinite else Bounds(a.low - b.high, a.high - b.low, a.infinite).checked()
+    if kind == "Mul" and not (a.infinite or b.infinite):
+        corners = [x * y for x in (a.low, a.high) for y in (b.low, b.high)]
+        return Bounds(min(corners), max(corners)).checked()
+    return None

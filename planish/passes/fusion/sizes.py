@@ -1,0 +1,96 @@
+"""Sizes of values as terms that can be compared, and the contents of the integer vectors that shapes are made of.
+
+A term is a number, the name of a symbolic size, or ``(value, axis)``: "whatever that value has there". Equal terms
+are equal sizes. Unlike the facts of the shape-simplifying pass, terms exist for sizes nobody named, which is what
+graphs of older exporters are full of.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from planish.passes.canonicalize.editing import constant_array, is_op
+
+Term = int | str | tuple[ir.Value, int]
+_DEPTH = 12
+
+
+def sizes(value: ir.Value | None) -> tuple[Term, ...] | None:
+    """The shape of `value` as terms, or None if its rank is unknown."""
+    if value is None or value.shape is None:
+        return None
+    found: list[Term] = []
+    for axis, dim in enumerate(value.shape):
+        name = dim if isinstance(dim, int) else dim.value
+        found.append(name if name is not None else (value, axis))
+    return tuple(found)
+
+
+def rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def contents(value: ir.Value | None, depth: int = _DEPTH) -> tuple[Term | None, ...] | None:
+    """Items of an integer scalar or vector as terms (None: unknown item), or None if nothing is known."""
+    if value is None or depth == 0:
+        return None
+    array = constant_array(value, 64)
+    if array is not None:
+        return tuple(int(i) for i in array.ravel()) if array.dtype.kind == "i" else None
+    node = value.producer()
+    if node is None or node.domain:
+        return None
+    if node.op_type == "Shape":
+        dims = sizes(node.inputs[0])
+        bounds = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", None))
+        return None if dims is None else dims[bounds]
+    if node.op_type in ("Identity", "Unsqueeze", "Squeeze", "Reshape", "Cast"):
+        return contents(node.inputs[0], depth - 1)
+    if node.op_type == "Concat":
+        parts = [contents(v, depth - 1) for v in node.inputs]
+        return None if any(p is None for p in parts) else tuple(item for part in parts for item in part or ())
+    if node.op_type in ("Slice", "Gather"):
+        return _select(node, depth)
+    return None
+
+
+def _select(node: ir.Node, depth: int) -> tuple[Term | None, ...] | None:
+    data = contents(node.inputs[0], depth - 1)
+    chosen = [constant_array(v, 64) if v is not None else None for v in node.inputs[1:]]
+    if data is None or chosen[0] is None:
+        return None
+    if node.op_type == "Gather":
+        picks = [int(i) for i in chosen[0].ravel()]
+        return tuple(data[i] for i in picks) if all(-len(data) <= i < len(data) for i in picks) else None
+    if len(chosen) < 2 or chosen[1] is None or (len(chosen) > 3 and (chosen[3] is None or chosen[3].item() != 1)):
+        return None
+    return data[int(chosen[0].item()) : int(chosen[1].item())]
+
+
+def reshaped(node: ir.Node) -> tuple[Term | None, ...] | None:
+    """Sizes that a Reshape gives, by what it is told; None for an item that is -1 or unknown."""
+    target = contents(node.inputs[1])
+    if target is None:
+        return None
+    source = sizes(node.inputs[0]) or ()
+    keep_zero = node.attributes.get_int("allowzero", 0)
+    dims: list[Term | None] = []
+    for axis, item in enumerate(target):
+        if item == 0 and not keep_zero:
+            dims.append(source[axis] if axis < len(source) else None)
+        else:
+            dims.append(None if item == -1 else item)
+    return tuple(dims)
+
+
+def transposed_with(node: ir.Node | None, *perm: int) -> bool:
+    """Whether `node` is a Transpose with exactly this permutation."""
+    return is_op(node, "Transpose") and tuple(node.attributes.get_ints("perm", ())) == perm  # type: ignore[union-attr]
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number in a constant of one element, or None."""
+    array = constant_array(value, 1)
+    if array is None or array.size != 1 or array.dtype.kind == "b":
+        return None
+    return float(array.ravel()[0])
