@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.passes.base import Decline
+from planish.passes.pattern import AttrVar
 from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass, Rule
 
@@ -42,7 +43,8 @@ class FuseMatmulAdd(RewritePass):
     def _transpose_b(self, op: Any, match: Match, w: ir.Value) -> ir.Value:
         root = match.root
         attributes = {name: a for name, a in root.attributes.items() if name != "transB"}
-        fused: ir.Value = op.Gemm(root.inputs[0], self._transposed(op, match, w, (1, 0)), *root.inputs[2:], **attributes)
+        weight = self._transposed(op, match, w, (1, 0))
+        fused: ir.Value = op.Gemm(root.inputs[0], weight, *root.inputs[2:], **attributes)
         return fused
 
     def _fold_transpose(self, op: Any, match: Match, a: ir.Value, w: ir.Value, perm: ir.Attr) -> ir.Value:
@@ -53,10 +55,10 @@ class FuseMatmulAdd(RewritePass):
     def _transposed(self, op: Any, match: Match, w: ir.Value, order: tuple[int, ...]) -> ir.Value:
         if not match.is_constant(w):
             raise Decline(f"'{w.name}' is transposed at run time: it is no constant")
-        assert w.const_value is not None or w.producer() is not None
         others = [u for u in w.consumers() if u not in match.nodes]
         if others:
-            raise Decline(f"'{w.name}' is also read by {others[0].op_type} '{others[0].name}', and would be stored twice")
+            reader = f"{others[0].op_type} '{others[0].name}'"
+            raise Decline(f"'{w.name}' is also read by {reader}, and would be stored twice")
         array = match.constant(w)
         assert array is not None
         if array.nbytes > self.limit:
@@ -90,6 +92,4 @@ def _gemm(op: Any, a: Any, w: Any) -> Any:
 
 
 def _matmul_transpose(op: Any, a: Any, w: Any) -> Any:
-    from planish.passes.pattern import AttrVar
-
     return op.MatMul(a, op.Transpose(w, perm=AttrVar("perm", optional=True)))

@@ -17,10 +17,11 @@ from planish.passes.canonicalize.editing import constant_array
 ALMOST_LOWEST = -3.3e38
 _LOWEST = float(np.finfo(np.float32).min)
 _DEPTH = 24
-_MOVES = frozenset(
-    "Identity Unsqueeze Squeeze Reshape Expand Transpose Slice Gather GatherND GatherElements Tile Trilu".split()
-)
-_BOOL_OPS = frozenset("Equal Less LessOrEqual Greater GreaterOrEqual And Or Not Xor".split())
+_MOVES = frozenset({
+    "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Transpose", "Slice",
+    "Gather", "GatherND", "GatherElements", "Tile", "Trilu",
+})
+_BOOL_OPS = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Not", "Xor"})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Lets Attention take and give (batch, length, hidden) instead of heads apart, so that no copy splits and joins heads."""
+"""Lets Attention take and give (batch, length, hidden), so that no copy splits and joins the heads around it."""
 
 from __future__ import annotations
 
@@ -78,16 +78,24 @@ def _joined(op: Any, value: ir.Value, heads: int, depth: int) -> ir.Value:
     node = value.producer()
     if is_op(node, "Reshape"):
         source = node.inputs[0]  # type: ignore[union-attr]
-        before, after = sizes(source), sizes(value)
-        if before is not None and after is not None and len(before) == 3 and before[2] == heads * depth:
-            # One more axis that agrees determines the other.
-            if before[0] == after[0] or before[1] == after[1]:
-                return source  # type: ignore[return-value]
+        if _same_rows(source, value, heads * depth):
+            return source  # type: ignore[return-value]
     joined: ir.Value = op.Reshape(value, [0, 0, heads * depth])
     if value.shape is not None:
         joined.shape = ir.Shape([value.shape[0], value.shape[1], heads * depth])
     joined.dtype = value.dtype
     return joined
+
+
+def _same_rows(source: ir.Value | None, other: ir.Value, hidden: int) -> bool:
+    """Whether `source`, (B, S, hidden), has the batch and length of `other`, of as many elements."""
+    before, after = sizes(source), sizes(other)
+    if before is None or after is None or len(before) != 3 or before[2] != hidden:
+        return False
+    if len(after) == 3 and after[2] != hidden:
+        return False
+    # One axis that agrees determines the other.
+    return before[0] == after[0] or before[1] == after[1]
 
 
 def _reshape_pattern(op: Any, q: Any, k: Any, v: Any, apart: Any, shape: Any) -> Any:
@@ -100,11 +108,11 @@ def _reshape_pattern(op: Any, q: Any, k: Any, v: Any, apart: Any, shape: Any) ->
 def _drop_reshape(op: Any, match: Match, merged: ir.Value, shape: ir.Value) -> ir.Value:
     node = merged.producer()
     assert node is not None
-    before, after = sizes(merged), sizes(match.output)
-    if rank(merged) != 3 or before is None:
+    if rank(merged) != 3 or merged.shape is None:
         raise Decline("the attention is not in its three-dimensional form")
     attributes = dict(node.attributes)
-    if after is not None and len(after) == 3 and before[2] == after[2] and (before[0] == after[0] or before[1] == after[1]):
+    hidden = merged.shape[2]
+    if rank(match.output) == 3 and isinstance(hidden, int) and _same_rows(merged, match.output, hidden):
         again: ir.Value = op.Attention(*node.inputs, **attributes)
         return again
     items = contents(shape)
