@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from planish.frontends import onnx_checks as checks
 from planish.frontends.onnx_normalize import normalize_proto
-from planish.frontends.onnx_opset import raise_opset
+from planish.frontends.onnx_opset import min_ir_version, raise_opset
 from planish.frontends.onnx_tensors import Tensors, bind_external_tensors, detach_weights, open_tensors
 from planish.frontends.onnx_wire import split_weights
 from planish.ir.errors import InputError, did_you_mean
@@ -26,7 +26,6 @@ from planish.ir.program import Program
 from planish.ir.serialize import PROTO_LIMIT, to_proto_without_weights
 from planish.ir.target import Target
 
-_MIN_IR_VERSION = 10  # first with value_info in functions; older models are lifted to it
 _SNIFF = (
     (0, b"PK\x03\x04", "a zip archive, such as a torch.save or torch.export file"),
     (0, b"\x80\x02", "a Python pickle, such as an old torch.save file; it is not opened, since that runs code"),
@@ -85,11 +84,11 @@ def load_onnx(
             opened = _open(source, base)
             notes = opened.notes
             model = _to_ir(opened)
-        original = {d: v for d, v in model.graph.opset_imports.items() if d == ""}.get("", 0)
+        original = model.graph.opset_imports.get("", 0)
         notes += _normalize(model)
         checks.run_checker(to_proto_without_weights(model)[0])
-        note = raise_opset(model) if convert else "kept as it was, as asked"
-        model.ir_version = max(model.ir_version, _MIN_IR_VERSION, _ir_version_for(model))
+        model, note = raise_opset(model) if convert else (model, "kept as it was, as asked")
+        model.ir_version = max(model.ir_version, min_ir_version(model))
         provenance = {"frontend": "onnx", "source": str(shown), "opset": str(original), "opset_note": note}
         if producer := " ".join(filter(None, (model.producer_name, model.producer_version))):
             provenance["producer"] = producer
@@ -201,7 +200,7 @@ def _to_ir(source: _Source) -> ir.Model:
     open_tensors(proto, source.tensors, source.base_dir)
     checks.check_operators(proto)
     checks.check_edges(proto)
-    model = ir.from_proto(proto)
+    model: ir.Model = ir.from_proto(proto)
     source.tensors.attach(model)
     return model
 
@@ -244,7 +243,7 @@ def _normalize(model: ir.Model) -> list[str]:
 
 def _sorted(body: ir.Graph) -> bool:
     done: set[ir.Node] = set()
-    own = {node for node in body}
+    own = set(body)
     for node in body:
         for value in node.inputs:
             producer = value.producer() if value is not None else None
@@ -260,8 +259,3 @@ def _sorted(body: ir.Graph) -> bool:
                 if any(p in own and p not in done for p in outer) or not _sorted(graph):
                     return False
     return True
-
-
-def _ir_version_for(model: ir.Model) -> int:
-    version = model.graph.opset_imports.get("", 1)
-    return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", version)], ignore_unknown=True)

@@ -30,10 +30,11 @@ RUNTIME_DOMAINS = frozenset(
 )
 DIALECT_DOMAIN = "planish"
 # Operators of early drafts of ONNX that are in no schema and still run on ONNX Runtime.
-_LEGACY = frozenset(
-    "Affine Crop DynamicSlice GRUUnit GivenTensorFill ImageScaler MeanVarianceNormalization ParametricSoftplus Scale "
-    "ScaledTanh ThresholdedRelu ATen SimplifiedLayerNormalization LayerNormalization".split()
-)
+_LEGACY = frozenset({
+    "Affine", "ATen", "Crop", "DynamicSlice", "GRUUnit", "GivenTensorFill", "ImageScaler", "LayerNormalization",
+    "MeanVarianceNormalization", "ParametricSoftplus", "Scale", "ScaledTanh", "SimplifiedLayerNormalization",
+    "ThresholdedRelu",
+})  # fmt: skip
 _ONNX_DOMAINS = ("", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training", "ai.onnx.preview")
 
 
@@ -76,7 +77,7 @@ def check_versions(proto: onnx.ModelProto) -> None:
     for entry in (*proto.opset_import, *(e for f in proto.functions for e in f.opset_import)):
         limit = defs.onnx_opset_version()
         if entry.domain in ("", "ai.onnx") and not 1 <= entry.version <= limit:
-            raise UnsupportedError(f"opset {entry.version} is not supported; 1 to {limit} are. Export to an older opset.")
+            raise UnsupportedError(f"opset {entry.version} is not supported; 1 to {limit} are.")
     for entry in proto.opset_import:
         domain = "" if entry.domain == "ai.onnx" else entry.domain
         if imports.setdefault(domain, entry.version) != entry.version:
@@ -196,7 +197,7 @@ def _check_onnx_operator(node: onnx.NodeProto, domain: str, versions: dict[str, 
                  if s.name == node.op_type and s.domain == domain]  # fmt: skip
         if newer:
             raise UnsupportedError(
-                f"{shown}: operator {prefix}{node.op_type} is of opset {min(newer)} or later; the model imports {version}."
+                f"{shown}: operator {prefix}{node.op_type} needs opset {min(newer)}; the model imports {version}."
             ) from None
         names = {s.name for s in defs.get_all_schemas() if s.domain == domain}
         hint = did_you_mean(node.op_type, names)
@@ -213,14 +214,14 @@ def _check_calls(functions: dict[tuple[str, str, str], onnx.FunctionProto], prot
             total += 1
             if key in functions:
                 if key in path:
-                    raise InputError(f"function '{key[0]}::{key[1]}' calls itself; ONNX functions can not be recursive.")
+                    raise InputError(f"function '{key[0]}::{key[1]}' calls itself; recursion is not possible in ONNX.")
                 if len(path) >= MAX_DEPTH:
                     raise InputError(f"function calls are nested more than {MAX_DEPTH} deep; limit {MAX_DEPTH}.")
                 if key not in sizes:
                     sizes[key] = size(functions[key].node, (*path, key))
                 total += sizes[key]
             if total > MAX_EXPANDED:
-                raise InputError(f"has more than {MAX_EXPANDED} nodes once functions are inlined; limit {MAX_EXPANDED}.")
+                raise InputError(f"has more than {MAX_EXPANDED} nodes once functions are inlined.")
         return total
 
     size(proto.graph.node, ())
@@ -251,7 +252,7 @@ def _check_graph(graph: onnx.GraphProto, outer: set[str], where: str) -> None:
     for node in graph.node:
         for name in filter(None, node.output):
             if name in own:
-                raise InputError(f"{where}: value '{name}' is defined twice, again by node '{node.name or node.op_type}'.")
+                raise InputError(f"{where}: value '{name}' is defined again by node '{node.name or node.op_type}'.")
             own.add(name)
     known = own | outer
     _check_nodes(graph.node, known, where)

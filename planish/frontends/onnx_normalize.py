@@ -103,7 +103,7 @@ def _drop_duplicates(graph: onnx.GraphProto, notes: list[str]) -> None:
     # ONNX Runtime takes the last one of a name and warns; so do we.
     for index in reversed(range(len(graph.initializer))):
         if last[graph.initializer[index].name] != index:
-            notes.append(f"Initializer '{graph.initializer[index].name}' was there more than once; the last one counts.")
+            notes.append(f"Initializer '{graph.initializer[index].name}' was there twice; the last one counts.")
             del graph.initializer[index]
 
 

@@ -74,7 +74,7 @@ def dims_of(proto: onnx.TensorProto) -> tuple[int, ...]:
     dims = tuple(proto.dims)
     name = proto.name or "without a name"
     if len(dims) > 64 or any(d < 0 for d in dims):
-        raise InputError(f"tensor '{name}' has the shape {list(dims[:64])}; sizes must be at least 0, at most 64 of them.")
+        raise InputError(f"tensor '{name}' has the shape {list(dims[:64])}; at most 64 sizes of at least 0.")
     total = 1
     for size in dims:
         total *= size
