@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,7 +34,7 @@ class Executable:
     Args:
         program: what was compiled; None when only the compiled form is at hand (a loaded artifact).
         runners: compiled entries by name.
-        report: what was done; see :class:`planish.runtime.report.Report`.
+        report: what was done (see :class:`planish.runtime.report.Report`), or a function that reads it.
         pipeline: the passes, as a string that parses back.
         provenance: where the program came from.
         target: by default the program's.
@@ -46,7 +46,7 @@ class Executable:
         program: Program | None,
         runners: Mapping[str, Runner],
         *,
-        report: Report | None = None,
+        report: Report | Callable[[], Report | None] | None = None,
         pipeline: str = "",
         provenance: Mapping[str, str] | None = None,
         target: Target | None = None,
@@ -65,6 +65,8 @@ class Executable:
     @property
     def report(self) -> Report | None:
         """What was done, what it cost and what it gained; None if nothing recorded it."""
+        if callable(self._report):
+            self._report = self._report()
         return self._report
 
     @property

@@ -48,7 +48,7 @@ def compile_ort(
     if target.name != "ort-cpu":
         raise UnsupportedError(f"target '{target}' is not one that planish.runtime.ort compiles for; use 'ort-cpu'.")
     settings = session_options(target, options, optimize)
-    proto, weights = to_proto_without_weights(_with_bodies(model))
+    proto, weights = to_proto_without_weights(with_bodies(model))
     kept = _hand_over(proto, weights, settings)
     graph = model.graph
     inputs = [TensorSpec.of(v) for v in graph.inputs if v.name not in graph.initializers]
@@ -67,7 +67,7 @@ def create_session(model: bytes, settings: ort.SessionOptions, named: ir.Model |
             raise _load_error(error, named) from error
 
 
-def _with_bodies(model: ir.Model) -> ir.Model:
+def with_bodies(model: ir.Model) -> ir.Model:
     """The model with the function body of every dialect operator in it; the given one if nothing is missing."""
     from planish.ir.ops import DIALECT_DOMAIN, import_functions
 
@@ -95,7 +95,7 @@ def _hand_over(
         if tensor.name not in weights:
             continue
         location = f"weight-{len(buffers)}"  # the weight's own name may not be one that a file can have
-        buffers[location] = raw = _raw(weights[tensor.name])
+        buffers[location] = raw = stored_bytes(weights[tensor.name])
         del tensor.external_data[:]
         for key, value in (("location", location), ("offset", "0"), ("length", str(raw.nbytes))):
             tensor.external_data.add(key=key, value=value)
@@ -106,8 +106,8 @@ def _hand_over(
     return [*buffers.values(), *weights.values()]
 
 
-def _raw(tensor: ir.TensorProtocol) -> np.ndarray:
-    """The stored bytes of a tensor; without a copy for every dtype of whole bytes."""
+def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray:
+    """The bytes of a tensor as ONNX stores them, uint8; without a copy for every dtype of whole bytes."""
     if tensor.dtype.bitwidth >= 8:
         array = np.ascontiguousarray(tensor.numpy())
         return array.reshape(-1).view(np.uint8)

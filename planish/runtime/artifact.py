@@ -1,0 +1,332 @@
+"""Artifacts: folders that hold an optimized program and all that is needed to check and run it.
+
+``manifest.json``, ``main.onnx`` (or one file per entry), ``weights/weights.safetensors`` (stored once, and at the
+same time the ONNX files' external data), ``golden/*.safetensors``, ``report.json``, ``report.html``, and
+``kernels/`` if there is native code. Files that the manifest does not list are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planish.ir.confined import ConfinedFile, open_confined
+from planish.ir.errors import ArtifactError, InputError, PlanishError, UnsafeModelError, UnsupportedError
+from planish.ir.ledger import ErrorStats
+from planish.ir.target import Target
+from planish.runtime.executable import Executable
+from planish.runtime.fingerprint import differences, fingerprint
+from planish.runtime.manifest import MAX_BYTES, NAME, EntryInfo, Manifest
+
+if TYPE_CHECKING:
+    from planish.runtime.ort import OrtRunner
+    from planish.runtime.report import Report
+
+_CHUNK = 1 << 20
+
+
+@dataclass
+class VerifyResult:
+    """What :func:`verify_artifact` found on this machine.
+
+    Attributes:
+        ok: every golden output is within `tolerance`.
+        files, bytes: how many files were hashed, and their size.
+        error: the worst error over the golden outputs; None if there are none.
+        golden: the error of each golden sample, with its entry.
+        tolerance: relative L2 that was allowed.
+        differences: in what this machine differs from the one that made the artifact.
+        unlisted: files in the folder that are no part of the artifact (and were not opened).
+        notes: what the maker of the artifact left out.
+    """
+
+    ok: bool
+    files: int
+    bytes: int
+    error: ErrorStats | None
+    golden: list[tuple[str, ErrorStats]]
+    tolerance: float
+    differences: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "error": self.error.to_dict() if self.error else None,
+            "golden": [{"entry": entry, "error": error.to_dict()} for entry, error in self.golden],
+        }
+
+
+def export_artifact(exe: Executable, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Writes `exe` as an artifact folder; see :meth:`planish.Executable.export`.
+
+    Returns:
+        The folder.
+    """
+    from planish.runtime import artifact_writer
+
+    return artifact_writer.write(exe, Path(path), overwrite)
+
+
+def load(path: str | os.PathLike[str], *, allow_native: bool = False, threads: int | None = None) -> Executable:
+    """Loads an artifact. Sizes and hashes of all files are checked before any of them is parsed.
+
+    Imports neither torch nor the passes, compiles nothing, and maps the weights instead of reading them.
+
+    Args:
+        path: the folder.
+        allow_native: load native code (``kernels/*.so``) if the artifact has any; it runs with your rights, so
+            only from a source that you trust.
+        threads: intra-op threads in place of the artifact's; 0 lets the runtime choose.
+
+    Raises:
+        ArtifactError: not an artifact, damaged, incomplete, of a newer schema, or with native code not allowed.
+        UnsafeModelError: a file of it is a link, or refers to something outside the folder.
+    """
+    return _load(*_checked(path), allow_native, threads)
+
+
+def verify_artifact(
+    path: str | os.PathLike[str],
+    *,
+    allow_native: bool = False,
+    threads: int | None = None,
+    tolerance: float | None = None,
+) -> VerifyResult:
+    """Hashes every file of an artifact again, runs its golden inputs, and compares with the expected outputs.
+
+    Args:
+        tolerance: relative L2 allowed; None: by the dtype of the outputs.
+
+    Raises:
+        InputError: as for :func:`load`.
+    """
+    from planish.ir.compare import compare_outputs, worst_of
+    from planish.ir.compare import tolerance as default_tolerance
+    from planish.runtime.tensorfile import read
+
+    folder, manifest, contents = _checked(path)
+    exe = _load(folder, manifest, contents, allow_native, threads)
+    found, allowed = [], 0.0
+    for sample in manifest.golden:
+        expected = read(contents[sample.outputs], str(folder / sample.outputs))
+        got = exe.run(read(contents[sample.inputs], str(folder / sample.inputs)), sample.entry)
+        found.append((sample.entry, compare_outputs(expected, got)))
+        allowed = max(allowed, default_tolerance(expected))
+    error = worst_of([stats for _, stats in found]) if found else None
+    limit = allowed if tolerance is None else tolerance
+    return VerifyResult(
+        ok=error is None or error.relative_l2 <= limit,
+        files=len(manifest.files) + 1,
+        bytes=sum(info.size for info in manifest.files.values()),
+        error=error,
+        golden=found,
+        tolerance=limit,
+        differences=differences(manifest.fingerprint, fingerprint()),
+        unlisted=sorted(_unlisted(folder, manifest)),
+        notes=manifest.notes,
+    )
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of an artifact folder; checks the manifest, not the files."""
+    folder = Path(path)
+    if not folder.exists():
+        raise ArtifactError(f"'{folder}' does not exist.")
+    if not folder.is_dir():
+        hint = " It looks like a model: planish.optimize takes it." if folder.suffix == ".onnx" else ""
+        raise ArtifactError(f"'{folder}' is a file; an artifact is a folder with a {NAME}.{hint}")
+    if not os.path.lexists(folder / NAME):
+        raise ArtifactError(f"'{folder}' is not an artifact: it holds no {NAME}.")
+    with _open(folder, NAME) as file:
+        if file.size > MAX_BYTES:
+            raise ArtifactError(f"'{file.path}' has {file.size} bytes; the limit is {MAX_BYTES}.")
+        return Manifest.from_bytes(file.read(), file.path)
+
+
+def _checked(path: str | os.PathLike[str]) -> tuple[Path, Manifest, dict[str, bytes]]:
+    """The folder, its manifest, and the contents of the small files, after every file was hashed.
+
+    What is used later is what was hashed: the bytes are kept. Only the weights are opened again by the runtime.
+    """
+    folder = Path(os.path.abspath(path))
+    manifest = read_manifest(folder)
+    opened: dict[str, ConfinedFile] = {}
+    try:
+        for name, info in manifest.files.items():
+            opened[name] = file = _open(folder, name)
+            if file.size != info.size:
+                raise ArtifactError(
+                    f"'{file.path}' has {file.size} bytes, the manifest says {info.size}: it was truncated or replaced."
+                )
+        keep = {name for name in opened if name != manifest.weights and name not in manifest.native}
+
+        def check(name: str) -> tuple[str, bytes]:
+            return name, _hash(opened[name], manifest.files[name].sha256, name in keep)
+
+        # hashlib releases the interpreter lock, so files are hashed side by side; the largest begins first.
+        order = sorted(opened, key=lambda name: -manifest.files[name].size)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            contents = dict(pool.map(check, order))
+    finally:
+        for file in opened.values():
+            file.close()
+    return folder, manifest, {name: contents[name] for name in keep}
+
+
+def _hash(file: ConfinedFile, expected: str, keep: bool) -> bytes:
+    digest = hashlib.sha256()
+    if keep:
+        data = file.read()
+        digest.update(data)
+    else:
+        data, buffer = b"", memoryview(bytearray(_CHUNK))
+        for offset in range(0, file.size, _CHUNK):
+            part = buffer[: min(_CHUNK, file.size - offset)]
+            file.read_into(part, offset)
+            digest.update(part)
+    if digest.hexdigest() != expected:
+        raise ArtifactError(f"'{file.path}' is not the file that was exported: its SHA-256 differs.")
+    return data
+
+
+def _open(folder: Path, name: str) -> ConfinedFile:
+    try:
+        return open_confined(folder, name)
+    except UnsafeModelError:
+        raise
+    except InputError as error:
+        raise ArtifactError(f"the artifact is incomplete: {error}") from error
+
+
+def _load(
+    folder: Path, manifest: Manifest, contents: Mapping[str, bytes], allow_native: bool, threads: int | None
+) -> Executable:
+    if manifest.native and not allow_native:
+        raise ArtifactError(
+            f"'{folder}' holds native code ({', '.join(manifest.native)}), which runs with your rights; if you trust "
+            "where it came from, load it with allow_native=True (--allow-native)."
+        )
+    try:
+        target = Target.parse(manifest.target)
+    except InputError as error:
+        raise ArtifactError(f"'{folder / NAME}': {error}") from error
+    if threads is not None:
+        if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 9999:
+            raise InputError(f"threads is {threads!r}; it must be a number from 0 to 9999.")
+        target = replace(target, threads=threads)
+    if target.name != "ort-cpu":
+        raise UnsupportedError(f"'{folder}' is for target '{target}', which this version of planish can not run.")
+    runners = {
+        name: _runner(folder, manifest, entry, contents[entry.file], target) for name, entry in manifest.entries.items()
+    }
+    return Executable(
+        None,
+        runners,
+        report=_report_reader(folder, contents),
+        pipeline=manifest.pipeline,
+        provenance=manifest.provenance,
+        target=target,
+        source=folder,
+    )
+
+
+def _runner(folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, target: Target) -> OrtRunner:
+    from planish.runtime.ort import OrtRunner, create_session
+    from planish.runtime.ort_options import FLUSH, FOLDER, session_options
+
+    where = str(folder / entry.file)
+    _check_references(model, manifest, where)
+    settings = session_options(target, None, optimize=True)
+    settings.add_session_config_entry(FOLDER, str(folder))
+    for name in manifest.native:
+        try:
+            settings.register_custom_ops_library(str(folder / name))
+        except Exception as error:
+            raise ArtifactError(f"'{folder / name}' does not load: {' '.join(str(error).split())}") from error
+    session = create_session(model, settings)
+    for kind, specs, values in (
+        ("inputs", entry.inputs, session.get_inputs()),
+        ("outputs", entry.outputs, session.get_outputs()),
+    ):
+        if [s.name for s in specs] != [v.name for v in values]:
+            raise ArtifactError(f"'{where}' has the {kind} {[v.name for v in values]}, not those of the manifest.")
+    flushing = settings.get_session_config_entry(FLUSH) == "1"
+    return OrtRunner(session, entry.inputs, entry.outputs, flush_denormals=flushing)
+
+
+def _check_references(model: bytes, manifest: Manifest, where: str) -> None:
+    """Refuses a model that refers to any file but the weights of this artifact, or past their end."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        proto = onnx.ModelProto.FromString(model)
+    except DecodeError as error:
+        raise ArtifactError(f"'{where}' is not an ONNX file: {error}.") from error
+    for tensor in _external_tensors(proto):
+        described = {item.key: item.value for item in tensor.external_data}
+        if described.get("location") != manifest.weights:
+            raise UnsafeModelError(
+                f"'{where}': weight '{tensor.name}' is in '{described.get('location', '')[:200]}', "
+                "which is not the weights file of this artifact."
+            )
+        numbers = [described.get(key, "0") for key in ("offset", "length")]
+        if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):
+            raise UnsafeModelError(f"'{where}': weight '{tensor.name}' has an offset or length that is no number.")
+        assert manifest.weights is not None
+        if sum(map(int, numbers)) > manifest.files[manifest.weights].size:
+            raise UnsafeModelError(f"'{where}': weight '{tensor.name}' lies past the end of '{manifest.weights}'.")
+
+
+def _external_tensors(proto: Any) -> Iterable[Any]:
+    """Every tensor of a model with external data: initializers and attributes, in subgraphs and functions too."""
+    import onnx
+
+    external = onnx.TensorProto.EXTERNAL
+    pending: list[Any] = [proto.graph, *proto.functions]
+    while pending:
+        body = pending.pop()
+        tensors = list(getattr(body, "initializer", ()))
+        for sparse in getattr(body, "sparse_initializer", ()):
+            tensors += (sparse.values, sparse.indices)
+        for attribute in (a for node in body.node for a in node.attribute):
+            tensors += (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                tensors += (sparse.values, sparse.indices)
+            if attribute.HasField("g"):
+                pending.append(attribute.g)
+            pending += attribute.graphs
+        yield from (t for t in tensors if t.data_location == external)
+
+
+def _report_reader(folder: Path, contents: Mapping[str, bytes]) -> Callable[[], Report | None]:
+    """Reads the report when it is asked for: its module is more than loading needs."""
+
+    def read() -> Report | None:
+        import json
+
+        from planish.runtime.report import Report
+
+        if "report.json" not in contents:
+            return None
+        try:
+            return Report.from_dict(json.loads(contents["report.json"]))
+        except (PlanishError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"'{folder / 'report.json'}' is not a report: {error}.") from error
+
+    return read
+
+
+def _unlisted(folder: Path, manifest: Manifest) -> Iterable[str]:
+    for base, _, names in os.walk(folder):
+        for name in names:
+            relative = (Path(base) / name).relative_to(folder).as_posix()
+            if relative != NAME and relative not in manifest.files:
+                yield relative

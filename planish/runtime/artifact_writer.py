@@ -1,0 +1,241 @@
+"""Writes artifacts; see :mod:`planish.runtime.artifact` for what is in one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planish.ir.errors import ArtifactError, InputError
+from planish.runtime import tensorfile
+from planish.runtime.executable import Executable
+from planish.runtime.fingerprint import fingerprint
+from planish.runtime.folder import require_space, whole_folder
+from planish.runtime.manifest import NAME, EntryInfo, FileInfo, Golden, Manifest
+from planish.runtime.tensors import element_type
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from planish.ir.program import Program
+
+WEIGHTS = "weights/weights.safetensors"
+#: Golden samples that are stored at most, and bytes they may take together: they are there to check, not to measure.
+GOLDEN_SAMPLES = 2
+GOLDEN_BYTES = 16 << 20
+
+
+def write(exe: Executable, path: Path, overwrite: bool) -> Path:
+    """Writes the artifact of `exe` to `path`, all of it or nothing.
+
+    Raises:
+        InputError: something is there already, the folder can not be written, or the disk is full.
+    """
+    target = Path(os.path.abspath(path))
+    _check_target(target, overwrite)
+    with whole_folder(target, overwrite) as folder:
+        if exe.program is not None:
+            _write_program(exe, exe.program, _Files(folder), target)
+        elif exe.source is not None:
+            _copy(exe.source, _Files(folder), target)
+        else:
+            raise InputError("this executable holds no program to export.")
+    return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_symlink():
+        raise InputError(f"can not write '{target}': it is a symbolic link; name the folder itself.")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise InputError(f"can not write '{target}': it is a file; an artifact is a folder.")
+    if not (target / NAME).is_file() or b'"planish-artifact"' not in (target / NAME).read_bytes():
+        raise InputError(f"'{target}' is there already and is no artifact; it is never replaced. Name another folder.")
+    if not overwrite:
+        raise InputError(f"'{target}' is there already; pass overwrite=True to replace it, or name another folder.")
+
+
+class _Files:
+    """Writes files into the folder and keeps their sizes and hashes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: dict[str, FileInfo] = {}
+
+    def path(self, name: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def write(self, name: str, *parts: Any) -> None:
+        """Writes buffers (or functions that return one, called one after the other) to a new file."""
+        digest, size = hashlib.sha256(), 0
+        with open(self.path(name), "xb") as file:
+            for part in parts:
+                view = memoryview(part() if callable(part) else part)
+                file.write(view)
+                digest.update(view)
+                size += view.nbytes
+        self.written[name] = FileInfo(size, digest.hexdigest())
+
+    def add(self, name: str) -> None:
+        """Takes in a file that somebody else wrote into the folder."""
+        with open(self.folder / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.written[name] = FileInfo((self.folder / name).stat().st_size, digest)
+
+    def close(self, manifest: Manifest) -> None:
+        manifest.files = self.written
+        self.path(NAME).write_bytes(manifest.to_bytes())
+
+
+def _write_program(exe: Executable, program: Program, files: _Files, target: Path) -> None:
+    from planish.ir.serialize import point_at, to_proto_without_weights
+    from planish.runtime.ort import with_bodies
+
+    store = _Store()
+    protos: dict[str, tuple[onnx.ModelProto, dict[str, str]]] = {}
+    for name, model in program.entries.items():
+        proto, weights = to_proto_without_weights(with_bodies(model))
+        protos[name] = proto, store.add(name, weights)
+    header, order, ranges = tensorfile.layout(store.items, tensorfile.PAGE)
+    graphs = sum(proto.ByteSize() for proto, _ in protos.values())
+    require_space(target, len(header) + sum(item.nbytes for item in order) + graphs)
+    opsets, entries = {}, {}
+    for name, (proto, stored) in protos.items():
+        point_at(proto, WEIGHTS, {weight: ranges[key] for weight, key in stored.items()})
+        file = f"{name}.onnx"
+        files.write(file, proto.SerializeToString(deterministic=True))
+        opsets[name] = {item.domain: item.version for item in proto.opset_import}
+        entries[name] = EntryInfo(file, exe.runners[name].inputs, exe.runners[name].outputs)
+    if order:
+        files.write(WEIGHTS, header, *(item.raw for item in order))
+    notes: list[str] = []
+    manifest = Manifest(
+        pipeline=exe.pipeline,
+        target=str(exe.target),
+        fingerprint=fingerprint(),
+        opsets=opsets,
+        entries=entries,
+        weights=WEIGHTS if order else None,
+        golden=_write_golden(exe, program, files, notes),
+        ledger=_write_report(exe, files),
+        provenance={str(k): str(v) for k, v in exe.provenance.items()},
+        notes=notes,
+    )
+    files.close(manifest)
+
+
+class _Store:
+    """The weights of all entries, each tensor once."""
+
+    def __init__(self) -> None:
+        self.items: list[tensorfile.Item] = []
+        self._keys: dict[int, str] = {}
+        self._names: set[str] = set()
+        self._kept: list[Any] = []  # an identity must not be used twice
+
+    def add(self, entry: str, weights: Mapping[str, ir.TensorProtocol]) -> dict[str, str]:
+        """Takes in the weights of an entry; returns name in the entry → name in the file."""
+        stored = {}
+        for name, tensor in weights.items():
+            key = self._keys.get(id(tensor))
+            if key is None:
+                key = self._keys[id(tensor)] = self._free(name, entry)
+                self._kept.append(tensor)
+                self._append(key, tensor)
+            stored[name] = key
+        return stored
+
+    def _append(self, name: str, tensor: ir.TensorProtocol) -> None:
+        from planish.runtime.ort import stored_bytes
+
+        shape = tuple(int(d) for d in tensor.shape.numpy())
+        raw: Callable[[], np.ndarray] = lambda: stored_bytes(tensor)  # noqa: E731
+        self.items.append(tensorfile.Item(name, int(tensor.dtype), shape, tensor.nbytes, raw))
+
+    def _free(self, name: str, entry: str) -> str:
+        candidate, number = name, 1
+        while candidate in self._names or candidate == "__metadata__":
+            candidate, number = f"{entry}.{name}.{number}", number + 1
+        self._names.add(candidate)
+        return candidate
+
+
+def _write_golden(exe: Executable, program: Program, files: _Files, notes: list[str]) -> list[Golden]:
+    calibration = program.calibration
+    if calibration is None:
+        notes.append("no golden data: there were no inputs to run.")
+        return []
+    golden: list[Golden] = []
+    left = GOLDEN_BYTES
+    for number, batch in enumerate(calibration.batches[:GOLDEN_SAMPLES]):
+        where = f"golden sample {number} of entry '{calibration.entry}'"
+        outputs = exe.run(batch, calibration.entry)
+        try:
+            tensors = [_items(batch), _items(outputs)]
+        except InputError as error:
+            notes.append(f"{where} is left out: {error}")
+            continue
+        size = sum(item.nbytes for items in tensors for item in items)
+        if size > left:
+            notes.append(f"{where} is left out: {size} bytes, of {left} that are left for golden data.")
+            continue
+        left -= size
+        names = [f"golden/{calibration.entry}.{number}.{kind}.safetensors" for kind in ("inputs", "outputs")]
+        for name, items in zip(names, tensors, strict=True):
+            header, order, _ = tensorfile.layout(items)
+            files.write(name, header, *(item.raw for item in order))
+        golden.append(Golden(calibration.entry, names[0], names[1], calibration.synthetic))
+    return golden
+
+
+def _items(arrays: Mapping[str, Any]) -> list[tensorfile.Item]:
+    """The arrays to store; raises InputError for what safetensors can not hold (text, sequences, 4 bit numbers)."""
+    items = []
+    for name, array in arrays.items():
+        element = element_type(array) if isinstance(array, np.ndarray) else None
+        if element is None or not tensorfile.storable(element):
+            kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise InputError(f"'{name}' is {kind}, which a safetensors file can not hold.")
+        items.append(tensorfile.Item.of(name, array, element))
+    return items
+
+
+def _write_report(exe: Executable, files: _Files) -> dict[str, Any] | None:
+    """Writes report.json and report.html; returns the ledger for the manifest, near misses only counted."""
+    if exe.report is None:
+        return None
+    data = exe.report.to_dict()
+    files.write("report.json", json.dumps(data, indent=1, allow_nan=False).encode())
+    exe.report.to_html(files.path("report.html"))
+    files.add("report.html")
+    ledger = dict(data["ledger"])
+    ledger["entries"] = [{**entry, "declined": len(entry["declined"])} for entry in ledger["entries"]]
+    return ledger
+
+
+def _copy(source: Path, files: _Files, target: Path) -> None:
+    """Copies the artifact that an executable was loaded from; damage since then is an error."""
+    from planish.ir.confined import open_confined
+    from planish.runtime.artifact import read_manifest
+
+    manifest = read_manifest(source)
+    require_space(target, sum(info.size for info in manifest.files.values()))
+    for name, info in manifest.files.items():
+        with open_confined(source, name) as file:
+            files.write(name, *_parts(file.read, file.size))
+        if files.written[name] != info:
+            raise ArtifactError(f"'{source / name}' was changed after the artifact was loaded; nothing was written.")
+    files.close(manifest)
+
+
+def _parts(read: Callable[[int, int], bytes], size: int, chunk: int = 16 << 20) -> Sequence[Callable[[], bytes]]:
+    return [lambda at=at: read(at, min(chunk, size - at)) for at in range(0, size, chunk)]  # type: ignore[misc]
