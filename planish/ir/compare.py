@@ -71,10 +71,13 @@ def _compare(want: Any, got: Any) -> tuple[float, float, float]:
     x, y = x[finite], y[finite]
     if x.size == 0:
         return 0.0, 0.0, 1.0
+    largest = float(np.abs(x - y).max())
+    scale = max(np.abs(x).max(), np.abs(y).max()) or 1.0
+    x, y = x / scale, y / scale  # so that squares neither overflow nor vanish
     difference, nx, ny = np.linalg.norm(x - y), np.linalg.norm(x), np.linalg.norm(y)
     relative = difference / nx if nx else (0.0 if not difference else _WRONG)
     cosine = float(np.real(np.vdot(x, y)) / (nx * ny)) if nx and ny else (1.0 if nx == ny else 0.0)
-    return float(relative), float(np.abs(x - y).max()), min(cosine, 1.0)
+    return float(relative), largest, min(cosine, 1.0)
 
 
 def _compare_nested(want: Any, got: Any) -> tuple[float, float, float]:
