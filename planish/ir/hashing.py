@@ -70,7 +70,7 @@ def _attribute_text(attribute: ir.Attr) -> str:
 class _Hasher:
     """Feeds one graph (and its subgraphs) to a digest, numbering values in order of definition."""
 
-    def __init__(self, digest: hashlib._Hash, contents: bool) -> None:
+    def __init__(self, digest: hashlib.blake2b, contents: bool) -> None:
         self.digest = digest
         self.tensor = tensor_digest if contents else _identity
         self.numbers: dict[ir.Value, int] = {}
@@ -91,6 +91,8 @@ class _Hasher:
             self._node(node)
         outputs = " ".join(f"{v.name}={self._use(v)}" for v in graph.outputs)
         self.digest.update(f"outputs {outputs}\n".encode())
+        unused = sorted(self.pending.pop(v) for v in initializers.values() if v in self.pending)
+        self.digest.update(f"unused {unused}\n".encode())
 
     def _define(self, value: ir.Value, text: str = "value") -> int:
         number = self.numbers.setdefault(value, len(self.numbers))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def find_property(name: str) -> Property:
     """
     match = _OPSET.fullmatch(name)
     if match:
-        return Property(name, lambda program, least=int(match[1]): _opset_problem(program, least))
+        return Property(name, functools.partial(_opset_problem, least=int(match[1])))
     if name not in _PROPERTIES:
         hint = did_you_mean(name, [*_PROPERTIES, "opset>=20"])
         raise PlanishError(f"unknown property '{name}'.{hint} Known: {', '.join(_PROPERTIES)}, opset>=N.")

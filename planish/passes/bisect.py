@@ -149,7 +149,7 @@ def write_reproducer(
         text = pipeline if isinstance(pipeline, str) else format_pipeline(pipeline)
         (temporary / "pipeline.txt").write_text(text + "\n")
         problem = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        command = f"planish bisect before.onnx -p \"{text}\" -t {before.target}"
+        command = f'planish bisect before.onnx -p "{text}" -t {before.target}'
         (temporary / "error.txt").write_text(f"{problem}\n\nTo see it again:\n  {command}\n")
         return _move(temporary, folder)
     except BaseException:

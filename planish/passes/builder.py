@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from planish.ir.hashing import tensor_digest
 from planish.ir.program import Program
 from planish.passes.base import Decline
 
+_ONLY = {"tensor(bool)": ir.DataType.BOOL, "tensor(int64)": ir.DataType.INT64}  # what predicates and Shape return
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -75,7 +75,9 @@ class Constants:
                 shared = known.const_value
         if name in initializers:
             return initializers[name]
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=shared)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=shared
+        )
         model.graph.register_initializer(value)
         return value
 
@@ -107,11 +109,11 @@ class Builder:
         if isinstance(array, ir.TensorProtocol):
             tensor = array
         else:
-            tensor = ir.tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else np.asarray(array))
+            tensor = ir.tensor(np.asarray(array, order="C"))
         value = ir.Value(
             name=name or self._rule.replace("-", "_"),
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         self.constants.append(value)
@@ -142,6 +144,7 @@ class Builder:
         attrs = [self._attribute(schema, op_type, n, a) for n, a in attributes.items() if a is not None]
         count = _outputs if isinstance(_outputs, int) else len(_outputs)
         node = ir.Node(domain, op_type, values, attrs, num_outputs=count, version=_version, name=_name)
+        _set_dtypes(schema, node)
         if not isinstance(_outputs, int):
             for value, name in zip(node.outputs, _outputs, strict=True):
                 value.name = name
@@ -219,6 +222,30 @@ def _dtype_beside(schema: Any, index: int, given: list[Any]) -> ir.DataType | No
     return None
 
 
+def _set_dtypes(schema: Any, node: ir.Node) -> None:
+    """Gives the outputs the dtypes that follow from the schema; shapes are left to inference."""
+    if schema is None:
+        return
+    target = node.attributes.get("to") if node.op_type == "Cast" else None
+    allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+    for index, value in enumerate(node.outputs):
+        if target is not None:
+            value.dtype = ir.DataType(target.as_int())
+            continue
+        formal = schema.outputs[min(index, len(schema.outputs) - 1)]
+        kind = formal.type_str
+        if not formal.is_homogeneous:  # of control flow: each output has its own type
+            continue
+        for position, operand in enumerate(node.inputs):
+            if operand is not None and operand.type is not None and _formal(schema, position) == kind:
+                value.type = operand.type
+                break
+        else:
+            only = allowed.get(kind, [kind])
+            if len(only) == 1 and only[0] in _ONLY:
+                value.dtype = _ONLY[only[0]]
+
+
 def _formal(schema: Any, index: int) -> str:
     formals = schema.inputs
     return str(formals[min(index, len(formals) - 1)].type_str) if formals else ""
@@ -238,8 +265,9 @@ def _schema(domain: str, op_type: str, version: int) -> Any:
 def _first_version(domain: str, op_type: str) -> int | None:
     import onnx
 
-    versions = [s.since_version for s in onnx.defs.get_all_schemas_with_history()
-                if s.name == op_type and s.domain == domain]
+    versions = [
+        s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == op_type and s.domain == domain
+    ]
     return min(versions, default=None)
 
 
@@ -257,5 +285,3 @@ def new_metadata(pass_name: str, replaced: Sequence[ir.Node], root: ir.Node) -> 
     merged["planish.pass"] = pass_name
     merged["planish.from"] = ",".join(list(sources)[:8])
     return merged
-
-

@@ -7,10 +7,22 @@ from planish.passes import registry
 
 # Cleaning comes first, so that fusions see one form of a thing; fusions come largest first, since a small one
 # would take apart what a larger one looks for; and what they leave behind is cleaned at the end.
-_CLEAN = ("fold-constants", "simplify-shapes", "remove-no-ops", "eliminate-common-subexpressions",
-          "eliminate-dead-code")
-_FUSE = ("fuse-attention", "fuse-layer-norm", "fuse-rms-norm", "fuse-gelu", "fuse-swiglu", "fuse-silu",
-         "fuse-matmul-add")
+_CLEAN = (
+    "fold-constants",
+    "simplify-shapes",
+    "remove-no-ops",
+    "eliminate-common-subexpressions",
+    "eliminate-dead-code",
+)
+_FUSE = (
+    "fuse-attention",
+    "fuse-layer-norm",
+    "fuse-rms-norm",
+    "fuse-gelu",
+    "fuse-swiglu",
+    "fuse-silu",
+    "fuse-matmul-add",
+)
 _PIPELINES = {"ort-cpu": (*_CLEAN, *_FUSE, *_CLEAN)}
 
 

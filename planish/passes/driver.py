@@ -142,22 +142,22 @@ class _GraphWork:
             except Decline as decline:
                 # Operand orders are one site: the reason of the first is kept.
                 key = (rule.rule.name, id(node))
-                self.declined.setdefault(key, Declined(rule.rule.name, node.name or node.op_type, decline.reason))
+                self.declined.setdefault(key, Declined(rule.rule.name, describe_node(node), decline.reason))
                 if count + 1 >= _MOST_ALTERNATIVES:
                     return None
                 continue
-            matched = tuple(n.name or n.op_type for n in match.nodes)
+            matched = tuple(map(describe_node, match.nodes))
             change = self.replacer.carry_out(plan)
-            self._count(rule.rule, node, matched, change)
+            self._count(rule.rule, matched, change)
             return self._neighbours(plan.new_nodes)
         return None
 
-    def _count(self, rule: Rule, node: ir.Node, matched: tuple[str, ...], change: int) -> None:
+    def _count(self, rule: Rule, matched: tuple[str, ...], change: int) -> None:
         self.fired += 1
         self.recent.append(rule.name)
         log = _log.get()
         if log is not None:
-            log.fired.append((rule.name, node.name or node.op_type, matched))
+            log.fired.append((rule.name, matched[0], matched))
         if change < 0:
             return
         spent = self.growing[rule.name] = self.growing.get(rule.name, 0) + 1
@@ -167,7 +167,7 @@ class _GraphWork:
         cause = f"it and {', '.join(others)} undo each other" if others else "its output matches its own pattern"
         raise PlanishError(
             f"pass '{self.pass_name}': rule '{rule.name}' fired {spent} times without making the graph smaller "
-            f"(limit {self.budget}), last at '{node.name}'; most likely {cause}."
+            f"(limit {self.budget}), last at '{matched[0]}'; most likely {cause}."
         )
 
     def _neighbours(self, new_nodes: Sequence[ir.Node]) -> list[ir.Node]:
@@ -211,4 +211,9 @@ def require_removable(match: Match) -> None:
                     raise Decline(f"inner value '{value.name}' is also used by {user.op_type} '{user.name}'")
 
 
-__all__ = ["FiringLog", "apply_rules", "log_firings", "propose", "require_removable"]
+def describe_node(node: ir.Node) -> str:
+    """The name of a node, or what it computes if it has none."""
+    return node.name or f"{node.op_type} of {node.outputs[0].name if node.outputs else 'nothing'}"
+
+
+__all__ = ["FiringLog", "apply_rules", "describe_node", "log_firings", "propose", "require_removable"]

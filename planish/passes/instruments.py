@@ -16,9 +16,6 @@ from planish.passes.base import Pass, PassResult
 
 T = TypeVar("T")
 
-#: Instruments that every manager adds to its own; the test suite puts the verifier here.
-DEFAULT_INSTRUMENTS: list[Instrument] = []
-
 
 class Instrument:
     """Watches the passes of a manager; derive from it and override what is needed."""
@@ -95,17 +92,17 @@ class Time(Instrument):
 
     def __str__(self) -> str:
         total = sum(seconds for _, seconds, _ in self.rows)
-        lines = [f"{seconds * 1e3:9.1f} ms  {name}{'' if changed else '  (no change)'}"
-                 for name, seconds, changed in self.rows]
+        lines = [
+            f"{seconds * 1e3:9.1f} ms  {name}{'' if changed else '  (no change)'}"
+            for name, seconds, changed in self.rows
+        ]
         return "\n".join([*lines, f"{total * 1e3:9.1f} ms  in all"])
 
 
 class Print(Instrument):
     """Prints the program before or after the passes of these names; ``"*"`` stands for every pass that changed it."""
 
-    def __init__(
-        self, after: Collection[str] = (), before: Collection[str] = (), file: TextIO | None = None
-    ) -> None:
+    def __init__(self, after: Collection[str] = (), before: Collection[str] = (), file: TextIO | None = None) -> None:
         self.names_after, self.names_before = set(after), set(before)
         self.file = file
 

@@ -13,7 +13,7 @@ from planish.ir.hashing import structural_hash
 from planish.ir.program import Program
 from planish.ir.properties import find_property, implies
 from planish.passes.base import Pass, PassContext, PassResult
-from planish.passes.instruments import DEFAULT_INSTRUMENTS, HashCheck, Instrument
+from planish.passes.instruments import HashCheck, Instrument
 
 #: Instruments of the managers that are running now, outermost first; a nested manager's passes are watched too.
 _active: ContextVar[tuple[Instrument, ...]] = ContextVar("planish_instruments", default=())
@@ -117,7 +117,7 @@ class PassManager(Pass):
             raise InputError(f"pass '{fx.name}' works on the FX graph; the torch frontend runs it while capturing.")
         outer = _active.get()
         watched = any(isinstance(i, HashCheck) for i in (*outer, *self.instruments))
-        new = [*([HashCheck()] if self.checked and not watched else []), *DEFAULT_INSTRUMENTS, *self.instruments]
+        new = [*([HashCheck()] if self.checked and not watched else []), *self.instruments]
         instruments = (*outer, *(i for i in new if not any(i is o for o in outer)))
         token = _active.set(instruments)
         try:

@@ -266,7 +266,8 @@ class _Search:
                 return False
             if found is not None and not _attribute_matches(wanted, found):
                 self._fail(
-                    pattern, node,
+                    pattern,
+                    node,
                     lambda n=name, w=wanted, f=found: f"{_describe(node)}: expected {n}={w}, found {f.value}",
                 )
                 return False
@@ -360,8 +361,9 @@ def _constant_problem(pattern: ConstPattern, item: Any) -> Callable[[], str] | N
             return lambda: f"{_describe(value)} has shape {list(dims)}; expected [{len(wanted)}]"
     elif dims not in ((), (1,)):
         return lambda: f"{_describe(value)} has shape {list(dims)}; expected the number {pattern.value}"
-    elif dims == (1,) and any(v is not value and v is not None and v.shape is not None and not len(v.shape)
-                              for v in beside):
+    elif dims == (1,) and any(
+        v is not value and v is not None and v.shape is not None and not len(v.shape) for v in beside
+    ):
         return lambda: f"{_describe(value)} has shape [1] beside a scalar, and gives the result its rank"
     if tensor.dtype == ir.DataType.STRING:
         return lambda: f"{_describe(value)} holds strings; expected {pattern.value}"
@@ -372,8 +374,10 @@ def _constant_problem(pattern: ConstPattern, item: Any) -> Callable[[], str] | N
         # Beside a small number an absolute tolerance would accept 0 for 1e-12, so only a zero has one.
         absolute = _SMALLEST if floating and expected == 0 else 0.0
         if not math.isclose(number, expected, rel_tol=rel_tol, abs_tol=absolute):
-            return lambda: f"{_describe(value)} is {found.tolist()[0] if len(wanted) == 1 else found.tolist()}; " \
-                           f"expected {pattern.value}"
+            return lambda: (
+                f"{_describe(value)} is {found.tolist()[0] if len(wanted) == 1 else found.tolist()}; "
+                f"expected {pattern.value}"
+            )
     return None
 
 

@@ -22,7 +22,7 @@ __all__ = ["AttrVar", "CompiledPattern", "Constant", "OrValue", "Var", "any_valu
 
 #: Operators whose operands may be given in any order (the variadic ones for as many operands as they have).
 COMMUTATIVE = frozenset(
-    "Add Mul And Or Xor BitwiseAnd BitwiseOr BitwiseXor Equal Max Min Mean Sum".split()
+    ("Add", "Mul", "And", "Or", "Xor", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Equal", "Max", "Min", "Mean", "Sum")
 )
 _MOST_PERMUTED = 4  # operands of a variadic operator that are tried in every order
 
@@ -239,9 +239,7 @@ class _Compiler:
         compiled.outputs = tuple(o.name for o in node.outputs)
         compiled.other_attributes, compiled.other_inputs = node.allow_other_attributes, node.allow_other_inputs
         compiled.check = node.check_method
-        compiled.commutative = (
-            op in COMMUTATIVE and domain == "" and 2 <= len(compiled.inputs) <= _MOST_PERMUTED
-        )
+        compiled.commutative = op in COMMUTATIVE and domain == "" and 2 <= len(compiled.inputs) <= _MOST_PERMUTED
         compiled.label = f"{domain}::{node.op}" if domain else str(node.op)
         # Entered last, so that nodes are listed inputs first.
         self.nodes[node] = compiled

@@ -150,7 +150,8 @@ class _Parser:
 
     def literal(self) -> str:
         """The source text up to the ',' or '}' that ends it; brackets and strings inside are skipped over."""
-        start, stack, text = self.at, [], self.text
+        start, text = self.at, self.text
+        stack: list[str] = []
         while self.at < len(text):
             mark = text[self.at]
             if mark in "'\"":
@@ -160,9 +161,8 @@ class _Parser:
                 break
             if mark in _OPEN:
                 stack.append(_CLOSE[_OPEN.index(mark)])
-            elif mark in _CLOSE:
-                if not stack or stack.pop() != mark:
-                    raise self.fail(f"'{mark}' closes nothing.")
+            elif mark in _CLOSE and (not stack or stack.pop() != mark):
+                raise self.fail(f"'{mark}' closes nothing.")
             self.at += 1
         if stack:
             raise self.fail(f"'{stack[-1]}' is missing.")

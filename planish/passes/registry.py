@@ -133,6 +133,8 @@ def _load_offered(name: str, entries: tuple[importlib.metadata.EntryPoint, ...])
     except Exception as error:  # whatever a foreign module raises while it is imported
         raise InputError(f"pass '{name}' of {owner} can not be loaded from {entry.value}: {error}") from error
     if getattr(cls, "name", None) != name:
-        raise PlanishError(f"{owner} offers {entry.value} as pass '{name}', and it is named {getattr(cls, 'name', None)!r}.")
+        raise PlanishError(
+            f"{owner} offers {entry.value} as pass '{name}', and it is named {getattr(cls, 'name', None)!r}."
+        )
     if _passes.get(name) is not cls:
         register(cls)

@@ -83,7 +83,7 @@ class Replacer:
             if [n.op_type for n in plan.match.nodes] == ["Identity"]:
                 raise Decline(f"output '{old.name}' of the graph is '{value.name}' itself; the Identity must stay")
             identity = ir.Node("", "Identity", [value])
-            identity.outputs[0].dtype, identity.outputs[0].shape = value.dtype or old.dtype, value.shape or old.shape
+            identity.outputs[0].type, identity.outputs[0].shape = value.type or old.type, value.shape or old.shape
             plan.new_nodes.append(identity)
             plan.pairs[index] = (old, identity.outputs[0])
 

@@ -51,9 +51,7 @@ class Match:
         model, graph, program, target: where it was found.
     """
 
-    def __init__(
-        self, rule: CompiledRule, site: Site, root: ir.Node, bound: dict[Any, Any] | None = None
-    ) -> None:
+    def __init__(self, rule: CompiledRule, site: Site, root: ir.Node, bound: dict[Any, Any] | None = None) -> None:
         self.rule, self.root = rule.rule, root
         self.model, self.program, self.target, self.graph = site.model, site.program, site.target, site.graph
         self.values: dict[str, Any] = dict.fromkeys(rule.variables)
@@ -153,10 +151,14 @@ class CompiledRule:
         compiled = cls(rule, pattern, _variables(rule, pattern))
         parameters = list(inspect.signature(rule.rewrite).parameters.values())[1:]
         compiled.takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        named = [p for p in parameters if p.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)]
+        named = [
+            p for p in parameters if p.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        ]
         for parameter in named:
-            if parameter.name not in compiled.variables and parameter.name != "match" and (
-                parameter.default is inspect.Parameter.empty
+            if (
+                parameter.name not in compiled.variables
+                and parameter.name != "match"
+                and (parameter.default is inspect.Parameter.empty)
             ):
                 hint = did_you_mean(parameter.name, compiled.variables)
                 raise PlanishError(
