@@ -184,13 +184,14 @@ def test_each_rule_is_named(corrupt: Callable[[ir.Model], None], message: str) -
 
 
 def test_full_part_sees_wrong_types_and_shapes() -> None:
-    model = parse_model(TEXT.replace("com.microsoft.BiasGelu", "Add"))
+    text = TEXT.replace("com.microsoft.BiasGelu", "Add")
+    model = parse_model(text)
     node_of(model, "skip").outputs[0].shape = ir.Shape([7, 7])
     verify_model(model, full=False)
     with pytest.raises(VerifyError, match="skip"):
         verify_model(model, full=True)
 
-    model = parse_model(TEXT)
+    model = parse_model(text)
     node_of(model, "last").op_type = "Not"
     del node_of(model, "last").attributes["axis"]
     verify_model(model, full=False)
