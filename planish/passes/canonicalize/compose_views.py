@@ -15,23 +15,10 @@ from planish.passes.canonicalize.facts import dims_of, same_item
 from planish.passes.registry import register
 
 _D = ir.DataType
+_INTEGERS = (_D.UINT8, _D.INT8, _D.UINT16, _D.INT16, _D.INT32, _D.UINT32, _D.INT64, _D.UINT64)
 #: Types whose every value the listed types hold exactly.
 _WIDER: dict[ir.DataType, frozenset[ir.DataType]] = {
-    _D.BOOL: frozenset(
-        (
-            _D.UINT8,
-            _D.INT8,
-            _D.UINT16,
-            _D.INT16,
-            _D.INT32,
-            _D.UINT32,
-            _D.INT64,
-            _D.UINT64,
-            _D.FLOAT16,
-            _D.FLOAT,
-            _D.DOUBLE,
-        )
-    ),
+    _D.BOOL: frozenset((*_INTEGERS, _D.FLOAT16, _D.FLOAT, _D.DOUBLE)),
     _D.UINT8: frozenset((_D.UINT16, _D.INT16, _D.INT32, _D.UINT32, _D.INT64, _D.UINT64, _D.FLOAT, _D.DOUBLE)),
     _D.INT8: frozenset((_D.INT16, _D.INT32, _D.INT64, _D.FLOAT, _D.DOUBLE)),
     _D.UINT16: frozenset((_D.INT32, _D.UINT32, _D.INT64, _D.UINT64, _D.FLOAT, _D.DOUBLE)),

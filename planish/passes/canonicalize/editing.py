@@ -90,6 +90,7 @@ class Editor:
     Attributes:
         fired: number of places changed so far.
         declined: places left alone, with reasons.
+        revisit: nodes whose output has learned a type or a shape, so that a rule may now prove more of them.
     """
 
     def __init__(self, program: Program, name: str) -> None:
@@ -97,6 +98,7 @@ class Editor:
         self.name = name
         self.fired = 0
         self.declined: list[Declined] = []
+        self.revisit: list[ir.Node] = []
         self._values: set[str] | None = None
         self._nodes: set[str] = set()
         self._counters: dict[str, int] = {}
@@ -182,12 +184,16 @@ class Editor:
         Raises:
             Decline: `old` is an output of its graph and `new` can not take its place and name.
         """
+        known = (new.type, new.shape)
         if old.is_graph_output():
             self._replace_output(old, new)
         if new.type is None:
             new.type = old.type
-        if new.shape is None and new.producer() is not None:
-            new.shape = old.shape
+        producer = new.producer()
+        if producer is not None:
+            new.shape = old.shape if new.shape is None else new.shape
+            if known != (new.type, new.shape):
+                self.revisit.append(producer)
         for user, index in old.uses():
             user.replace_input_with(index, new)
 
@@ -248,13 +254,21 @@ def apply_rules(
     editor = Editor(program, name)
     for model in program.entries.values():
         for node in walk(model.graph):
-            rule = rules.get(node.op_type) if not node.domain else None
             if observe is not None:
                 observe(node)
-            if rule is None:
-                continue
-            try:
-                editor.fired += bool(rule(node, editor))
-            except Decline as decline:
-                editor.decline(node, decline.reason)
+            _apply_rule(node, rules, editor)
+        while editor.revisit:
+            node = editor.revisit.pop()
+            if node.graph is not None:
+                _apply_rule(node, rules, editor)
     return editor.result()
+
+
+def _apply_rule(node: ir.Node, rules: Mapping[str, Rule], editor: Editor) -> None:
+    rule = rules.get(node.op_type) if not node.domain else None
+    if rule is None:
+        return
+    try:
+        editor.fired += bool(rule(node, editor))
+    except Decline as decline:
+        editor.decline(node, decline.reason)

@@ -132,12 +132,9 @@ def _gather(node: ir.Node, facts: Facts) -> Vector | None:
 def _slice(node: ir.Node, facts: Facts) -> Vector | None:
     data = facts.vector(node.inputs[0])
     operands = [facts.vector(v) for v in node.inputs[1:]]
-    if (
-        data is None
-        or data.scalar
-        or len(operands) < 2
-        or any(o is None and v is not None for o, v in zip(operands, node.inputs[1:], strict=True))
-    ):
+    if data is None or data.scalar or len(operands) < 2:
+        return None
+    if any(o is None and v is not None for o, v in zip(operands, node.inputs[1:], strict=True)):
         return None
     ints = [o.ints if o is not None else None for o in operands]
     start, end = ints[0], ints[1]
@@ -198,10 +195,14 @@ def _where(node: ir.Node, facts: Facts) -> Vector | None:
     if any(len(v.items) not in (1, length) for v in (condition, a, b)):
         return None
     c, x, y = (v.items if len(v.items) == length else v.items * length for v in (condition, a, b))
-    items = (
-        i if k == 1 else j if k == 0 else (i if same_item(i, j) else None) for k, i, j in zip(c, x, y, strict=True)
-    )
+    items = (_chosen(k, i, j) for k, i, j in zip(c, x, y, strict=True))
     return Vector(tuple(items), condition.scalar and a.scalar and b.scalar)
+
+
+def _chosen(condition: Item, a: Item, b: Item) -> Item:
+    if isinstance(condition, int):
+        return a if condition else b
+    return a if same_item(a, b) else None
 
 
 def _filled(node: ir.Node, facts: Facts) -> Vector | None:

@@ -18,7 +18,7 @@ from planish.passes.canonicalize.inlining import inline_branch
 from planish.passes.canonicalize.kernels import evaluate, has_kernel
 from planish.passes.registry import register
 
-_MIN_OPSET = 7  # before, elementwise operators broadcast by an attribute
+_MIN_OPSET = 9  # before, Constant knows few types, and elementwise operators broadcast by an attribute
 _QUANTIZERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -52,7 +52,7 @@ class FoldConstants(ExactPass):
 @dataclass
 class _Folded:
     names: list[str]
-    tensors: list[ir.Tensor]
+    tensors: list[ir.TensorProtocol]
     operands: list[ir.TensorProtocol | None]  # kept, so that their ids in the key stay taken
 
 
@@ -67,23 +67,29 @@ class _Run:
 
     def graph(self, graph: ir.Graph) -> None:
         for node in walk(graph):
-            if node.domain or not node.inputs or node.op_type == "Constant":
-                continue
-            try:
-                if node.op_type == "If":
-                    self.editor.fired += self._branch(node)
-                elif self._is_constant(node):
-                    self._fold(node)
-                    self.editor.fired += 1
-            except Decline as decline:
-                self.editor.decline(node, decline.reason)
+            self._visit(node)
 
-    def _branch(self, node: ir.Node) -> bool:
+    def _visit(self, node: ir.Node) -> None:
+        if node.domain or not node.inputs:
+            return
+        try:
+            if node.op_type == "If":
+                self._branch(node)
+            elif self._is_constant(node):
+                self._fold(node)
+                self.editor.fired += 1
+        except Decline as decline:
+            self.editor.decline(node, decline.reason)
+
+    def _branch(self, node: ir.Node) -> None:
         tensor = constant_tensor(node.inputs[0])
         if tensor is None:
-            return False
-        inline_branch(node, "then_branch" if bool(tensor.numpy().ravel()[0]) else "else_branch", self.editor)
-        return True
+            return
+        branch = "then_branch" if bool(tensor.numpy().ravel()[0]) else "else_branch"
+        moved = inline_branch(node, branch, self.editor)
+        self.editor.fired += 1
+        for inner in moved:  # what was an output of the branch may now be folded
+            self._visit(inner)
 
     def _is_constant(self, node: ir.Node) -> bool:
         if any(v is not None and constant_tensor(v) is None for v in node.inputs) or not any(node.inputs):
@@ -128,7 +134,7 @@ class _Run:
         self.editor.replace(node.outputs[0], new)
         self.editor.remove(node)
 
-    def _evaluate(self, node: ir.Node, tensors: list[ir.TensorProtocol | None]) -> list[ir.Tensor]:
+    def _evaluate(self, node: ir.Node, tensors: list[ir.TensorProtocol | None]) -> list[ir.TensorProtocol]:
         if any(t is not None and t.dtype == ir.DataType.STRING for t in tensors):
             raise Decline("strings are not folded")
         pairs = zip(node.inputs, tensors, strict=True)

@@ -8,8 +8,8 @@ from planish.passes.base import Decline
 from planish.passes.canonicalize.editing import Editor
 
 
-def inline_branch(node: ir.Node, branch: str, editor: Editor) -> None:
-    """Replaces the If `node` by the contents of its attribute `branch`.
+def inline_branch(node: ir.Node, branch: str, editor: Editor) -> list[ir.Node]:
+    """Replaces the If `node` by the contents of its attribute `branch`; returns the nodes that moved.
 
     Names inside the two branches, and in other subgraphs, may be equal, so all that moves is renamed.
 
@@ -24,9 +24,8 @@ def inline_branch(node: ir.Node, branch: str, editor: Editor) -> None:
     constants = list(graph.initializers.values())
     if any(v not in inside and v not in constants for v in results):
         raise Decline(f"an output of the {branch} comes from outside of it")
-    if len(set(results)) < len(results) or any(
-        v.is_graph_output() and r in constants for v, r in zip(node.outputs, results, strict=True)
-    ):
+    lifted = any(v.is_graph_output() and r in constants for v, r in zip(node.outputs, results, strict=True))
+    if lifted or len(set(results)) < len(results):
         raise Decline(f"an output of the {branch} can not become an output of the graph")
     graph.outputs.clear()
     for value in constants:
@@ -45,3 +44,4 @@ def inline_branch(node: ir.Node, branch: str, editor: Editor) -> None:
     for old, new in zip(node.outputs, results, strict=True):
         editor.replace(old, new)
     editor.remove(node)
+    return moved

@@ -18,7 +18,8 @@ from planish.passes.base import Decline
 
 Array = np.ndarray
 Arrays = Sequence[Array | None]
-_NATIVE = frozenset("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16".split())
+_INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_NATIVE = _INTEGERS | {"bool", "float16", "bfloat16", "float32", "float64"}
 
 
 def evaluate(node: ir.Node, inputs: Arrays, limit: int) -> list[Array]:
@@ -36,6 +37,9 @@ def evaluate(node: ir.Node, inputs: Arrays, limit: int) -> list[Array]:
     for array in inputs:
         if array is not None and array.dtype.name not in _NATIVE:
             raise Decline(f"constants of type {array.dtype.name} are not folded")
+    half = any(a is not None and a.itemsize == 2 and a.dtype.kind not in "iu" for a in inputs)
+    if half and node.op_type in _ROUNDING:
+        raise Decline("runtimes may keep arithmetic on half floats in float32")
     size = _output_bytes(node, inputs)
     if size > limit:
         raise Decline(f"the result would take {size} bytes, over the limit of {limit}")
@@ -85,9 +89,9 @@ def _tile_count(node: ir.Node, inputs: Arrays) -> int:
 
 def _range_count(node: ir.Node, inputs: Arrays) -> int:
     start, limit, delta = (a for a in inputs if a is not None)
-    if start.dtype.kind not in "iu" or not int(delta):
+    if start.dtype.kind not in "iu" or not delta.all():
         raise Decline("Range of floats may be computed step by step or by product")
-    return max(0, -((int(start) - int(limit)) // int(delta)))
+    return int(max(0, -((start.item() - limit.item()) // delta.item())))
 
 
 def _gather_count(node: ir.Node, inputs: Arrays) -> int:
@@ -120,7 +124,8 @@ def _cast(node: ir.Node, inputs: Arrays) -> Array:
             raise Decline(f"a value is outside of the range of {target.name}, where Cast is left open")
     if dtype.itemsize == 2 and dtype.kind not in "iu" and not np.array_equal(source, source.astype(np.float32)):
         raise Decline(f"Cast from {source.dtype.name} to {target.name} may round twice")
-    return source.astype(dtype)
+    result: Array = source.astype(dtype)
+    return result
 
 
 def _divide(node: ir.Node, inputs: Arrays) -> Array:
@@ -174,13 +179,15 @@ def _reshape(node: ir.Node, inputs: Arrays) -> Array:
 def _squeeze(node: ir.Node, inputs: Arrays) -> Array:
     axes = _axes(node, inputs, 1)
     assert inputs[0] is not None
-    return _checked(lambda: np.squeeze(inputs[0], tuple(axes) if axes is not None else None))
+    data = inputs[0]
+    return _checked(lambda: np.squeeze(data, tuple(axes) if axes is not None else None))
 
 
 def _unsqueeze(node: ir.Node, inputs: Arrays) -> Array:
     axes = _axes(node, inputs, 1)
     assert inputs[0] is not None and axes is not None
-    return _checked(lambda: np.expand_dims(inputs[0], tuple(axes)))
+    data = inputs[0]
+    return _checked(lambda: np.expand_dims(data, tuple(axes)))
 
 
 def _checked(compute: Callable[[], Array]) -> Array:
@@ -244,7 +251,7 @@ def _reduce(operate: Callable[..., Array]) -> Callable[[ir.Node, Arrays], Array]
         assert data is not None
         if data.dtype.kind not in "iu" or not data.size:
             raise Decline("reductions of floats and of nothing are not folded")
-        if not axes and node.attributes.get_int("noop_with_empty_axes", 0):
+        if not axes and node.attributes.get_int("noop_with_empty_axes", 0) == 1:
             return data
         keep = bool(node.attributes.get_int("keepdims", 1))
         return operate(data, axis=tuple(axes) if axes else None, keepdims=keep).astype(data.dtype)
@@ -303,6 +310,7 @@ _ELEMENTWISE: dict[str, _Kernel] = {
     "Where": _simple(np.where),
     "Cast": _cast,
 }
+_ROUNDING = frozenset(("Add", "Sub", "Mul", "Div", "Sqrt"))
 _GROWING: dict[str, Callable[[ir.Node, Arrays], int]] = {
     "Expand": lambda node, inputs: math.prod(_expand_shape(inputs)),
     "Tile": _tile_count,
@@ -327,7 +335,7 @@ _KERNELS: dict[str, _Kernel] = {
     "Expand": lambda node, inputs: np.broadcast_to(inputs[0], _expand_shape(inputs)).copy(),  # type: ignore[arg-type]
     "Tile": lambda node, inputs: np.tile(inputs[0], _ints(inputs[1])),  # type: ignore[arg-type]
     "ConstantOfShape": _filled,
-    "Range": _simple(lambda start, limit, delta: np.arange(start, limit, delta, dtype=start.dtype)),
+    "Range": _simple(lambda a, b, step: np.arange(a.item(), b.item(), step.item(), dtype=a.dtype)),
     "ReduceSum": _reduce(np.sum),
     "ReduceProd": _reduce(np.prod),
     "ReduceMax": _reduce(np.max),
