@@ -107,7 +107,8 @@ def _check_module(module: Any) -> None:
         if tensor.device.type != "cpu":
             remedy = "load its weights first" if tensor.device.type == "meta" else "call module.cpu() first"
             raise InputError(
-                f"{type(module).__name__}: '{name}' is on device '{tensor.device}'; planish captures on the CPU: {remedy}."
+                f"{type(module).__name__}: '{name}' is on device '{tensor.device}'; planish captures on the CPU: "
+                f"{remedy}."
             )
 
 

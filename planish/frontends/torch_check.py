@@ -112,8 +112,8 @@ class EagerCheck:
             return call
         if failure:
             raise InputError(
-                f"dynamic_shapes: {type(self.module).__name__} itself fails at every other size that was tried ({failure}); "
-                "give the dim its range or multiple, e.g. 32 * torch.export.Dim('h', min=1, max=16)."
+                f"dynamic_shapes: {type(self.module).__name__} itself fails at every other size that was tried "
+                f"({failure}); give the dim its range or multiple, e.g. 32 * torch.export.Dim('h', min=1, max=16)."
             )
         return None
 

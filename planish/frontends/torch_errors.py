@@ -48,8 +48,14 @@ def translate(
     if operator:
         path = _module_path(operator, exported)
         return UnsupportedError(
-            f"{name} can not be captured: {stage} has no ONNX form of operator '{operator}'{path}{where if not path else ''}; "
+            f"{name} can not be captured: {stage} has no ONNX form of operator '{operator}'{path or where}; "
             "write it with supported operators, or move it out of the module."
+        )
+    unknown_type = re.search(r"Found <class '([^']+)'> in output", text)
+    if unknown_type:
+        return InputError(
+            f"{name} can not be captured: forward returns a {unknown_type[1].split('.')[-1]}; return tensors, or "
+            "tuples, lists and dicts of them."
         )
     if "not a known type" in text or "unexpected type" in text.lower() or "pytree" in text:
         return InputError(
@@ -57,6 +63,14 @@ def translate(
         )
     return UnsupportedError(
         f"{name} can not be captured: {stage} failed{where}: {type(chain[-1]).__name__}: {_first_line(chain[-1])}."
+    )
+
+
+def failed_eagerly(error: BaseException, module: torch.nn.Module) -> InputError:
+    """The InputError for a module that raises on the example inputs by itself."""
+    name, where = type(module).__name__, _where(_chain(error))
+    return InputError(
+        f"{name}.forward fails on the example inputs{where}: {type(error).__name__}: {_first_line(error)}."
     )
 
 
@@ -76,7 +90,7 @@ def _first_line(error: BaseException, limit: int = 240) -> str:
 
 
 def _where(chain: list[BaseException]) -> str:
-    """The innermost line of the user's (or a model library's) source in the traceback: `` at file:line, in f: code``."""
+    """The innermost line outside of torch in the traceback: `` at file:line, in function: `code```."""
     for error in reversed(chain):
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             if _is_users(frame.filename):
@@ -98,6 +112,7 @@ def _constraints(text: str) -> str:
         tail = text.split("Suggested fixes:")[1].strip("\n").split("\n\n")[0]
         fixes = list(dict.fromkeys(line.strip() for line in tail.splitlines() if line.strip()))
     parts = "; ".join(found[:2]) or _first_line(Exception(text))
+    parts = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"'\1' dim \2", parts)
     return parts + (f"; torch suggests: {', '.join(fixes)}" if fixes else "")
 
 

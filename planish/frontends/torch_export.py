@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch.export.graph_signature import SymIntArgument, TensorArgument
 
-from planish.frontends.torch_errors import translate
+from planish.frontends.torch_errors import failed_eagerly, translate
 from planish.frontends.torch_inputs import Call
 from planish.frontends.torch_shapes import DynamicShapes
-from planish.ir.errors import UnsupportedError
+from planish.ir.errors import InputError, UnsupportedError
 
 OPSET = 23
 _NOISY = ("torch", "onnxscript", "onnx_ir", "transformers")
@@ -25,18 +27,26 @@ _BITWISE = {"aten::__and__": "bitwise_and", "aten::__or__": "bitwise_or", "aten:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences what torch and the exporter print, log and warn about: the caller gets our error or nothing."""
-    names = [n for n in logging.root.manager.loggerDict if n.split(".")[0] in _NOISY]
-    loggers = [logging.getLogger(n) for n in {*names, *_NOISY}]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # Loggers that exist are switched off one by one (many have a level of their own), those that an import
+    # creates meanwhile inherit the level of their root.
+    existing = list(logging.root.manager.loggerDict.items())
+    loggers = [v for n, v in existing if isinstance(v, logging.Logger) and n.split(".")[0] in _NOISY]
+    roots = [logging.getLogger(name) for name in _NOISY]
+    flags, levels = [logger.disabled for logger in loggers], [root.level for root in roots]
+    sink = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
+            logger.disabled = True
+        for root in roots:
+            root.setLevel(logging.CRITICAL + 1)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for logger, flag in zip(loggers, flags, strict=True):
+                logger.disabled = flag
+            for root, level in zip(roots, levels, strict=True):
+                root.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -61,10 +71,47 @@ def export_program(module: torch.nn.Module, call: Call, shapes: DynamicShapes) -
     """
     _register_caches()
     try:
-        with quiet():
-            return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes.spec, strict=False)
+        with quiet(), _spread_forward(module, call):
+            exported = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes.spec, strict=False)
     except Exception as error:
-        raise translate(error, module, "torch.export") from error
+        raise _own_failure(module, call) or translate(error, module, "torch.export") from error
+    if not any(isinstance(s.arg, TensorArgument | SymIntArgument) for s in exported.graph_signature.output_specs):
+        raise InputError(f"{type(module).__name__}.forward returns no tensor; there is nothing to capture.")
+    return exported
+
+
+@contextlib.contextmanager
+def _spread_forward(module: torch.nn.Module, call: Call) -> Iterator[None]:
+    """Gives forward the call's signature meanwhile: torch.export does not take dynamic shapes with ``**kwargs``."""
+    if call.signature == inspect.signature(module.forward):
+        yield
+        return
+    own = module.__dict__.get("forward")
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    forward.__signature__ = call.signature  # type: ignore[attr-defined]
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def _own_failure(module: torch.nn.Module, call: Call) -> InputError | None:
+    """The error to report when the module fails on the example inputs without any capture."""
+    copy = call.clone()
+    try:
+        with quiet():
+            module(*copy.args, **copy.kwargs)
+    except Exception as error:
+        return failed_eagerly(error, module)
+    return None
 
 
 def to_onnx(module: torch.nn.Module, exported: torch.export.ExportedProgram) -> ir.Model:
@@ -76,22 +123,24 @@ def to_onnx(module: torch.nn.Module, exported: torch.export.ExportedProgram) -> 
     _refuse_mutation(module, exported)
     # The exporter's own preparation traces the whole graph twice more to decompose it, although almost every
     # graph of a transformer holds only operators that it can translate as they are.
-    if _simplify(exported.graph_module):
-        original = exported.run_decompositions
+    simple = _simplify(exported.graph_module)
+    original = exported.run_decompositions
+    latest = exported
 
-        def decompose(table: Any = None, **kwargs: Any) -> torch.export.ExportedProgram:
-            if table is not None and not _needs_decomposition(exported.graph_module, table):
-                return exported
-            return original(table, **kwargs)
+    def decompose(table: Any = None, **kwargs: Any) -> torch.export.ExportedProgram:
+        nonlocal latest
+        if not simple or table is None or _needs_decomposition(exported.graph_module, table):
+            latest = original(table, **kwargs)
+        return latest
 
-        exported.run_decompositions = decompose  # type: ignore[method-assign]
+    exported.run_decompositions = decompose  # type: ignore[method-assign]
     try:
         with quiet():
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET, verbose=False, verify=False, report=False, optimize=True
             )
     except Exception as error:
-        raise translate(error, module, "the ONNX exporter", exported) from error
+        raise translate(error, module, "the ONNX exporter", latest) from error
     if program is None:
         raise UnsupportedError(f"the ONNX exporter returned nothing for {type(module).__name__}.")
     return program.model
@@ -187,6 +236,3 @@ def _register_caches() -> None:
         from transformers.integrations import executorch
 
         executorch.register_dynamic_cache_export_support()
-
-
-Progress = Callable[[str], None]

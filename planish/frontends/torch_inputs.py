@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from planish.ir.errors import InputError, did_you_mean
 
-_SCALARS = (bool, int, float, str, type(None))
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Call:
         args: positional arguments; used only when forward takes ``*args`` or positional-only parameters.
         kwargs: keyword arguments, in the order of forward's parameters.
         arguments: the same by parameter, as ``inspect.BoundArguments`` groups them.
+        signature: forward's signature, in which each input that ``**kwargs`` takes is a parameter of its own.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     arguments: dict[str, Any]
+    signature: inspect.Signature
 
     @property
     def leaves(self) -> list[Any]:
@@ -39,7 +41,7 @@ class Call:
         """The same call with other leaves."""
         spec = pytree.tree_structure((self.args, self.kwargs))
         args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-        return Call(args, kwargs, self.arguments)
+        return Call(args, kwargs, self.arguments, self.signature)
 
     def clone(self) -> Call:
         """The same call on tensors of its own, so that a forward that writes to its inputs leaves the user's alone."""
@@ -71,6 +73,7 @@ def bind(module: torch.nn.Module, example_inputs: Any, kwargs: Mapping[str, Any]
     else:
         positional = (example_inputs,)
     try:
+        signature = _spread(signature, signature.bind(*positional, **named).arguments)
         bound = signature.bind(*positional, **named)
     except TypeError as error:
         raise InputError(_misfit(module, signature, positional, named, error)) from None
@@ -82,6 +85,17 @@ def bind(module: torch.nn.Module, example_inputs: Any, kwargs: Mapping[str, Any]
     return _call(signature, arguments)
 
 
+def _spread(signature: inspect.Signature, arguments: Mapping[str, Any]) -> inspect.Signature:
+    """The signature with a keyword parameter for each input that ``**kwargs`` takes."""
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if parameter.kind == inspect.Parameter.VAR_KEYWORD and arguments.get(name):
+            parameters += [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in arguments[name]]
+        else:
+            parameters.append(parameter)
+    return signature.replace(parameters=parameters)
+
+
 def _call(signature: inspect.Signature, arguments: dict[str, Any]) -> Call:
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     starred = {name for name in arguments if kinds[name] == inspect.Parameter.VAR_POSITIONAL and arguments[name]}
@@ -91,13 +105,11 @@ def _call(signature: inspect.Signature, arguments: dict[str, Any]) -> Call:
     for name, value in arguments.items():
         if kinds[name] == inspect.Parameter.VAR_POSITIONAL:
             args.extend(value)
-        elif kinds[name] == inspect.Parameter.VAR_KEYWORD:
-            kwargs.update(value)
         elif by_position and kinds[name] != inspect.Parameter.KEYWORD_ONLY:
             args.append(value)
         else:
             kwargs[name] = value
-    return Call(tuple(args), kwargs, arguments)
+    return Call(tuple(args), kwargs, arguments, signature)
 
 
 def _misfit(
@@ -132,10 +144,11 @@ def _to_tensors(name: str, value: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             if leaf.device.type != "cpu":
                 raise InputError(
-                    f"example input '{name}' is on device '{leaf.device}'; planish captures on the CPU: pass {name}.cpu()."
+                    f"example input '{name}' is on device '{leaf.device}'; planish captures on the CPU: "
+                    f"pass {name}.cpu()."
                 )
             return leaf
-        if isinstance(leaf, _SCALARS | torch.dtype | torch.device):
+        if isinstance(leaf, _CONSTANTS):
             return leaf
         raise InputError(
             f"example input '{name}' holds a {type(leaf).__name__}; pass tensors, NumPy arrays, "
@@ -184,11 +197,9 @@ def is_mask(tensor: torch.Tensor) -> bool:
     """Bool, or integers that are all 0 or 1."""
     if tensor.dtype == torch.bool:
         return True
-    return (
-        not tensor.dtype.is_floating_point
-        and not tensor.dtype.is_complex
-        and bool(((tensor == 0) | (tensor == 1)).all())
-    )
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return False
+    return bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _window_at_end(leaves: Sequence[Any], sizes: Mapping[int, Mapping[int, int]]) -> bool:

@@ -18,6 +18,8 @@ from planish.ir.errors import InputError, UnsupportedError
 _STACK = "pkg.torch.onnx.stack_trace"
 _DROPPED = ("pkg.torch.onnx.fx_node", _STACK, "namespace")
 SOURCE = "planish.source"
+# On a graph input, "planish.range.<dim>" is "<smallest>..<largest>": the sizes for which the capture holds.
+RANGE = "planish.range"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ class Signature:
     outputs: dict[int, str]
     symbols: dict[str, str]
     ranges: dict[str, tuple[int, int | None]]
+
+    def range_of(self, expression: Any) -> tuple[int, int | None]:
+        """Smallest and largest size of a dim that is a symbol of its own; (1, None) where nothing is known."""
+        if isinstance(expression, int) or not expression.is_Symbol:
+            return 1, None
+        low, high = self.ranges.get(str(expression), (1, None))
+        # Torch's lower bound 2 says only how it traces, not what the module takes.
+        return (low if low > 2 else 1), high
 
 
 def read_signature(exported: torch.export.ExportedProgram, call: Call, shapes: DynamicShapes) -> Signature:
@@ -92,6 +102,7 @@ def _symbols(inputs: list[InputLeaf], shapes: DynamicShapes) -> dict[str, str]:
             for symbol in () if isinstance(expression, int) else sorted(map(str, expression.free_symbols)):
                 given = shapes.names.get(item.leaf, {}).get(dim)
                 name = f"{given}_base" if given else f"{item.name}_dim_{dim}"
+                name = given if given in shapes.roots else name
                 if symbol not in names and name not in taken:
                     names[symbol] = name
                     taken.add(name)
@@ -157,6 +168,10 @@ def apply_names(model: ir.Model, signature: Signature) -> None:
     for value, item in zip(graph.inputs, signature.inputs, strict=True):
         _free(taken, item.name, value)
         value.name = item.name
+        for dim, expression in enumerate(item.dims):
+            low, high = signature.range_of(expression)
+            if high is not None or low > 1:
+                value.metadata_props[f"{RANGE}.{dim}"] = f"{low}..{'' if high is None else high}"
     seen: set[int] = set()
     for index, name in enumerate(signature.outputs.values()):
         value = graph.outputs[index]

@@ -24,10 +24,12 @@ class DynamicShapes:
     Attributes:
         spec: tree in the structure of the call's arguments by parameter name; None when everything is static.
         names: leaf number → dim → symbol name, or None for an unnamed dynamic dim.
+        roots: the symbols from which dims such as ``8 * Dim("w")`` are derived.
     """
 
     spec: dict[str, Any] | None = None
     names: dict[int, dict[int, str | None]] = field(default_factory=dict)
+    roots: set[str] = field(default_factory=set)
 
     @property
     def dynamic(self) -> bool:
@@ -62,22 +64,11 @@ def normalize(call: Call, dynamic_shapes: Any) -> DynamicShapes:
     if dynamic_shapes and all(isinstance(key, int) for key in dynamic_shapes):
         dynamic_shapes = {name: _Everywhere(dynamic_shapes) for name in arguments}
     else:
-        dynamic_shapes = _with_var_keywords(call, dict(dynamic_shapes))
         for name in dynamic_shapes:
             if name not in arguments:
                 raise unknown("input in dynamic_shapes", str(name), arguments)
     spec = {name: reader.read(value, dynamic_shapes.get(name), name) for name, value in arguments.items()}
-    return DynamicShapes(spec, reader.names)
-
-
-def _with_var_keywords(call: Call, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Moves entries for inputs that forward takes through ``**kwargs`` under the name of that parameter."""
-    for name, value in call.arguments.items():
-        if isinstance(value, dict) and name not in call.kwargs and name not in shapes:
-            inner = {key: shapes.pop(key) for key in list(shapes) if key in value}
-            if inner:
-                shapes[name] = inner
-    return shapes
+    return DynamicShapes(spec, reader.names, reader.roots)
 
 
 class _Everywhere(dict[int, Any]):
@@ -92,6 +83,7 @@ class _Reader:
             if isinstance(leaf, torch.Tensor):
                 self._numbers.setdefault(id(leaf), []).append(number)
         self.names: dict[int, dict[int, str | None]] = {}
+        self.roots: set[str] = set()
         self._dims: dict[str, Any] = {}
 
     def read(self, value: Any, spec: Any, where: str) -> Any:
@@ -146,7 +138,10 @@ class _Reader:
             read = self._dim(what, int(tensor.shape[dim]), f"'{where}' dim {dim}")
             if read is not None:
                 result[dim] = read
-                name = what if isinstance(what, str) else getattr(read, "__name__", None)
+                root = getattr(read, "root", None)
+                name = what if isinstance(what, str) else getattr(root or read, "__name__", None)
+                if root is not None and name is not None:
+                    self.roots.add(name)
                 self.names.setdefault(number, {})[dim] = name
         return result or None
 
@@ -161,9 +156,9 @@ class _Reader:
             # torch infers the range of a DYNAMIC dim by itself. Dims of one name are separate symbols to torch;
             # that they are equal is the user's promise, and the exporter merges them by name afterwards.
             return self._dims.get(what, Dim.DYNAMIC)
-        if isinstance(what, bool) or not isinstance(what, int | Dim) and not hasattr(what, "__name__"):
+        if isinstance(what, bool) or not (isinstance(what, int) or hasattr(what, "__name__")):
             raise InputError(
-                f"dynamic_shapes: {where}: {what!r} is neither a name, torch.export.Dim, Dim.AUTO, Dim.DYNAMIC nor None."
+                f"dynamic_shapes: {where}: {what!r} is neither a name, a torch.export.Dim, Dim.AUTO nor None."
             )
         if isinstance(what, int):
             if what != size:
