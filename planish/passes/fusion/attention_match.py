@@ -5,6 +5,7 @@ Exporters write attention in many ways that differ in small steps of a chain, so
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -12,6 +13,8 @@ import onnx_ir as ir
 from planish.passes.base import Decline
 from planish.passes.canonicalize.editing import constant_array, is_op
 from planish.passes.fusion.sizes import rank, reshaped, scalar, sizes, transposed_with
+
+_MOST_NODES = 64
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Attention:
     Attributes:
         masks: masking steps in the order of execution.
         guarded: rows that are NaN (all keys at ``-inf``) become zeros.
-        nodes: what the chain consists of, the product with v first; nobody else uses their outputs.
+        nodes: all between q, k, v, masks and the output, the product with v first. Nobody else uses weights or scores.
     """
 
     q: ir.Value
@@ -73,6 +76,7 @@ def match_attention(root: ir.Node) -> Attention:
     found.scale *= factor
     _read_keys(found)
     _require_private(found)
+    found.nodes = _between(root, {found.q, found.k, found.v, *(m.value for m in found.masks)})
     return found
 
 
@@ -209,6 +213,19 @@ def _flattened_transpose(node: ir.Node | None) -> ir.Value | None:
     unknown = sum(a is None for a in outer)
     same = all(a is None or a == b for a, b in zip(outer, wanted, strict=True))
     return key if inner[1:] == (length, depth) and same and unknown <= 1 else None
+
+
+def _between(root: ir.Node, stops: set[ir.Value]) -> list[ir.Node]:
+    """Nodes that `root` is computed by from `stops`, `root` first; no further where that gets large."""
+    found: dict[ir.Node, None] = {root: None}
+    queue = deque([root])
+    while queue and len(found) < _MOST_NODES:
+        for value in queue.popleft().inputs:
+            node = value.producer() if value is not None and value not in stops else None
+            if node is not None and node.graph is root.graph and node not in found:
+                found[node] = None
+                queue.append(node)
+    return list(found)
 
 
 def _require_private(found: Attention) -> None:
