@@ -140,6 +140,8 @@ class Report:
     def summary(self) -> str:
         """The one sentence at the end: the gain, the error, the change of the graph, the passes kept."""
         parts = [self._gain_words(), self._error_words()]
+        if self.speedup is None and self.error is None:
+            parts = ["neither speed nor error was measured"]
         nodes = f"{self.before.nodes} → {self.after.nodes} nodes"
         if self.before.nodes == self.after.nodes:
             nodes = f"{self.after.nodes} nodes"
@@ -224,7 +226,7 @@ class Report:
             "graph_before": [block.to_dict() for block in self.graph_before],
             "graph_after": [block.to_dict() for block in self.graph_after],
         }
-        encoded: dict[str, Any] = _encode(data)
+        encoded: dict[str, Any] = encode(data)
         return encoded
 
     @classmethod
@@ -288,11 +290,12 @@ def _spec_from_dict(data: dict[str, Any]) -> TensorSpec:
     return TensorSpec(data["name"], dtype, None if data["shape"] is None else tuple(data["shape"]))
 
 
-def _encode(item: Any) -> Any:
+def encode(item: Any) -> Any:
+    """Data for strict JSON, which has no word for infinity and NaN: they become strings, tuples become lists."""
     if isinstance(item, dict):
-        return {key: _encode(value) for key, value in item.items()}
+        return {key: encode(value) for key, value in item.items()}
     if isinstance(item, list | tuple):
-        return [_encode(value) for value in item]
+        return [encode(value) for value in item]
     if isinstance(item, float) and not math.isfinite(item):
         return "nan" if math.isnan(item) else ("inf" if item > 0 else "-inf")
     return item

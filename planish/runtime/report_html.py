@@ -18,7 +18,7 @@ from planish.ir.errors import InputError
 from planish.ir.ledger import LedgerEntry
 from planish.runtime.report import Report
 from planish.runtime.report_graph import graph_view
-from planish.runtime.report_text import op_rows, reasons, spec_text
+from planish.runtime.report_text import idle_names, op_rows, reasons, spec_text
 from planish.runtime.units import (
     count_text,
     duration,
@@ -99,7 +99,8 @@ def page(report: Report) -> dict[str, Any]:
         "remarks": [printable(line, 400) for line in report.remarks()],
         "budget_lines": report.budget_lines(),
         "ledger": [_row(entry, hues) for entry in report.ledger.entries if entry not in report.idle],
-        "idle": [printable(entry.name, _NAME) for entry in report.idle],
+        "idle": idle_names(report),
+        "idle_count": len(report.idle),
         "charts": [chart for chart in (_nodes_chart(report, hues), _gain_chart(report), _error_chart(report)) if chart],
         "ops": _ops(report),
         "graph": graph_view(report, hues),

@@ -20,6 +20,8 @@ from planish.runtime.units import (
 
 #: Operators that the table shows; the rest are summed up in one row.
 SHOWN_OPS = 24
+#: Columns of a terminal from which on the ledger shows everything.
+_WIDE = 130
 
 
 def print_report(report: Report, console: Any = None) -> None:
@@ -30,7 +32,7 @@ def print_report(report: Report, console: Any = None) -> None:
     console = console or Console(highlight=False)
     console.print(_summary(report))
     if report.passes:
-        console.print(_ledger(report))
+        console.print(_ledger(report, wide=console.width >= _WIDE))
     for line in _after_ledger(report):
         console.print(line)
     good = report.speedup is None or report.speedup.high >= 1.0
@@ -52,17 +54,23 @@ def _summary(report: Report) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"planish {report.version}", style="bold"), title_justify="left", pad_edge=True)
+    title = f"{printable(report.model, 80)} on {report.target}, planish {report.version}"
+    table = Table(title=Text(title, style="bold"), title_justify="left")
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
     before, after = report.before, report.after
-    table.add_row("Model", Text(printable(report.model, 80)), Text(report.target), "")
     for role, specs in (("IN", report.inputs), ("OUT", report.outputs)):
         for spec in specs[:8]:
             table.add_row(Text(f"{role}: {printable(spec.name, 40)}"), Text(spec_text(spec)), "", "")
     table.add_section()
-    for name, old, new in op_rows(before.ops, after.ops, SHOWN_OPS):
+    changed = {name for name in {*before.ops, *after.ops} if before.ops.get(name) != after.ops.get(name)}
+    old_ops, new_ops = ({n: c for n, c in ops.items() if n in changed} for ops in (before.ops, after.ops))
+    for name, old, new in op_rows(old_ops, new_ops, SHOWN_OPS):
         table.add_row(Text(printable(name, 60)), str(old), _changed(old, new), "")
+    same = [count for name, count in before.ops.items() if name not in changed]
+    if same:
+        words = "other operators" if changed else "operators, as they were"
+        table.add_row(Text(f"{len(same)} {words}", style="dim"), str(sum(same)), str(sum(same)), "")
     table.add_section()
     for label, old_value, new_value, show in (
         ("Nodes", before.nodes, after.nodes, str),
@@ -71,13 +79,14 @@ def _summary(report: Report) -> Any:
         ("Peak activations", before.peak_activation_bytes, after.peak_activation_bytes, size),
         ("Latency", before.latency_ms, after.latency_ms, milliseconds),
     ):
-        if old_value is None and new_value is None and label != "Latency":
+        if old_value is None and new_value is None:
             continue
         text = Text(show(new_value), style=_colour(old_value, new_value))
         change = Text(percent_change(old_value, new_value), style=_colour(old_value, new_value))
         table.add_row(label, show(old_value), text, change)
     table.add_section()
-    table.add_row("Speed-up", "", Text(ratio_text(report.speedup), style=_ratio_style(report.speedup)), "")
+    speed = ratio_text(report.speedup) if report.speedup else "not measured"
+    table.add_row("Speed-up", "", Text(speed, style=_ratio_style(report.speedup)), "")
     table.add_row("Error", "", _error(report.error), "")
     table.add_row("Time spent", "", duration(report.seconds), "")
     return table
@@ -117,41 +126,46 @@ def _error(error: ErrorStats | None) -> Any:
     return Text(text)
 
 
-def _ledger(report: Report) -> Any:
+def _ledger(report: Report, wide: bool) -> Any:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text("Passes", style="bold"), title_justify="left")
-    for name in ("pass", "kind", "fired", "declined", "nodes", "error", "gain", "time", "verdict"):
+    names = ["pass", "kind", "fired", "declined", "nodes", "error", "gain", "time", "verdict"]
+    shown = names if wide else ["pass", "nodes", "error", "gain", "verdict"]
+    table = Table(title=Text("Passes", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in shown:
         right = name in ("fired", "declined", "time")
         table.add_column(name, justify="right" if right else "left", no_wrap=name in ("kind", "nodes", "time", "gain"))
+        if name == "pass":
+            table.columns[-1].overflow = "fold"
     idle = {id(entry) for entry in report.idle}
     for entry in report.ledger.entries:
         if id(entry) not in idle:
-            table.add_row(*_entry_cells(entry), end_section=entry.kind == "composition")
+            cells = _entry_cells(entry, wide)
+            table.add_row(*(cells[name] for name in shown), end_section=entry.kind == "composition")
     return table
 
 
-def _entry_cells(entry: LedgerEntry) -> list[Any]:
+def _entry_cells(entry: LedgerEntry, wide: bool) -> dict[str, Any]:
     from rich.text import Text
 
     whole = entry.kind == "composition"
     same = entry.nodes_before == entry.nodes_after
-    nodes = str(entry.nodes_after) if same else f"{entry.nodes_before} → {entry.nodes_after}"
-    error = entry.error_original or entry.error_previous
-    shown = "" if error is None else number(error.relative_l2 if error.metric is None else error.metric)
-    verdict = Text(printable(entry.verdict, 160), style="green" if entry.kept else "red")
-    return [
-        Text(printable(entry.name, 80), style="bold" if whole else ""),
-        "together" if whole else entry.kind,
-        str(entry.fired or ""),
-        str(len(entry.declined) or ""),
-        nodes,
-        shown,
-        Text(ratio_text(entry.speedup) if entry.speedup else "", style=_ratio_style(entry.speedup)),
-        duration(entry.seconds) if entry.seconds else "",
-        verdict,
-    ]
+    error, gain = entry.error_original or entry.error_previous, ""
+    if entry.speedup is not None:
+        gain = ratio_text(entry.speedup) if wide else ratio_text(entry.speedup).partition(" ")[0]
+    return {
+        "pass": Text(printable(entry.name, 80), style="bold" if whole else ""),
+        "kind": "together" if whole else entry.kind,
+        "fired": str(entry.fired or ""),
+        "declined": str(len(entry.declined) or ""),
+        "nodes": str(entry.nodes_after) if same else f"{entry.nodes_before} → {entry.nodes_after}",
+        "error": "" if error is None else number(error.relative_l2 if error.metric is None else error.metric),
+        "gain": Text(gain, style=_ratio_style(entry.speedup)),
+        "time": duration(entry.seconds) if entry.seconds else "",
+        "verdict": Text(printable(entry.verdict, 160), style="green" if entry.kept else "red"),
+    }
 
 
 def _after_ledger(report: Report) -> list[Any]:
@@ -159,7 +173,7 @@ def _after_ledger(report: Report) -> list[Any]:
 
     lines = []
     if report.idle:
-        names = ", ".join(printable(entry.name, 60) for entry in report.idle)
+        names = ", ".join(idle_names(report))
         lines.append(Text(f"Nothing to do for {len(report.idle)} passes: {names}", style="dim"))
     for entry in report.ledger.entries:
         if entry.reproducer:
@@ -175,3 +189,11 @@ def reasons(entry: LedgerEntry) -> list[tuple[str, int]]:
     for item in entry.declined:
         counts[item.reason] = counts.get(item.reason, 0) + 1
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def idle_names(report: Report) -> list[str]:
+    """Passes that had nothing to do; one that ran several times as ``name ×2``."""
+    counts: dict[str, int] = {}
+    for entry in report.idle:
+        counts[printable(entry.name, 80)] = counts.get(printable(entry.name, 80), 0) + 1
+    return [name if count == 1 else f"{name} ×{count}" for name, count in counts.items()]

@@ -82,7 +82,7 @@ def test_the_verdict_is_one_sentence_that_says_gain_error_nodes_and_passes() -> 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, "Speed not measured, error not measured, 3 nodes, no pass had anything to do."),
+        ({}, "Neither speed nor error was measured, 3 nodes, no pass had anything to do."),
         ({"speedup": ratio(1.004)}, "No measurable change in speed (1.004× [0.984, 1.024])"),
         ({"speedup": ratio(0.9)}, "Slower than before: 0.90× [0.88, 0.92]"),
         ({"error": ErrorStats(0.0, 0.0, 1.0)}, "error 0,"),

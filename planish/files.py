@@ -1,0 +1,163 @@
+"""Reading what commands are given: models and artifacts by path, inputs in ``.npz`` files; writing outputs whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planish.ir.errors import InputError
+from planish.ir.target import Target
+
+if TYPE_CHECKING:
+    from planish.ir.program import Program
+    from planish.runtime.executable import Executable
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Whether `path` is a folder that `planish.load` would read."""
+    return Path(path).is_dir()
+
+
+def open_program(path: str | Path, target: Target | str = "ort-cpu") -> Program:
+    """The program in an ONNX file, or in an artifact folder (all of its entries).
+
+    Raises:
+        InputError: the file or folder is missing, damaged or unsafe.
+    """
+    from planish.frontends.onnx import load_onnx
+    from planish.ir.program import Program
+
+    target = Target.parse(target)
+    if not is_artifact(path):
+        return load_onnx(path, target)
+    from planish.runtime.artifact import read_manifest
+
+    manifest, folder = read_manifest(path), Path(path)
+    entries = {name: load_onnx(folder / entry.file, target, convert=False) for name, entry in manifest.entries.items()}
+    merged = Program({name: program.main for name, program in entries.items()}, target)
+    merged.provenance = {**manifest.provenance, "artifact": str(folder), "pipeline": manifest.pipeline}
+    _share_weights(merged)
+    return merged
+
+
+def _share_weights(program: Program) -> None:
+    """Entries of an artifact are separate files; a weight of one name and content is one tensor again."""
+    from planish.ir.hashing import tensor_digest
+
+    store: dict[str, Any] = {}
+    for model in program.entries.values():
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                continue
+            known = store.setdefault(name, value.const_value)
+            if known is not value.const_value and tensor_digest(known) == tensor_digest(value.const_value):
+                value.const_value = known
+
+
+def open_executable(path: str | Path, target: Target | str | None = None, *, allow_native: bool = False) -> Executable:
+    """An artifact as it was exported, or an ONNX file on plain ONNX Runtime with all of its own optimizations.
+
+    Args:
+        target: for an ONNX file what to compile for; of an artifact only the threads are changed by it.
+    """
+    from planish.runtime.executable import Executable
+
+    wanted = Target.parse(target or "ort-cpu")
+    if is_artifact(path):
+        from planish.runtime.artifact import load
+
+        return load(Path(path), allow_native=allow_native, threads=wanted.threads or None)
+    from planish.runtime.ort import compile_ort
+
+    program = open_program(path, wanted)
+    return Executable(program, {"main": compile_ort(program.main, wanted)})
+
+
+def load_inputs(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file, by name. Nothing in the file is executed.
+
+    Raises:
+        InputError: no such file, not an npz file, or it holds Python objects.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(4)[:2] != b"PK":
+                raise InputError(f"inputs '{path}' is not an .npz file; write one with numpy.savez(path, name=array).")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise InputError(f"can not read the inputs '{path}': {error.strerror or error}.") from None
+    except ValueError as error:
+        if "Object arrays" in str(error):
+            raise InputError(f"inputs '{path}' holds Python objects, which are never loaded; save arrays.") from None
+        raise InputError(f"inputs '{path}' is damaged: {error}.") from None
+    except (zipfile.BadZipFile, EOFError, KeyError, MemoryError, NotImplementedError, SyntaxError) as error:
+        raise InputError(f"inputs '{path}' is damaged: {error}.") from None
+
+
+def save_outputs(path: str | Path, outputs: Mapping[str, Any]) -> None:
+    """Writes arrays to an ``.npz`` file, whole or not at all.
+
+    Raises:
+        InputError: the file can not be written, or an output is not an array.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as raw:
+            temporary = raw.name
+            with zipfile.ZipFile(raw, "w") as archive:
+                for name, value in outputs.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, _plain(name, value), allow_pickle=False)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"can not write the outputs '{path}': {error.strerror or error}.") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _plain(name: str, value: Any) -> np.ndarray:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise InputError(f"output '{name}' is a {type(value).__name__}, not an array; an .npz file can not hold it.")
+    array = np.asarray(value)
+    if array.dtype == object:
+        return array.astype(np.str_)
+    if array.dtype.kind == "V":  # bfloat16 and the 8-bit floats have no code in the format
+        return array.astype(np.float32)
+    return array
+
+
+def write_text(path: str | Path, text: str, what: str) -> None:
+    """Writes a text file, whole or not at all; `what` names it in the error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"can not write {what} '{path}': {error.strerror or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_new_folder(path: str | Path, overwrite: bool) -> None:
+    """Refuses an output folder that is there already, before any work is done for it."""
+    folder = Path(path)
+    if not folder.parent.is_dir():
+        raise InputError(f"the folder '{folder.parent}' for the artifact does not exist; make it first.")
+    if (folder.exists() or folder.is_symlink()) and not overwrite:
+        raise InputError(f"'{folder}' exists; give another -o, or --overwrite to replace an artifact there.")
+
+
+def batches(paths: Sequence[str | Path]) -> list[dict[str, np.ndarray]] | None:
+    """Calibration batches from files; None when there are none."""
+    return [load_inputs(path) for path in paths] or None
