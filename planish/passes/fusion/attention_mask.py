@@ -87,7 +87,11 @@ def _filled(op: Any, mask: Mask, guarded: bool) -> ir.Value:
 
 
 def _fitted(
-    op: Any, mask: ir.Value, dims: tuple[Term, ...] | None, found: Attention, lengths: tuple[Term, Term],
+    op: Any,
+    mask: ir.Value,
+    dims: tuple[Term, ...] | None,
+    found: Attention,
+    lengths: tuple[Term, Term],
     graph: ir.Graph,
 ) -> ir.Value:
     """`mask` with its last two axes as long as queries and keys are."""

@@ -67,15 +67,18 @@ def _erf_gate(op: Any, x: Any) -> Any:
 def _tanh_gate(op: Any, x: Any) -> Any:
     square = OrValue([op.Mul(x, x), op.Pow(x, 2.0)])
     cube = OrValue([op.Pow(x, 3.0), op.Mul(x, square)])
-    sum_of_odd = op.Add(x, OrValue([op.Mul(cube, _CUBIC), op.Mul(op.Mul(x, _CUBIC), square),
-                                    op.Mul(op.Mul(op.Mul(x, _CUBIC), x), x)]))
+    sum_of_odd = op.Add(
+        x, OrValue([op.Mul(cube, _CUBIC), op.Mul(op.Mul(x, _CUBIC), square), op.Mul(op.Mul(op.Mul(x, _CUBIC), x), x)])
+    )
     even = op.Add(OrValue([op.Mul(square, _CUBIC), op.Mul(op.Mul(x, _CUBIC), x)]), 1.0)
-    argument = OrValue([
-        op.Mul(sum_of_odd, _RATE),
-        op.Mul(op.Mul(x, _RATE), even),
-        op.Mul(x, op.Mul(even, _RATE)),
-        op.Mul(op.Mul(x, even), _RATE),
-    ])
+    argument = OrValue(
+        [
+            op.Mul(sum_of_odd, _RATE),
+            op.Mul(op.Mul(x, _RATE), even),
+            op.Mul(x, op.Mul(even, _RATE)),
+            op.Mul(op.Mul(x, even), _RATE),
+        ]
+    )
     return op.Add(op.Tanh(argument), 1.0)
 
 

@@ -17,10 +17,22 @@ from planish.passes.canonicalize.editing import constant_array
 ALMOST_LOWEST = -3.3e38
 _LOWEST = float(np.finfo(np.float32).min)
 _DEPTH = 24
-_MOVES = frozenset({
-    "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Transpose", "Slice",
-    "Gather", "GatherND", "GatherElements", "Tile", "Trilu",
-})
+_MOVES = frozenset(
+    {
+        "Identity",
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Expand",
+        "Transpose",
+        "Slice",
+        "Gather",
+        "GatherND",
+        "GatherElements",
+        "Tile",
+        "Trilu",
+    }
+)
 _BOOL_OPS = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Not", "Xor"})
 
 
@@ -105,8 +117,9 @@ def _arithmetic(kind: str, parts: list[Bounds | None]) -> Bounds | None:
     b = known[1]
     if kind == "Max" and len(known) == 2:
         infinite = a.infinite and b.infinite
-        return Bounds(max(a.low, b.low) if not (a.infinite or b.infinite) else min(a.low, b.low),
-                      max(a.high, b.high), infinite)
+        return Bounds(
+            max(a.low, b.low) if not (a.infinite or b.infinite) else min(a.low, b.low), max(a.high, b.high), infinite
+        )
     if kind == "Add" and len(known) == 2:
         return Bounds(a.low + b.low, a.high + b.high, a.infinite or b.infinite).checked()
     if kind == "Sub":

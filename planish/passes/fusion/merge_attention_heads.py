@@ -99,9 +99,7 @@ def _same_rows(source: ir.Value | None, other: ir.Value, hidden: int) -> bool:
 
 
 def _reshape_pattern(op: Any, q: Any, k: Any, v: Any, apart: Any, shape: Any) -> Any:
-    merged = op.Attention(
-        q, k, v, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["merged"]
-    )
+    merged = op.Attention(q, k, v, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["merged"])
     return op.Reshape(op.Reshape(merged, apart), shape, _allow_other_attributes=True)
 
 

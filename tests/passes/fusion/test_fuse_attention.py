@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planish.passes.testing import check_declines, check_numerics, check_rewrite, check_untouched, program_of, run_reference
+from planish.passes.testing import (
+    check_declines,
+    check_numerics,
+    check_rewrite,
+    check_untouched,
+    program_of,
+    run_reference,
+)
 
 HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
 LOWEST = "-3.4028234663852886e38"
@@ -40,8 +47,8 @@ SDPA = f"""
 {HEAD}
 attention (float[B, 2, S, 8] q, float[B, 2, L, 8] k, float[B, 2, L, 8] v, bool[B, 1, S, L] mask)
     => (float[B, 2, S, 8] y)
-<float half = {{0.5}}, float zero = {{0}}, float lowest = {{{LOWEST}}}, int64[1] minus1 = {{-1}}, int64[1] minus2 = {{-2}},
- int64[1] end = {{9223372036854775807}}, int64[1] begin = {{-9223372036854775808}}>
+<float half = {{0.5}}, float zero = {{0}}, float lowest = {{{LOWEST}}}, int64[1] minus1 = {{-1}},
+ int64[1] minus2 = {{-2}}, int64[1] end = {{9223372036854775807}}, int64[1] begin = {{-9223372036854775808}}>
 {{
     dims = Shape<start = 0>(k)
     depth = Slice(dims, minus1, end)
@@ -249,8 +256,9 @@ DECLINES = {
     "scaled after they are masked": eager(
         "masked = Add(qk, mask)\n scaled = Mul(masked, scale)", extra=", float[B, 1, S, L] mask"
     ),
-    "do not reach the product through a transpose": eager("scaled = Mul(qk, scale)", keys="kt = Identity(kc)",
-                                                           extra=", float[B, 2, 8, L] kc"),
+    "do not reach the product through a transpose": eager(
+        "scaled = Mul(qk, scale)", keys="kt = Identity(kc)", extra=", float[B, 2, 8, L] kc"
+    ),
     "may hold -inf": eager("scaled = Add(qk, mask)", extra=", float[B, 1, S, L] mask"),
     "filled with -inf": eager(
         "fill = Constant<value = float {-inf}>()\n scaled = Where(mask, qk, fill)", extra=", bool[B, 1, S, L] mask"
@@ -279,10 +287,13 @@ DECLINES = {
         "[B, 2, L, 8]", "[B, H, L, 8]"
     ),
     "the mask has rank 5": eager(
-        "bias = Where(mask, zero, lowest)\n scaled = Add(qk, bias)", extra=", bool[1, 1, 1, S, L] mask",
+        "bias = Where(mask, zero, lowest)\n scaled = Add(qk, bias)",
+        extra=", bool[1, 1, 1, S, L] mask",
         outputs="float[1, B, 2, S, 8] y",
     ),
-    "not float32": eager("scaled = Mul(qk, scale)").replace("float[", "double[").replace("<float", "<double")
+    "not float32": eager("scaled = Mul(qk, scale)")
+    .replace("float[", "double[")
+    .replace("<float", "<double")
     .replace(", float", ", double"),
     "needs opset 23": PLAIN.replace('"" : 23', '"" : 22'),
 }

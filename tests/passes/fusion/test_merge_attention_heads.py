@@ -8,12 +8,20 @@ from planish.passes.testing import check_declines, check_numerics, check_rewrite
 HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
 
 
-def split(*, q: str = "x", back: str = "[0, 0, 16]", extra: str = "", inputs: str = "qh, kh, vh", output: str = "B, S, 16",
-          perm: str = "[0, 2, 1, 3]", kv: str = "[0, 0, 2, 8]") -> str:
+def split(
+    *,
+    q: str = "x",
+    back: str = "[0, 0, 16]",
+    extra: str = "",
+    inputs: str = "qh, kh, vh",
+    output: str = "B, S, 16",
+    perm: str = "[0, 2, 1, 3]",
+    kv: str = "[0, 0, 2, 8]",
+) -> str:
     return f"""
     {HEAD}
     attention (float[B, S, 16] x, float[B, L, 16] c{extra}) => (float[{output}] y)
-    <int64[4] heads = {{0, 0, 2, 8}}, int64[4] kv = {{{kv.strip('[]')}}}, int64[3] joined = {{{back.strip('[]')}}}>
+    <int64[4] heads = {{0, 0, 2, 8}}, int64[4] kv = {{{kv.strip("[]")}}}, int64[3] joined = {{{back.strip("[]")}}}>
     {{
         qr = Reshape({q}, heads)
         qh = Transpose<perm = {perm}>(qr)
@@ -54,9 +62,7 @@ def test_reshapes_and_transposes_go() -> None:
     ("back", "output"), [("[0, 0, 16]", "B, S, 16"), ("[0, -1, 16]", "B, S, 16"), ("[-1, 1, 16]", "N, 1, 16")]
 )
 def test_numbers(back: str, output: str, size: tuple[int, int, int]) -> None:
-    program = check_numerics(
-        "merge-attention-heads,eliminate-dead-code", split(back=back, output=output), feeds(*size)
-    )
+    program = check_numerics("merge-attention-heads,eliminate-dead-code", split(back=back, output=output), feeds(*size))
     assert "Transpose" not in {n.op_type for n in program.main.graph}
 
 
@@ -69,8 +75,13 @@ def test_mask_stays(size: tuple[int, int, int]) -> None:
 
 def test_a_split_that_is_not_proved_keeps_its_reshape() -> None:
     # Batch and length may trade places in the reshape: then the heads are joined again by another one.
-    text = split().replace("int64[4] heads = {0, 0, 2, 8}", "int64[4] heads = {5, 3, 2, 8}").replace(
-        "B, S, 16] x", "P, Q, 16] x").replace("B, L, 16", "5, L, 16").replace("[B, S, 16] y", "[5, 3, 16] y")
+    text = (
+        split()
+        .replace("int64[4] heads = {0, 0, 2, 8}", "int64[4] heads = {5, 3, 2, 8}")
+        .replace("B, S, 16] x", "P, Q, 16] x")
+        .replace("B, L, 16", "5, L, 16")
+        .replace("[B, S, 16] y", "[5, 3, 16] y")
+    )
     rng = np.random.default_rng(2)
     x, c = rng.standard_normal((3, 5, 16), dtype=np.float32), rng.standard_normal((5, 4, 16), dtype=np.float32)
     program = check_numerics("merge-attention-heads,eliminate-dead-code", text, {"x": x, "c": c})
@@ -80,7 +91,10 @@ def test_a_split_that_is_not_proved_keeps_its_reshape() -> None:
 def test_grouped_heads() -> None:
     text = split(kv="[0, 0, 1, 8]").replace("[B, L, 16] c", "[B, L, 8] c")
     rng = np.random.default_rng(3)
-    inputs = {"x": rng.standard_normal((3, 5, 16), dtype=np.float32), "c": rng.standard_normal((3, 6, 8), dtype=np.float32)}
+    inputs = {
+        "x": rng.standard_normal((3, 5, 16), dtype=np.float32),
+        "c": rng.standard_normal((3, 6, 8), dtype=np.float32),
+    }
     program = check_numerics("merge-attention-heads", text, inputs)
     node = next(n for n in program.main.graph if n.op_type == "Attention")
     assert (node.attributes.get_int("q_num_heads"), node.attributes.get_int("kv_num_heads")) == (2, 1)
@@ -97,8 +111,9 @@ def test_declines_what_is_not_split() -> None:
 
 
 def test_declines_other_transposes() -> None:
-    text = split(perm="[0, 2, 1, 3]").replace("qh = Transpose<perm = [0, 2, 1, 3]>(qr)",
-                                              "qs = Transpose<perm = [1, 2, 0, 3]>(qr)\n qh = Identity(qs)")
+    text = split(perm="[0, 2, 1, 3]").replace(
+        "qh = Transpose<perm = [0, 2, 1, 3]>(qr)", "qs = Transpose<perm = [1, 2, 0, 3]>(qr)\n qh = Identity(qs)"
+    )
     check_declines("merge-attention-heads", text, "the queries are not split into heads by a Transpose")
 
 

@@ -9,8 +9,15 @@ HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
 
 
 def repeated(
-    *, axis: int = 2, k_expand: str = "{1, 1, 2, 1, 1}", joined: str = "{0, 4, -1, 8}", v_dims: str = "[B, 2, L, 8]",
-    v_expand: str = "{1, 1, 2, 1, 1}", inputs: str = "q, kr, vr", k_dims: str = "[B, 2, L, 8]", extra: str = "",
+    *,
+    axis: int = 2,
+    k_expand: str = "{1, 1, 2, 1, 1}",
+    joined: str = "{0, 4, -1, 8}",
+    v_dims: str = "[B, 2, L, 8]",
+    v_expand: str = "{1, 1, 2, 1, 1}",
+    inputs: str = "q, kr, vr",
+    k_dims: str = "[B, 2, L, 8]",
+    extra: str = "",
     outputs: str = "y",
 ) -> str:
     return f"""
@@ -89,9 +96,9 @@ DECLINES = {
         "ve = {1, 1, 2, 1, 1}", "ve = {1, 1, 4, 1, 1}"
     ),
     "reads or writes a cache": STATIC.replace("y = Attention", "y, pk, pv = Attention"),
-    "not repeated for 4 heads of queries": STATIC.replace("{1, 1, 2, 1, 1}", "{1, 1, 3, 1, 1}").replace(
-        "{3, 4, 6, 8}", "{3, 6, 6, 8}"
-    ).replace("Attention<scale = 0.25>(q, kr, vr)", "Attention<scale = 0.25>(q, kr, vr)"),
+    "not repeated for 4 heads of queries": STATIC.replace("{1, 1, 2, 1, 1}", "{1, 1, 3, 1, 1}")
+    .replace("{3, 4, 6, 8}", "{3, 6, 6, 8}")
+    .replace("Attention<scale = 0.25>(q, kr, vr)", "Attention<scale = 0.25>(q, kr, vr)"),
 }
 
 
@@ -104,4 +111,6 @@ def test_heads_put_together_the_other_way_are_no_repetition() -> None:
     from planish.passes.testing import check_untouched
 
     # Unsqueeze at axis 1 makes heads 0 1 0 1, where Attention means 0 0 1 1.
-    check_untouched("share-kv-heads", STATIC.replace("axis = {2}", "axis = {1}").replace("{1, 1, 2, 1, 1}", "{1, 2, 1, 1, 1}"))
+    check_untouched(
+        "share-kv-heads", STATIC.replace("axis = {2}", "axis = {1}").replace("{1, 1, 2, 1, 1}", "{1, 2, 1, 1, 1}")
+    )
