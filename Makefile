@@ -1,0 +1,50 @@
+# Each target sets itself up: nothing is needed but make and Python 3.11 or newer.
+#   make demo                  optimize the real MiniLM, export it, load it without torch
+#   make test                  linters, types, all tests
+#   make conformance           the ONNX backend test suite, plain and optimized
+#   make bench-architectures   the table of the README
+# PYTHON=... chooses an interpreter, VENV=... another place for the environment.
+
+VENV ?= .venv
+PYTHON ?=
+JOBS ?= 2
+PYTEST_ARGS ?=
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint conformance bench-architectures clean
+
+demo: $(STAMP)
+	@$(BIN)/python examples/demo_minilm.py
+
+test: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+conformance: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py --jobs $(JOBS)
+
+bench-architectures: $(STAMP)
+	@$(BIN)/python benchmarks/architectures.py
+
+# The environment is made again only when the requirements change.
+$(STAMP): pyproject.toml constraints.txt
+	@python=$$(for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done); \
+	if [ -z "$$python" ]; then echo "planish needs Python 3.11 or newer; none was found (PYTHON=... names one)." >&2; exit 1; fi; \
+	if ! $$python -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "$$python has no venv module; on Debian and Ubuntu: apt install python3-venv." >&2; exit 1; fi; \
+	echo "Setting up $(VENV) with $$($$python --version) (once; about 1 GB)"; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info artifact
