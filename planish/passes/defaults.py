@@ -16,6 +16,8 @@ _CLEAN = (
 )
 _FUSE = (
     "fuse-attention",
+    "share-kv-heads",
+    "merge-attention-heads",
     "fuse-layer-norm",
     "fuse-rms-norm",
     "fuse-gelu",

@@ -56,7 +56,7 @@ def _merge(op: Any, match: Match, heads: ir.Value) -> ir.Value:
     source = split[0][0].shape
     if source is not None:
         out.shape = ir.Shape([source[0], source[1], q_heads * depth])
-    out.dtype = heads.dtype
+    out.type = heads.type
     result: ir.Value = op.Reshape(out, [0, 0, q_heads, depth])
     return result
 
@@ -83,7 +83,7 @@ def _joined(op: Any, value: ir.Value, heads: int, depth: int) -> ir.Value:
     joined: ir.Value = op.Reshape(value, [0, 0, heads * depth])
     if value.shape is not None:
         joined.shape = ir.Shape([value.shape[0], value.shape[1], heads * depth])
-    joined.dtype = value.dtype
+    joined.type = value.type
     return joined
 
 
@@ -117,7 +117,7 @@ def _drop_reshape(op: Any, match: Match, merged: ir.Value, shape: ir.Value) -> i
     if items is None or 0 in items[2:]:
         raise Decline("the shape that the heads are joined to is unknown")
     out = op.Attention(*node.inputs, **attributes)
-    out.shape, out.dtype = merged.shape, merged.dtype
+    out.shape, out.type = merged.shape, merged.type
     keep = match.root.attributes.get_int("allowzero", 0)
     result: ir.Value = op.Reshape(out, shape, allowzero=keep or None)
     return result

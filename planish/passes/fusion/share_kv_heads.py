@@ -55,7 +55,8 @@ def _expanded(value: ir.Value | None) -> ir.Value | None:
         value = node.inputs[0]  # type: ignore[union-attr]
         if expected != "Unsqueeze":
             node = value.producer() if value is not None else None
-    return value if contents(node.inputs[1]) in ((2,), (-3,)) else None  # type: ignore[union-attr]
+    axis = contents(node.inputs[1])  # type: ignore[union-attr]
+    return value if axis == (2,) or axis == (-3,) else None
 
 
 def _chain(value: ir.Value) -> list[ir.Node]:
