@@ -99,6 +99,8 @@ def load_onnx(
 
 def _open(source: Any, base_dir: str | None) -> _Source:
     if isinstance(source, onnx.ModelProto):
+        if not source.HasField("graph"):
+            raise InputError("is not an ONNX model: it has no graph.")
         tensors = Tensors()
         return _Source(detach_weights(source, tensors), tensors, base_dir)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -165,7 +167,9 @@ def _parse(data: bytes, base_dir: str | None, tensors: Tensors) -> _Source:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-    except DecodeError:
+    except DecodeError as error:
+        if "MaxDepth" in str(error):
+            raise
         raise _not_onnx(data, "is not a whole ONNX file: the protobuf message is truncated or damaged") from None
     if not proto.HasField("graph"):
         raise _not_onnx(data, "is not an ONNX model: it has no graph")

@@ -63,6 +63,8 @@ def first_line(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) or type(error).__name__
+    if "MaxDepth" in text:
+        return f"it is nested more than {MAX_DEPTH} deep; limit {MAX_DEPTH}."
     text = re.sub(r"^\[ShapeInferenceError\]\s*", "", re.sub(r"[\x00-\x1f\x7f]", "?", text))
     return text if len(text) <= 300 else text[:297] + "..."
 
@@ -282,6 +284,9 @@ def run_checker(proto: onnx.ModelProto) -> None:
             tensor.ClearField("data_location")
             del tensor.dims[:]
             tensor.dims.append(0)
+    for info in proto.graph.input:
+        if info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape"):
+            info.type.tensor_type.shape.SetInParent()  # the checker wants a shape, runtimes do not
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:

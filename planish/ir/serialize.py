@@ -34,8 +34,8 @@ def to_proto_without_weights(
     Returns the message and the tensors left out, by initializer name. In the message these are initializers of the
     main graph whose data is external at :data:`MARKER`; :func:`point_at` makes them refer to a file instead. Large
     initializers of subgraphs and large `Constant` nodes move to the main graph in the message (runtimes inject
-    initializers only there), renamed if their name is taken. Large tensors in function bodies stay inline. Large initializers that nothing uses
-    are left out of both.
+    initializers only there), renamed if their name is taken. Large tensors in function bodies stay inline. Large
+    initializers that nothing uses are left out of both.
     The model is not changed and no weight is read.
     """
     return _Serializer(model, threshold).run()
