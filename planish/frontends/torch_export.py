@@ -151,20 +151,17 @@ def _simplify(graph_module: torch.fx.GraphModule) -> bool:
 
     Returns False when the graph has nested graphs or writes in place: then only torch's own decomposition will do.
     """
-    if any(isinstance(m, torch.fx.GraphModule) for m in graph_module.children()):
-        return False
-    targets = [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
-    if any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
-        return False
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
+    nodes = [n for n in graph_module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    writes = any(n.target._schema.is_mutable and n.target.name() != "aten::detach_" for n in nodes)
+    for node in nodes:
         name, _, overload = node.target.name().partition(".")
-        if name == "aten::to":
+        if name in ("aten::to", "aten::detach_"):
             _simplify_to(graph_module.graph, node)
+        elif name == "aten::scaled_dot_product_attention":
+            _expand_shared_heads(graph_module.graph, node)
         elif name in _BITWISE and overload in ("Tensor", "Scalar"):
             node.target = getattr(getattr(torch.ops.aten, _BITWISE[name]), overload)
-    return True
+    return not writes and not any(isinstance(m, torch.fx.GraphModule) for m in graph_module.children())
 
 
 def _simplify_to(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
@@ -180,6 +177,22 @@ def _simplify_to(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     else:
         node.target = torch.ops.aten._to_copy.default
         node.args, node.kwargs = (source,), {"dtype": dtype}
+
+
+def _expand_shared_heads(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Writes out the broadcast of one key-value head over all query heads, which the exporter does not know."""
+    query, key, value = node.args[:3]
+    heads = query.meta["val"].shape[1] if query.meta["val"].dim() == 4 else None
+    if heads is None or node.kwargs.get("enable_gqa") or key.meta["val"].shape[1] == heads:
+        return
+    if not isinstance(heads, int) or any(x.meta["val"].dim() != 4 or x.meta["val"].shape[1] != 1 for x in (key, value)):
+        return
+    with graph.inserting_before(node):
+        for position, x in ((1, key), (2, value)):
+            size = [-1, heads, -1, -1]
+            wide = graph.call_function(torch.ops.aten.expand.default, (x, size))
+            wide.meta = {**x.meta, "val": x.meta["val"].expand(size)}
+            node.update_arg(position, wide)
 
 
 def _outputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
