@@ -26,6 +26,7 @@ from planish.ir.program import Program
 from planish.ir.serialize import PROTO_LIMIT, to_proto_without_weights
 from planish.ir.target import Target
 
+_DEFAULTS = 4  # first ir_version where an input with an initializer is one with a default
 _SNIFF = (
     (0, b"PK\x03\x04", "a zip archive, such as a torch.save or torch.export file"),
     (0, b"\x80\x02", "a Python pickle, such as an old torch.save file; it is not opened, since that runs code"),
@@ -221,8 +222,15 @@ def _from_ir(source: ir.Model, base_dir: str | None) -> tuple[ir.Model, list[str
 
 
 def _normalize(model: ir.Model) -> list[str]:
-    """Unique, non-empty node names and topological order, in place; returns notes."""
+    """Constants told from defaults, unique and non-empty node names, topological order, in place; returns notes."""
     notes = []
+    inputs = model.graph.inputs
+    if model.ir_version < _DEFAULTS and any(v.name in model.graph.initializers for v in inputs):
+        # Every initializer had to be listed as an input then, and runtimes take it as a constant; in later versions
+        # such an input is one that a caller may override. The model is lifted to a later version, so the list goes.
+        inputs[:] = [v for v in inputs if v.name not in model.graph.initializers]
+        notes.append("Weights were listed as inputs, as ir_version 3 asked; they are constants, as runtimes take them.")
+    model.ir_version = max(model.ir_version, min_ir_version(model))
     bodies = [model.graph, *(f.graph for f in model.functions.values())]
     for body in bodies:
         taken: set[str] = set()

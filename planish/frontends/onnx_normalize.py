@@ -15,7 +15,6 @@ from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.external import tensor_bytes
 from planish.ir.serialize import TYPE_KEY
 
-_OVERRIDABLE = 4  # first ir_version where an initializer that is an input as well is a default
 _KNOWN_DOMAINS = {"com.microsoft": 1, "ai.onnx.ml": defs.onnx_ml_opset_version(), "ai.onnx.preview.training": 1}
 
 
@@ -25,8 +24,6 @@ def normalize_proto(proto: onnx.ModelProto) -> list[str]:
     if proto.training_info:
         del proto.training_info[:]
         notes.append("Training information was dropped.")
-    if proto.ir_version < _OVERRIDABLE:
-        _fix_constants(proto.graph, notes)
     for graph in _graphs(proto):
         _densify(graph, notes)
         _drop_duplicates(graph, notes)
@@ -40,17 +37,6 @@ def normalize_proto(proto: onnx.ModelProto) -> list[str]:
                 info.ClearField("type")
     _import_domains(proto, notes)
     return notes
-
-
-def _fix_constants(graph: onnx.GraphProto, notes: list[str]) -> None:
-    """Before ir_version 4 every initializer had to be listed as an input, and runtimes took it as a constant; from 4
-    on such an input is one that a caller may override. The model is lifted past 4, so the list must go."""
-    constant = {t.name for t in graph.initializer}
-    kept = [info for info in graph.input if info.name not in constant]
-    if len(kept) < len(graph.input):
-        notes.append("Weights were listed as inputs, as ir_version 3 asked; they are constants, as runtimes take them.")
-        del graph.input[:]
-        graph.input.extend(kept)
 
 
 def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
