@@ -14,7 +14,7 @@ from planish.ir.errors import InputError, PlanishError, UnsupportedError
 from planish.ir.signature import check_inputs
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
-from planish.runtime import flush
+from planish.runtime import flush, memory
 from planish.runtime.ort_options import BUFFERS, FLUSH, session_options
 from planish.runtime.tensors import EXTENDED, NATIVE, from_ortvalue, to_arrays, to_ortvalue, to_torch
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _PROVIDERS = ["CPUExecutionProvider"]
-_STRING = 8
+#: Models with more weights than this are worth the milliseconds that returning memory takes, in bytes.
+_LARGE = 32 << 20
 #: Shapes whose check is remembered; a server that sees more distinct shapes than this checks each time.
 _REMEMBERED = 4096
 
@@ -53,7 +54,13 @@ def compile_ort(
     graph = model.graph
     inputs = [TensorSpec.of(v) for v in graph.inputs if v.name not in graph.initializers]
     outputs = [TensorSpec.of(v) for v in graph.outputs]
+    large = sum(tensor.nbytes for tensor in weights.values()) > _LARGE
+    if large:
+        memory.trim()  # what sessions that are gone have left behind
     session = create_session(proto.SerializeToString(), settings, model)
+    if large:
+        memory.trim()
+        memory.drop_pages(weights.values())
     return OrtRunner(session, inputs, outputs, flush_denormals=_flushes(settings), keep_alive=kept)
 
 
@@ -90,12 +97,14 @@ def _hand_over(
     """
     if not weights:
         return []
+    folds = settings.graph_optimization_level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     buffers: dict[str, np.ndarray] = {}
-    for tensor in proto.graph.initializer:
+    for tensor in list(proto.graph.initializer):
         if tensor.name not in weights:
             continue
         location = f"weight-{len(buffers)}"  # the weight's own name may not be one that a file can have
-        buffers[location] = raw = stored_bytes(weights[tensor.name])
+        raw = _transposed(proto, tensor, weights[tensor.name]) if folds else None
+        buffers[location] = raw = stored_bytes(weights[tensor.name]) if raw is None else raw
         del tensor.external_data[:]
         for key, value in (("location", location), ("offset", "0"), ("length", str(raw.nbytes))):
             tensor.external_data.add(key=key, value=value)
@@ -104,6 +113,30 @@ def _hand_over(
         list(buffers), [memoryview(raw) for raw in buffers.values()], [raw.nbytes for raw in buffers.values()]
     )
     return [*buffers.values(), *weights.values()]
+
+
+def _transposed(proto: onnx.ModelProto, tensor: onnx.TensorProto, weight: ir.TensorProtocol) -> np.ndarray | None:
+    """For a weight that is a transposed view: its bytes as they lie, after a Transpose was put before its users.
+
+    The weight of a torch Linear is such a view once its transposition is folded. ONNX Runtime folds the Transpose
+    again, packs the result for its kernels and drops it; a copy made here would have to live as long as the session.
+    """
+    import onnx
+
+    if weight.dtype.bitwidth < 8 or len(weight.shape) < 2 or tensor.name in {v.name for v in proto.graph.output}:
+        return None
+    array = weight.numpy()
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    stored = array.transpose(order)
+    if array.flags.c_contiguous or not stored.flags.c_contiguous:
+        return None
+    name = tensor.name
+    tensor.name = f"{name}/stored"
+    del tensor.dims[:]
+    tensor.dims.extend(stored.shape)
+    inverse = [order.index(axis) for axis in range(array.ndim)]
+    proto.graph.node.insert(0, onnx.helper.make_node("Transpose", [tensor.name], [name], perm=inverse))
+    return stored.reshape(-1).view(np.uint8)
 
 
 def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray:
