@@ -7,7 +7,6 @@ protobuf, and knows neither limits nor what a runtime can take; so what users hi
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +21,7 @@ from planish.ir.external import tensor_bytes
 MAX_NODES = 1_000_000  #: nodes of a model, subgraphs and functions included
 MAX_EXPANDED = 10_000_000  #: nodes once every function call is inlined
 MAX_DEPTH = 32  #: nesting of subgraphs, and of function calls
+MAX_MESSAGE = 1000  # characters of an error
 MAX_NAME = 1 << 16  #: characters of a name
 
 # Domains whose operators ONNX Runtime has of its own, so they need no function in the model.
@@ -44,7 +44,7 @@ def one_line(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        text = str(error)
+        text = _printable(str(error), MAX_MESSAGE)
         named = text.startswith("'") and text[1:].startswith(where.strip("'"))
         raise type(error)(text if named else f"{where}: {text}") from None
     except PlanishError:
@@ -65,8 +65,13 @@ def first_line(error: BaseException) -> str:
     text = " ".join(lines[:2]) or type(error).__name__
     if "MaxDepth" in text:
         return f"it is nested more than {MAX_DEPTH} deep; limit {MAX_DEPTH}."
-    text = re.sub(r"^\[ShapeInferenceError\]\s*", "", re.sub(r"[\x00-\x1f\x7f]", "?", text))
-    return text if len(text) <= 300 else text[:297] + "..."
+    return _printable(text, 300)
+
+
+def _printable(text: str, limit: int) -> str:
+    """`text` with what could break the line (names come from the file) shown as escapes, cut to `limit`."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def check_versions(proto: onnx.ModelProto) -> None:

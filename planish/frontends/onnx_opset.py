@@ -303,7 +303,7 @@ def _infer(model: ir.Model) -> dict[str, ir.Value]:
                 proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
             proto.graph.initializer.remove(tensor)
     try:
-        graph = onnx.shape_inference.infer_shapes(proto).graph
+        graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
         return {i.name: ir.from_proto(i) for i in (*graph.value_info, *graph.input, *graph.output)}
     except Exception:  # inference is a help here; without it the raise stops earlier
         return {}
