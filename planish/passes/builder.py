@@ -106,10 +106,7 @@ class Builder:
 
         Pass the tensor of a match (``match["w"].const_value``) to share a weight instead of copying it.
         """
-        if isinstance(array, ir.TensorProtocol):
-            tensor = array
-        else:
-            tensor = ir.tensor(np.asarray(array, order="C"))
+        tensor = array if isinstance(array, ir.TensorProtocol) else ir.tensor(np.asarray(array, order="C"))
         value = ir.Value(
             name=name or self._rule.replace("-", "_"),
             type=ir.TensorType(tensor.dtype),

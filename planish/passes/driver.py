@@ -7,6 +7,7 @@ at once; sweeps repeat until one fires nothing, and the declines of that last sw
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.passes.base import Decline, PassContext, PassResult
 from planish.passes.builder import Builder, Constants, Names
-from planish.passes.matcher import Matcher
+from planish.passes.matcher import Matcher, users
 from planish.passes.replace import Replacer
 from planish.passes.rule import CompiledRule, Match, Rule, Site, as_values
 
@@ -174,7 +175,7 @@ class _GraphWork:
         nearby: dict[ir.Node, None] = {}
         for node in new_nodes:
             for value in node.outputs:
-                for consumer in value.consumers()[:_MOST_CONSUMERS]:
+                for consumer in itertools.islice(users(value), _MOST_CONSUMERS):
                     nearby.setdefault(consumer)
         nearby.update(dict.fromkeys(new_nodes))
         # The last is visited first: what was just built, then its consumers.
@@ -206,7 +207,7 @@ def require_removable(match: Match) -> None:
                 continue
             if value.is_graph_output():
                 raise Decline(f"inner value '{value.name}' is an output of the graph")
-            for user in value.consumers():
+            for user in users(value):
                 if user not in nodes:
                     raise Decline(f"inner value '{value.name}' is also used by {user.op_type} '{user.name}'")
 

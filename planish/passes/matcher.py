@@ -32,7 +32,7 @@ from planish.passes.pattern import (
 Trace = Callable[[dict[NodePattern, ir.Node], Any, Any, Callable[[], str]], None]
 
 _FAIL: Any = object()
-_MOST_STEPS = 20_000  # goals tried at one root; a pattern needs some dozens
+_MOST_STEPS = 5_000  # goals tried at one root; a pattern needs some dozens
 # How far a constant found in the graph may be from the number in the pattern, by its dtype.
 _RELATIVE = {
     ir.DataType.DOUBLE: 1e-6,  # exporters store float32 constants in float64 graphs
@@ -41,6 +41,7 @@ _RELATIVE = {
     ir.DataType.BFLOAT16: 8e-3,
 }
 _SMALLEST = 1e-8  # a pattern's zero
+_MOST_CONSUMERS = 64  # of a shared value, among which another output of a pattern is looked for
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -59,6 +60,15 @@ def constant_array(value: ir.Value | None) -> np.ndarray | None:
     """The contents of :func:`constant_tensor` as an array (not copied), or None."""
     tensor = constant_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def users(value: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that consume a value (one may come twice), without the copy of all uses that ``value.consumers()`` makes."""
+    last: ir.Node | None = None
+    for use in value._uses:
+        if use.node is not last:
+            last = use.node
+            yield last
 
 
 class Matcher:
@@ -282,26 +292,34 @@ class _Search:
         return True
 
     def _next_root(self) -> Any:
-        """Goals for a root that is not bound yet: consumers of a value that it shares with what is bound."""
+        """Goals for a root that is not bound yet: consumers of a value that it shares with what is bound.
+
+        Every such root must have a candidate before one of them is tried, or a shared value with many consumers
+        would be searched over and over for what it does not feed.
+        """
+        goals: list[Any] = []
         for root in self.pattern.roots[1:]:
             if root in self.bound:
                 continue
-            for node in self.pattern.slices[root]:
-                if node in self.bound:
-                    continue
-                shared = next((v for v in map(self._bound_value, node.inputs) if v is not None), None)
-                if shared is None:
-                    continue
-                taken = {id(n) for k, n in self.bound.items() if isinstance(k, NodePattern)}
-                goals = [
-                    (node, consumer, None)
-                    for consumer in shared.consumers()
-                    if id(consumer) not in taken and consumer.graph is self.graph and _same_op(node, consumer)
-                ]
-                if goals:
-                    return self._choose(goals)
-                return self._fail(node, shared, lambda s=shared, n=node: f"{_describe(s)} has no consumer {n}")
-            return self._fail(root, self.root, lambda r=root: f"no {r} shares a value with the match")
+            found = self._candidates(root)
+            if found == []:
+                return self._fail(root, self.root, lambda r=root: f"no {r} beside it shares a value with the match")
+            goals = goals or found
+        return self._choose(goals) if goals else None
+
+    def _candidates(self, root: NodePattern) -> list[Any] | None:
+        """Goals for a call of the root's slice that a bound value feeds; None while no value of it is bound."""
+        for node in self.pattern.slices[root]:
+            shared = next((v for v in map(self._bound_value, node.inputs) if v is not None), None)
+            if node in self.bound or shared is None:
+                continue
+            taken = {id(n) for k, n in self.bound.items() if isinstance(k, NodePattern)}
+            # A mask or a shape may feed thousands of nodes; looking at all of them from each is quadratic.
+            return [
+                (node, consumer, None)
+                for consumer in itertools.islice(users(shared), _MOST_CONSUMERS)
+                if id(consumer) not in taken and consumer.graph is self.graph and _same_op(node, consumer)
+            ]
         return None
 
     def _bound_value(self, pattern: ValuePattern | None) -> ir.Value | None:

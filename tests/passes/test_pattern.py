@@ -294,7 +294,8 @@ def test_a_pattern_does_not_reach_into_a_subgraph() -> None:
     graph = parse_model(
         """<ir_version: 10, opset_import: ["" : 20]> g (bool c, float[2] x) => (float[2] z) {
           r = Relu(x)
-          z = If(c) <then_branch = t () => (float[2] a) { a = Neg(r) }, else_branch = e () => (float[2] b) { b = Abs(r) }>
+          z = If(c) <then_branch = t () => (float[2] a) { a = Neg(r) },
+                     else_branch = e () => (float[2] b) { b = Abs(r) }>
         }"""
     )
     branch = next(iter(graph.graph.subgraphs()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_at_most_eight_sources_are_named() -> None:
             return op.Identity(x)
 
     names = ["x", *"abcdefghi", "y"]
-    program = of(" ".join(f"{b} = Neg({a})" for a, b in zip(names, names[1:], strict=False)))
+    program = of(" ".join(f"{b} = Neg({a})" for a, b in itertools.pairwise(names)))
     assert apply_pass(Ten(), program).fired == 1
     assert len(program.main.graph[0].metadata_props["planish.from"].split(",")) == 8
 
@@ -228,7 +229,8 @@ def test_an_inner_value_with_another_use_declines() -> None:
 
 def test_an_inner_value_used_in_a_subgraph_declines() -> None:
     body = """a = Neg(x) y = Neg(a)
-      z = If(c) <then_branch = t () => (float[2,3] p) { p = Relu(a) }, else_branch = e () => (float[2,3] q) { q = Abs(x) }>"""
+      z = If(c) <then_branch = t () => (float[2,3] p) { p = Relu(a) },
+                 else_branch = e () => (float[2,3] q) { q = Abs(x) }>"""
     source = text(body, signature="bool c, float[2,3] x) => (float[2,3] y, float[2,3] z")
     check_declines(NegNeg(), source, "inner value 'a' is also used by Relu", count=1)
 
