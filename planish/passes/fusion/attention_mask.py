@@ -18,6 +18,7 @@ from planish.passes.fusion.mask_values import ALMOST_LOWEST, bounds
 from planish.passes.fusion.sizes import Term, sizes
 
 _MASKING = -1e4  # fills above this might be scores
+_FULL_MASK, _BIAS = -1e8, -1e3  # what is below the one absorbs scores, what is above the other is added to them
 
 
 def build_mask(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.Graph) -> ir.Value | None:
@@ -41,19 +42,27 @@ def build_mask(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.
 
 
 def _build_sum(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.Graph) -> ir.Value:
-    """Several additions are one addition of their sum."""
+    """Several additions are one addition of their sum: position biases and a mask."""
     if any(m.fill is not None for m in found.masks):
         raise Decline("the scores are masked by a Where and by another step")
-    values = [m.value for m in found.masks]
-    known = [bounds(v) for v in values]
-    if any(b is None or b.infinite or b.low <= ALMOST_LOWEST / len(values) for b in known):
+    total: ir.Value | None = None
+    masking = 0
+    for mask in found.masks:
+        known = bounds(mask.value)
+        if known is None or known.infinite:
+            raise Decline("several masks are added, and their sum may be -inf")
+        # In between, the order of the additions would show in rows where all is masked.
+        if _FULL_MASK < known.low < _BIAS:
+            raise Decline(f"several masks are added, and one holds {known.low:g}: the order of additions matters")
+        masking += known.low <= _FULL_MASK
+        value = _added(op, mask, found.guarded)
+        total = value if total is None else op.Add(total, value)
+    if masking > 1:
         raise Decline("several masks are added, and their sum may be -inf")
-    dims = [sizes(v) for v in values]
+    assert total is not None
+    dims = [sizes(m.value) for m in found.masks]
     if any(d is None for d in dims):
         raise Decline("the rank of the mask is unknown")
-    total = values[0]
-    for value in values[1:]:
-        total = op.Add(total, value)
     # The sum of masks of different shapes is expanded in any case.
     widest = dims[0] if all(d == dims[0] for d in dims) else (1,) * max(len(d) for d in dims if d is not None)
     return _fitted(op, total, widest, found, lengths, graph)

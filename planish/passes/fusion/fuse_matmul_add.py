@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.passes.base import Decline
-from planish.passes.pattern import AttrVar
+from planish.passes.fusion.sizes import rank
+from planish.passes.pattern import AttrVar, Var
 from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass, Rule
 
@@ -68,7 +69,12 @@ class FuseMatmulAdd(RewritePass):
 
 
 def _matmul_add(op: Any, a: Any, w: Any, bias: Any) -> Any:
-    return op.Add(op.MatMul(a, w), bias)
+    # Products of more dimensions are no near miss, so they are not declined but passed over.
+    return op.Add(op.MatMul(Var("a", check=_is_matrix), Var("w", check=_is_matrix)), bias)
+
+
+def _is_matrix(_: Any, value: ir.Value) -> bool:
+    return rank(value) == 2
 
 
 def _to_gemm(op: Any, a: ir.Value, w: ir.Value, bias: ir.Value) -> Any:
@@ -76,8 +82,6 @@ def _to_gemm(op: Any, a: ir.Value, w: ir.Value, bias: ir.Value) -> Any:
 
 
 def _check_gemm(match: Match) -> None:
-    if match.rank("a") != 2 or match.rank("w") != 2:
-        raise Decline(f"operands have ranks {match.rank('a')} and {match.rank('w')}; Gemm takes matrices")
     if match.dtype("a") not in _DTYPES:
         raise Decline(f"Gemm has no fast kernel for {match.dtype('a')}")
     if not match.is_constant("w"):
@@ -92,4 +96,5 @@ def _gemm(op: Any, a: Any, w: Any) -> Any:
 
 
 def _matmul_transpose(op: Any, a: Any, w: Any) -> Any:
-    return op.MatMul(a, op.Transpose(w, perm=AttrVar("perm", optional=True)))
+    weight = Var("w", check=lambda match, value: match.is_constant(value))
+    return op.MatMul(a, op.Transpose(weight, perm=AttrVar("perm", optional=True)))

@@ -16,6 +16,7 @@ from planish.passes.canonicalize.editing import constant_array
 #: Close to the lowest float32, and above it: absorbs every score as that does, without its meaning in Attention.
 ALMOST_LOWEST = -3.3e38
 _LOWEST = float(np.finfo(np.float32).min)
+_OVERFLOW = -float.fromhex("0x1.ffffffp127")  # half a step below the lowest: from here on rounded to -inf
 _DEPTH = 24
 _MOVES = frozenset(
     {
@@ -48,10 +49,12 @@ class Bounds:
         return Bounds(min(self.low, other.low), max(self.high, other.high), self.infinite or other.infinite)
 
     def checked(self) -> Bounds | None:
-        """Accounts for overflow: sums below the lowest float32 are ``-inf``; above the highest nothing is known."""
+        """Accounts for float32: what rounds below its lowest value is ``-inf``; above its highest nothing is known."""
         if not self.high <= -_LOWEST:
             return None
-        return replace(self, low=_LOWEST, infinite=True) if self.low < _LOWEST else self
+        if self.low <= _OVERFLOW:
+            return replace(self, low=_LOWEST, infinite=True)
+        return replace(self, low=max(self.low, _LOWEST))
 
 
 def bounds(value: ir.Value | None, depth: int = _DEPTH) -> Bounds | None:

@@ -205,18 +205,18 @@ def test_mask_of_a_torchscript_bert() -> None:
 def test_relative_positions_and_padding_are_one_sum() -> None:
     text = eager(
         """table = Constant<value = float[3, 2] {0.5, -1.0, 2.0, 0.25, -0.75, 1.5}>()
-        low = Constant<value_float = -10000.0>()
         bias = Gather(table, buckets)
         heads_first = Transpose<perm = [2, 0, 1]>(bias)
         axes = Constant<value_ints = [0]>()
         position = Unsqueeze(heads_first, axes)
-        padding = Where(mask, zero, low)
+        padding = Where(mask, zero, lowest)
         both = Add(qk, position)
         scaled = Add(both, padding)""",
         extra=", int64[S, L] buckets, bool[B, 1, 1, L] mask",
     )
     rng = np.random.default_rng(5)
     more = {"buckets": rng.integers(0, 3, (4, 6)), "mask": rng.random((3, 1, 1, 6)) > 0.3}
+    more["mask"][1] = False
     program = check_numerics("fuse-attention", text, feeds(3, 4, 6, **more))
     assert "Softmax" not in {n.op_type for n in program.main.graph}
 
@@ -270,6 +270,11 @@ DECLINES = {
     ),
     "several masks are added": eager(
         "bias = Where(mask, zero, lowest)\n first = Add(qk, bias)\n scaled = Add(first, bias)",
+        extra=", bool[B, 1, S, L] mask",
+    ),
+    "the order of additions matters": eager(
+        "low = Constant<value_float = -10000.0>()\n bias = Where(mask, zero, low)\n first = Add(qk, scale)\n"
+        "scaled = Add(first, bias)",
         extra=", bool[B, 1, S, L] mask",
     ),
     "mixes -inf with the lowest": eager(
