@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import defs, numpy_helper
 
-from planish.frontends.onnx_tensors import MAX_SPARSE_BYTES, dims_of
+from planish.frontends.onnx_tensors import MAX_SPARSE_BYTES, MAX_SPARSE_RATIO, dims_of
 from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.external import tensor_bytes
 from planish.ir.serialize import TYPE_KEY
@@ -31,6 +31,9 @@ def normalize_proto(proto: onnx.ModelProto) -> list[str]:
             if not _representable(info.type):
                 info.metadata_props.add(key=TYPE_KEY, value=info.type.SerializeToString().hex())
                 info.ClearField("type")
+        for info in (*graph.output, *graph.value_info):
+            if info.type.HasField("tensor_type") and not info.type.tensor_type.elem_type:
+                info.ClearField("type")  # a shape of nothing; the type is inferred
     for function in proto.functions:
         for info in function.value_info:
             if not _representable(info.type):
@@ -76,8 +79,9 @@ def _dense(sparse: onnx.SparseTensorProto, name: str) -> onnx.TensorProto:
     values, indices = sparse.values, sparse.indices
     shape = dims_of(onnx.TensorProto(name=name, dims=sparse.dims, data_type=values.data_type))
     size = tensor_bytes(ir.DataType(values.data_type), shape)
-    if size > MAX_SPARSE_BYTES:
-        raise UnsupportedError(f"sparse tensor '{name}' is {size} bytes when dense; limit {MAX_SPARSE_BYTES}.")
+    limit = max(MAX_SPARSE_BYTES, MAX_SPARSE_RATIO * values.ByteSize())
+    if size > limit:
+        raise UnsupportedError(f"sparse tensor '{name}' is {size} bytes when dense; limit {limit}.")
     if onnx.TensorProto.EXTERNAL in (values.data_location, indices.data_location):
         raise UnsupportedError(f"sparse tensor '{name}' has external data.")
     for tensor in (values, indices):

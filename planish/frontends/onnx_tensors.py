@@ -19,7 +19,8 @@ from planish.ir.external import ConfinedFile, MappedTensor, open_confined, tenso
 
 DETACH_BYTES = 1024  #: inline raw data above this size leaves the message
 MAX_ELEMENTS = 1 << 48  #: largest number of elements of one tensor
-MAX_SPARSE_BYTES = 1 << 32  #: largest dense size of a sparse tensor in bytes
+MAX_SPARSE_BYTES = 1 << 26  #: largest dense size in bytes of a sparse tensor that stores little itself
+MAX_SPARSE_RATIO = 1000  #: largest growth of a sparse tensor that is made dense
 _OPEN_FILES = 64  # external files kept open and mapped; the tensors of further files are read into memory
 
 
