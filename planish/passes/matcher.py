@@ -63,7 +63,10 @@ def constant_array(value: ir.Value | None) -> np.ndarray | None:
 
 
 def users(value: ir.Value) -> Iterator[ir.Node]:
-    """The nodes that consume a value (one may come twice), without the copy of all uses that ``value.consumers()`` makes."""
+    """The nodes that consume a value; one may come twice.
+
+    Unlike ``value.consumers()`` it makes no copy of all uses, which a caller that stops early would pay for.
+    """
     last: ir.Node | None = None
     for use in value._uses:
         if use.node is not last:

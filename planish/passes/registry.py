@@ -41,10 +41,9 @@ def register(cls: P | None = None) -> P | Callable[[P], P]:
     """
     if cls is None:
         return register
-    if "__dataclass_params__" not in cls.__dict__:
-        cls = dataclass(frozen=True)(cls)  # type: ignore[assignment]
-    assert cls is not None
     _require_pass(cls)
+    if "__dataclass_params__" not in cls.__dict__:
+        dataclass(frozen=True)(cls)  # changes the class in place
     known = _passes.get(cls.name)
     # The same class again (a re-imported module, a notebook cell run twice) replaces itself.
     if known is not None and _home(known) != _home(cls):
