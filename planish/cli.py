@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -104,8 +104,7 @@ def optimize(
             journal=commands.journal(journal, resume),
         )
         try:
-            exe = optimize_with(hooks, model, wanted, passes=passes, calibration=data, budget=limits)
-            stopped = False
+            exe, stopped = optimize_with(hooks, model, wanted, passes=passes, calibration=data, budget=limits), False
         except Interrupted as interrupt:
             saved = commands.salvage(model, interrupt, wanted, passes)
             if saved is None or output is None:
@@ -118,11 +117,13 @@ def optimize(
     if report is not None:
         exe.report.to_html(report)
     failed = commands.failed_passes(exe.report, named=passes is not None)
-    if json:
-        _emit(exe.report.to_dict() | {"artifact": output, "failed": failed, "interrupted": stopped})
-    else:
-        cli_print.optimized(exe.report, output, failed, stopped)
-    return 130 if stopped else int(bool(failed))
+    if not json:
+        cli_print.optimized(exe.report, output, failed)
+    elif not stopped:
+        _emit(exe.report.to_dict() | {"artifact": output, "failed": failed})
+    if stopped:
+        raise commands.StoppedError(f"interrupted; the best program so far is in '{output}'.")
+    return int(bool(failed))
 
 
 @app.command()
@@ -294,13 +295,17 @@ def _emit(data: dict[str, Any]) -> None:
     print(json.dumps({"schema": 1} | encode(data), allow_nan=False), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
+def main() -> NoReturn:
+    """Runs the command line of this process and exits."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Runs a command line and returns the exit code; nothing that a user can do raises."""
     usage_error = typer.BadParameter.__mro__[2]  # click's base of usage errors, wherever this typer keeps it
     try:
-        code = app(arguments, prog_name="planish", standalone_mode=False)
-        return int(code or 0)
+        code = int(app(arguments, prog_name="planish", standalone_mode=False) or 0)
+        return code if code != 130 else _fail(arguments, "interrupted.", 130)  # typer makes Ctrl-C an exit code
     except (KeyboardInterrupt, typer.Abort):
         return _fail(arguments, "interrupted.", 130)
     except usage_error as error:
@@ -338,4 +343,4 @@ def _fail(arguments: list[str], message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

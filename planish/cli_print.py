@@ -42,7 +42,7 @@ def _text(value: Any, limit: int = 120, style: str = "") -> Text:
     return Text(printable(str(value), limit), style=style)
 
 
-def optimized(report: Report, output: str | None, failed: Sequence[str], stopped: bool) -> None:
+def optimized(report: Report, output: str | None, failed: Sequence[str]) -> None:
     """The report, where the artifact is, and the verdict as the last line."""
     console = _console()
     if output is not None:
@@ -51,8 +51,6 @@ def optimized(report: Report, output: str | None, failed: Sequence[str], stopped
         console.print(Text("Nothing was written; give -o FOLDER for an artifact.", style="dim"))
     if failed:
         console.print(_text(f"Rolled back: {', '.join(failed)}", 600, "red"))
-    if stopped:
-        console.print(Text("Interrupted: the best program so far was kept.", style="yellow"))
     report.print(console)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from planish.files import batches, is_artifact, open_executable, open_program, save_outputs
 from planish.ir.budget import Budget
-from planish.ir.errors import InputError, unknown
+from planish.ir.errors import InputError, PlanishError, unknown
 from planish.ir.target import Target
 
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from planish.passes.instruments import Instrument
     from planish.runtime.executable import Executable
     from planish.runtime.report import Report
+
+
+class StoppedError(PlanishError):
+    """Ctrl-C after which something was kept; the message says where."""
+
+    exit_code = 130
+
 
 _BUDGET_FIELDS = ("error", "min_gain", "seconds")
 
@@ -156,11 +163,11 @@ def run_once(
     from planish.ir.inputs import synthesize
 
     target = make_target("ort-cpu", threads)
-    feeds = one_batch(inputs)
     sizes = parse_dims(dims)
-    if feeds is not None and sizes:
+    if inputs and sizes:
         raise InputError("--dim is for synthetic inputs; leave out --dim or --inputs.")
     executable = open_executable(path, target, allow_native=allow_native)
+    feeds = one_batch(inputs)
     if feeds is None:
         program = open_program(path, target)
         chosen = entry or ("main" if "main" in program.entries else next(iter(program.entries)))

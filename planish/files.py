@@ -154,8 +154,12 @@ def check_new_folder(path: str | Path, overwrite: bool) -> None:
     folder = Path(path)
     if not folder.parent.is_dir():
         raise InputError(f"the folder '{folder.parent}' for the artifact does not exist; make it first.")
-    if (folder.exists() or folder.is_symlink()) and not overwrite:
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not overwrite:
         raise InputError(f"'{folder}' exists; give another -o, or --overwrite to replace an artifact there.")
+    if folder.is_symlink() or not (folder / "manifest.json").is_file():
+        raise InputError(f"'{folder}' exists and is not a planish artifact; --overwrite replaces nothing else.")
 
 
 def batches(paths: Sequence[str | Path]) -> list[dict[str, np.ndarray]] | None:

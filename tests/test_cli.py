@@ -1,0 +1,469 @@
+"""The command line: every command, its JSON, its exit codes, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import planish
+from planish import commands, debugging, files
+from planish.cli import invoke
+from planish.ir.errors import InputError
+from planish.ir.ledger import ErrorStats, Ledger, LedgerEntry
+from planish.runtime.report import Report, Stats
+
+GELU = """<ir_version: 10, opset_import: ["" : 23]>
+g (float[batch, 8] x) => (float[batch, 8] y)
+<float[8] scale = {1, 2, 3, 4, 5, 6, 7, 8}, float root = {1.4142135}, float one = {1}, float half = {0.5}>
+{
+  a = Mul(x, scale)
+  i = Identity(a)
+  d = Div(i, root)
+  e = Erf(d)
+  s = Add(e, one)
+  m = Mul(i, s)
+  y = Mul(m, half)
+}"""
+
+
+def save(path: Path, text: str = GELU) -> Path:
+    path.write_bytes(ir.to_proto(ir.from_onnx_text(text)).SerializeToString())
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return save(tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def artifact(model: Path) -> Path:
+    planish.optimize(model, budget=planish.Budget(gates=False)).export("artifact")
+    return model.parent / "artifact"
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*args: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = invoke([str(a) for a in args])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def as_json(out: str) -> dict[str, Any]:
+    """Stdout must be one strict JSON object and nothing else."""
+    found: dict[str, Any] = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert found["schema"] == 1
+    return found
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+# --- optimize --------------------------------------------------------------------------------------------------
+
+
+def test_optimize_writes_an_artifact_and_ends_with_the_verdict(model: Path, call: Any) -> None:
+    code, out, err = call("optimize", "model.onnx", "-o", "out", "--budget", "seconds=1", "--report", "r.html")
+    assert code == 0 and err == ""
+    assert out.rstrip().splitlines()[-1].endswith("passes.")
+    assert "Artifact: out" in out and "fuse-gelu" in out
+    assert names(model.parent) == {"model.onnx", "out", "r.html"}
+    assert planish.load("out").run({"x": np.ones((2, 8), "f")})["y"].shape == (2, 8)
+
+
+def test_optimize_in_json_is_the_report(model: Path, call: Any) -> None:
+    code, out, err = call("optimize", "model.onnx", "--no-gates", "--json")
+    assert code == 0 and err == ""
+    found = as_json(out)
+    assert found["artifact"] is None and found["failed"] == []
+    assert found["after"]["ops"]["Gelu"] == 1
+    assert Report.from_dict(found).ledger["fuse-gelu"].fired == 1
+
+
+def test_optimize_without_output_says_that_nothing_was_written(model: Path, call: Any) -> None:
+    code, out, _ = call("optimize", "model.onnx", "--no-gates")
+    assert code == 0 and "Nothing was written" in out
+    assert names(model.parent) == {"model.onnx"}
+
+
+def test_optimize_takes_inputs_threads_and_a_pipeline(model: Path, call: Any) -> None:
+    np.savez("one.npz", x=np.ones((3, 8), "f"))
+    np.savez("two.npz", x=np.zeros((2, 8), "f"))
+    args = ("--inputs", "one.npz", "--inputs", "two.npz", "--threads", 1, "-p", "remove-no-ops", "--json")
+    code, out, _ = call("optimize", "model.onnx", "--budget", "seconds=1", *args)
+    found = as_json(out)
+    assert code == 0
+    assert found["target"] == "ort-cpu:threads=1" and found["pipeline"] == "remove-no-ops"
+    assert not found["synthetic_inputs"]
+
+
+def test_print_after_and_verify_watch_the_passes(model: Path, call: Any) -> None:
+    args = ("--no-gates", "--print-after", "fuse-gelu", "--verify")
+    _, out, _ = call("optimize", "model.onnx", *args)
+    assert "# after fuse-gelu" in out
+    _, out, err = call("optimize", "model.onnx", *args, "--json")
+    as_json(out)
+    assert "# after fuse-gelu" in err
+
+
+def test_a_journal_is_kept_and_continued(model: Path, call: Any) -> None:
+    args = ("optimize", "model.onnx", "--budget", "seconds=1", "--journal", "j.jsonl")
+    assert call(*args)[0] == 0
+    assert len(Path("j.jsonl").read_text().splitlines()) > 1
+    assert call(*args, "--continue")[0] == 0
+    code, _, err = call("optimize", "model.onnx", "--continue")
+    assert code == 2 and "--journal" in err
+    code, _, err = call("optimize", "model.onnx", "--continue", "--journal", "other.jsonl")
+    assert code == 2 and "other.jsonl" in err
+    assert call("optimize", "model.onnx", "--journal", "no/such/folder")[0] == 2
+
+
+def test_an_existing_output_is_refused_before_any_work(model: Path, call: Any) -> None:
+    Path("out").mkdir()
+    for more in ([], ["--overwrite"]):
+        started = time.monotonic()
+        code, _, err = call("optimize", "missing-model.onnx", "-o", "out", *more)
+        assert code == 2 and "'out' exists" in err
+        assert time.monotonic() - started < 1.0
+    assert call("optimize", "model.onnx", "-o", "no/folder")[0] == 2
+
+
+def test_overwrite_replaces_an_artifact(artifact: Path, call: Any) -> None:
+    assert call("optimize", "model.onnx", "--no-gates", "-o", artifact, "--overwrite")[0] == 0
+    assert names(artifact.parent) == {"model.onnx", "artifact"}
+
+
+def report_with(**entry: Any) -> Report:
+    stats = Stats(1, {"Add": 1}, 0)
+    kind = entry.pop("kind", "exact")
+    return Report("m", "ort-cpu", "", stats, stats, Ledger([LedgerEntry("p", kind, **entry)]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "named", "failed"),
+    [
+        ({"kept": True}, True, []),
+        ({"kept": False}, True, ["p"]),  # asked for by name, and not in the result
+        ({"kept": False, "verdict": "rolled back: slower"}, False, []),
+        ({"kept": False, "error_original": ErrorStats(1.0, 1.0, 0.0)}, False, ["p"]),
+        ({"kept": False, "reproducer": "folder"}, False, ["p"]),
+        ({"kept": False, "kind": "approximate", "error_original": ErrorStats(1.0, 1.0, 0.0)}, False, []),
+    ],
+)
+def test_what_makes_optimize_exit_with_one(entry: dict[str, Any], named: bool, failed: list[str]) -> None:
+    assert commands.failed_passes(report_with(**entry), named) == failed
+
+
+# --- run, verify, bench -----------------------------------------------------------------------------------------
+
+
+def test_run_writes_outputs_that_numpy_reads(artifact: Path, call: Any) -> None:
+    x = np.linspace(-1, 1, 16, dtype="f").reshape(2, 8)
+    np.savez("x.npz", x=x)
+    code, out, err = call("run", "artifact", "--inputs", "x.npz", "-o", "y.npz")
+    assert code == 0 and err == "" and "float32[2, 8]" in out
+    with np.load("y.npz", allow_pickle=False) as saved:
+        expected = planish.load("artifact").run({"x": x})["y"]
+        np.testing.assert_array_equal(saved["y"], expected)
+
+
+def test_run_makes_inputs_up_and_says_so(artifact: Path, call: Any) -> None:
+    code, out, _ = call("run", "artifact", "--dim", "batch=5", "--json")
+    found = as_json(out)
+    assert code == 0 and found["synthetic"] and found["outputs"]["y"]["shape"] == [5, 8]
+    assert "synthetic" in call("run", "model.onnx")[1]
+
+
+def test_run_reports_wrong_inputs(artifact: Path, call: Any) -> None:
+    np.savez("x.npz", z=np.ones((2, 8), "f"))
+    code, out, err = call("run", "artifact", "--inputs", "x.npz", "-o", "y.npz")
+    assert code == 2 and out == "" and err.startswith("error: ")
+    assert not Path("y.npz").exists()
+
+
+def test_verify_holds_and_notices_damage(artifact: Path, call: Any) -> None:
+    code, out, _ = call("verify", "artifact")
+    assert code == 0 and out.rstrip().endswith("holds on this machine.")
+    assert as_json(call("verify", "artifact", "--json")[1])["ok"] is True
+    with (artifact / "main.onnx").open("r+b") as file:
+        file.seek(20)
+        file.write(b"\xff")
+    code, _, err = call("verify", "artifact")
+    assert code == 2 and "main.onnx" in err
+
+
+def test_verify_exits_with_one_when_numbers_differ(artifact: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import planish.ir.compare
+
+    wrong = ErrorStats(0.5, 1.0, 0.9, None, "y")
+    monkeypatch.setattr(planish.ir.compare, "compare_outputs", lambda expected, got: wrong)
+    code, out, _ = call("verify", "artifact")
+    assert code == 1 and "does NOT hold" in out
+
+
+def test_bench_shows_percentiles_and_ratios(artifact: Path, call: Any) -> None:
+    args = ("bench", "model.onnx", "artifact", "--seconds", "0.2", "--runs", "5")
+    code, out, _ = call(*args)
+    assert code == 0
+    for word in ("Avg", "P50", "P90", "P99", "Min", "Std", "speed-up", "samples/s", "synthetic"):
+        assert word in out
+    rows = as_json(call(*args, "--json")[1])["rows"]
+    assert [row["name"] for row in rows] == ["model.onnx", "artifact"]
+    assert rows[0]["speedup"] is None and rows[1]["speedup"]["runs"] >= 3
+    assert rows[1]["error"]["relative_l2"] < 1e-5
+
+
+def test_bench_tells_equal_names_apart(model: Path, call: Any) -> None:
+    Path("a").mkdir()
+    save(Path("a/model.onnx"))
+    args = ("--seconds", "0.1", "--runs", "3", "--json", "--clock", "process")
+    rows = as_json(call("bench", "model.onnx", "a/model.onnx", "model.onnx", *args)[1])["rows"]
+    assert len({row["name"] for row in rows}) == 3
+
+
+def test_bench_refuses_a_contestant_with_other_inputs(model: Path, call: Any) -> None:
+    other = save(Path("other.onnx"), GELU.replace(" x)", " z)").replace("Mul(x,", "Mul(z,"))
+    code, _, err = call("bench", "model.onnx", other)
+    assert code == 2 and "other.onnx" in err
+    assert call("bench", "model.onnx", "--clock", "sundial")[0] == 2
+
+
+# --- looking at things ---------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_a_model_and_an_artifact(artifact: Path, call: Any) -> None:
+    code, out, _ = call("inspect", "model.onnx")
+    assert code == 0
+    for words in ("x: float[batch, 8]", "Operators", "Blocks", "kernel", "FLOPs", "ai.onnx 23"):
+        assert words in out
+    found = as_json(call("inspect", "artifact", "--dim", "batch=3", "--json")[1])
+    assert found["kind"] == "artifact" and found["made_by"] == {"fuse-gelu": 1}
+    assert found["dims"] == {"batch": 3} and found["coverage"]["share"] == 1.0
+
+
+def test_passes_lists_kind_doc_and_options(call: Any) -> None:
+    code, out, _ = call("passes")
+    assert code == 0 and "fuse-gelu" in out
+    found = {item["name"]: item for item in as_json(call("passes", "--json")[1])["passes"]}
+    assert found["fuse-gelu"]["kind"] == "exact" and "Gelu" in found["fuse-gelu"]["doc"]
+    assert {o["name"] for o in found["fold-constants"]["options"]} >= {"max_bytes"}
+
+
+def test_explain_counts_firings_and_names_near_misses(model: Path, call: Any) -> None:
+    found = as_json(call("explain", "model.onnx", "fuse-gelu", "--json")[1])
+    assert found["fired"] == 1 and "remove-no-ops" in found["after"]
+    near = save(Path("near.onnx"), GELU.replace("one = {1}", "one = {2}"))
+    code, out, _ = call("explain", near, "fuse-gelu", "--raw")
+    assert code == 0 and "Fires 0 times" in out and "reason" in out
+    code, _, err = call("explain", "model.onnx", "fuse-gelu,fold-constants")
+    assert code == 2 and "one pass" in err
+
+
+def test_diff_of_a_model_and_its_artifact(artifact: Path, call: Any) -> None:
+    code, out, _ = call("diff", "model.onnx", "artifact")
+    assert code == 0 and "Erf" in out and "The models differ" in out
+    found = as_json(call("diff", "model.onnx", "artifact", "--json", "--exit-code")[1])
+    assert found["ops"]["Gelu"] == [0, 1] and not found["same"]
+    assert call("diff", "model.onnx", "artifact", "--exit-code")[0] == 1
+    code, out, _ = call("diff", "model.onnx", "model.onnx", "--exit-code")
+    assert code == 0 and "equal" in out
+
+
+# --- bisect ----------------------------------------------------------------------------------------------------------
+
+
+def checker(folder: Path, bad_op: str) -> str:
+    """A check that fails on models that hold `bad_op`."""
+    script = folder / "check.py"
+    script.write_text(
+        "import sys, onnx\n"
+        "ops = [n.op_type for n in onnx.load(sys.argv[1]).graph.node]\n"
+        f"print('this goes to stderr')\nsys.exit('{bad_op}' in ops)\n"
+    )
+    return f"{sys.executable} {script}"
+
+
+def test_bisect_finds_the_pass_with_a_command(model: Path, call: Any) -> None:
+    check = checker(model.parent, "Gelu")
+    code, out, err = call("bisect", "model.onnx", "--check", f"{check} {{model}}", "-o", "repro", "--json")
+    found = as_json(out)
+    assert code == 1 and found["culprit"] == "fuse-gelu" and "stderr" in err
+    assert {p.name for p in Path(found["reproducer"]).iterdir()} >= {"before.onnx", "pipeline.txt", "error.txt"}
+    code, out, _ = call("bisect", "model.onnx", "--check", f'{check} "$PLANISH_MODEL"')
+    assert code == 1 and "fuse-gelu" in out
+
+
+def test_bisect_says_when_nothing_breaks_or_all_is_broken(model: Path, call: Any) -> None:
+    code, out, _ = call("bisect", "model.onnx")
+    assert code == 0 and "holds after all passes" in out
+    code, out, _ = call("bisect", "model.onnx", "--check", "false")
+    assert code == 2 and "before any pass" in out
+
+
+@pytest.mark.parametrize(("command", "words"), [("exit 125", "125"), ("no-such-command", "127"), ("exit 200", "200")])
+def test_bisect_keeps_the_contract_on_exit_codes(model: Path, call: Any, command: str, words: str) -> None:
+    code, _, err = call("bisect", "model.onnx", "--check", command)
+    assert code == 2 and words in err
+
+
+# --- errors and exit codes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["inspect", "nope.onnx"], "nope.onnx"),
+        (["inspct", "model.onnx"], "inspect"),
+        (["optimize"], "MODEL"),
+        (["optimize", "model.onnx", "--thread"], "--threads"),
+        (["optimize", "model.onnx", "--threads", "-1"], "at least 0"),
+        (["optimize", "model.onnx", "--print-after", "fuse-gellu"], "fuse-gelu"),
+        (["optimize", "model.onnx", "--budget", "error"], "error=1e-3"),
+        (["optimize", "model.onnx", "--budget", "error=1,error=2"], "twice"),
+        (["optimize", "model.onnx", "--budget", "error=-1"], "at least 0"),
+        (["inspect", "model.onnx", "--dim", "batch"], "name=size"),
+        (["inspect", "model.onnx", "--dim", "bach=2"], "batch"),
+        (["inspect", "model.onnx", "-t", "ort-cpuu"], "ort-cpu"),
+        (["run", "model.onnx", "--inputs", "model.onnx"], ".npz"),
+        (["run", "."], "manifest.json"),
+        (["verify", "model.onnx"], "model.onnx"),
+    ],
+)
+def test_user_mistakes_are_one_line_and_exit_code_two(model: Path, call: Any, args: list[str], words: str) -> None:
+    code, out, err = call(*args)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert "Traceback" not in err
+    code, out, again = call(*args, "--json")
+    assert again == err and as_json(out)["exit_code"] == 2
+    assert names(model.parent) == {"model.onnx"}
+
+
+def test_a_bug_is_one_line_unless_asked_for_more(model: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("\x1b[31mboom")
+
+    monkeypatch.setattr(commands, "inspect", broken)
+    code, _, err = call("inspect", "model.onnx")
+    assert code == 1 and "bug in planish" in err and "RuntimeError" in err and "\x1b" not in err
+    monkeypatch.setenv("PLANISH_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="boom"):
+        invoke(["inspect", "model.onnx"])
+
+
+def test_control_c_is_exit_code_130(model: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "inspect", stop)
+    code, out, err = call("inspect", "model.onnx")
+    assert (code, out, err) == (130, "", "error: interrupted.\n")
+
+
+def test_control_c_keeps_the_best_program_so_far(model: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from planish.passes.gates import Gates
+
+    def stop(self: Gates) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Gates, "_composition", stop)
+    code, _, err = call("optimize", "model.onnx", "-o", "out", "--budget", "seconds=1")
+    assert code == 130 and "best program so far is in 'out'" in err
+    assert call("verify", "out")[0] == 0
+    assert names(model.parent) == {"model.onnx", "out"}
+
+
+def test_version_and_help() -> None:
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+
+    def run(*args: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "planish.cli", *args], capture_output=True, text=True, env=environment, check=True
+        )
+        return done.stdout
+
+    assert run("--version") == f"planish {planish.__version__}\n"
+    text = run("--help")
+    for name in ("optimize", "run", "bench", "verify", "inspect", "passes", "explain", "bisect", "diff"):
+        assert f"\n  {name}" in text
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from planish.cli import invoke\n"
+        "try: invoke(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'numpy', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'torch', 'rich', 'jinja2'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def test_inputs_with_objects_are_never_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(InputError, match="never loaded"):
+        files.load_inputs(path)
+
+
+@pytest.mark.parametrize("cut", [3, 30, 120])
+def test_damaged_inputs_are_refused(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.ones(100))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(InputError, match=r"x\.npz"):
+        files.load_inputs(path)
+
+
+def test_outputs_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "y.npz"
+    with pytest.raises(InputError, match="not an array"):
+        files.save_outputs(path, {"a": np.ones(3), "b": [np.ones(2)]})
+    assert names(tmp_path) == set()
+    files.save_outputs(path, {"file": np.ones(3), "a/b": np.array(["x", "yy"], dtype=object)})
+    found = files.load_inputs(path)
+    assert found["a/b"].tolist() == ["x", "yy"] and found["file"].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(InputError, match="can not write"):
+        files.save_outputs(tmp_path / "no" / "y.npz", {"a": np.ones(1)})
+
+
+def test_budgets_and_dims_parse() -> None:
+    budget = commands.parse_budget("error=1e-3, min_gain=1.02,seconds=30")
+    assert (budget.error, budget.min_gain, budget.seconds, budget.gates) == (1e-3, 1.02, 30.0, True)
+    assert commands.parse_budget(None, gates=False) == planish.Budget(gates=False)
+    assert commands.parse_dims(["batch=4", "seq = 8"]) == {"batch": 4, "seq": 8}
+
+
+def test_a_pass_that_does_not_import_is_listed_as_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from planish.passes import registry
+
+    def get(name: str) -> Any:
+        raise InputError(f"pass '{name}' can not be loaded")
+
+    monkeypatch.setattr(registry, "get", get)
+    assert {item["kind"] for item in debugging.describe_passes()} == {"broken"}
+
+
+def test_the_sample_model_is_valid(model: Path) -> None:
+    onnx.checker.check_model(onnx.load(model))
