@@ -31,7 +31,7 @@ RESOLUTION = 0.01
 #: Level of the interval at the end, and of each look before it: looking often at 95 % would find a difference
 #: between equal programs in far more than one run of twenty.
 FINAL_LEVEL = 0.95
-EARLY_LEVEL = 0.99
+EARLY_LEVEL = 0.998
 _RESAMPLES = 2000
 
 
