@@ -1,0 +1,105 @@
+"""How many operators each architecture must end up with; a change that loses one fails here.
+
+The exports are captured by the torch and transformers that are installed, so a new version of either is seen too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import old_exports
+import onnx_ir as ir
+import pytest
+
+from planish.ir.printer import op_counts
+from planish.ir.program import Program
+from planish.passes.defaults import default_pipeline
+from planish.passes.testing import apply_pass, check_numerics
+
+PIPELINE = default_pipeline("ort-cpu")
+_WATCHED = (
+    "Attention", "Softmax", "LayerNormalization", "RMSNormalization", "Gelu", "planish::SwiGLU", "Erf", "Tanh",
+    "Transpose", "Expand",
+)  # fmt: skip
+
+OLD: dict[str, tuple[ir.Model, dict[str, int], list[str]]] = {
+    "BERT, -10000": (
+        old_exports.bert(),
+        {"Attention": 2, "LayerNormalization": 4, "Gelu": 2, "Expand": 1},
+        ["attention_mask"],
+    ),
+    "BERT, lowest": (
+        old_exports.bert(masking="-3.4028234663852886e38"),
+        {"Attention": 2, "LayerNormalization": 4, "Gelu": 2, "Expand": 1},
+        ["attention_mask"],
+    ),
+    "GPT-2, -10000": (old_exports.gpt2(), {"Attention": 2, "LayerNormalization": 4, "Gelu": 2}, []),
+    "GPT-2, lowest": (
+        old_exports.gpt2(fill="-3.4028234663852886e38"),
+        {"Attention": 2, "LayerNormalization": 4, "Gelu": 2},
+        [],
+    ),
+    "ViT": (old_exports.vit(), {"Attention": 2, "LayerNormalization": 4, "Gelu": 2}, []),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_torchscript_graphs(name: str) -> None:
+    model, expected, masks = OLD[name]
+    sizes = [(1, 5), (3, 5)] if name == "ViT" else [(1, 1), (1, 5), (3, 8)]
+    rng = np.random.default_rng(1)
+    for batch, length in sizes:
+        inputs: dict[str, Any] = {"x": rng.standard_normal((batch, length, 16), dtype=np.float32)}
+        for mask in masks:
+            inputs[mask] = np.ones((batch, length), np.int64)
+            inputs[mask][-1, length // 2 :] = 0
+        program = check_numerics(PIPELINE, model, inputs)
+        counts = watched(program)
+        assert {k: counts.get(k, 0) for k in expected} == expected
+        assert not {"Softmax", "Erf", "Tanh"} & set(counts)
+
+
+def watched(program: Program) -> dict[str, int]:
+    return {name: count for name, count in op_counts(program).items() if name in _WATCHED}
+
+
+_TEXT = {"Attention": 2, "LayerNormalization": 5, "Gelu": 2}
+_LLAMA = {"Attention": 2, "RMSNormalization": 5, "planish::SwiGLU": 2}
+EXPORTED: dict[str, dict[str, int]] = {
+    "BERT": _TEXT,
+    "DistilBERT": _TEXT,
+    "RoBERTa": _TEXT,
+    "ALBERT": _TEXT,
+    "MiniLM": {"Attention": 6, "LayerNormalization": 13, "Gelu": 6},
+    "GPT-2": _TEXT,
+    "Llama": _LLAMA,
+    "Qwen2": _LLAMA,
+    "T5 encoder": {"Attention": 2, "RMSNormalization": 5},
+    "ViT": _TEXT,
+    "DeiT": _TEXT,
+    "CLIP text": {"Attention": 2, "LayerNormalization": 5},
+    "CLIP vision": {"Attention": 2, "LayerNormalization": 6},
+    "Whisper encoder": {"Attention": 2, "LayerNormalization": 5, "Gelu": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_architectures(name: str, attention: str) -> None:
+    pytest.importorskip("transformers")
+    from architectures import ARCHITECTURES
+
+    from planish.frontends.torch import capture
+
+    architecture = ARCHITECTURES[name]
+    module = architecture.build(True)
+    for part in module.modules():
+        if hasattr(getattr(part, "config", None), "_attn_implementation"):
+            part.config._attn_implementation = attention
+    program = capture(module, architecture.example(module), architecture.dynamic_shapes, "ort-cpu").program
+    apply_pass(PIPELINE, program)
+    counts = watched(program)
+    assert {k: counts.get(k, 0) for k in EXPORTED[name]} == EXPORTED[name]
+    assert "Softmax" not in counts and "Erf" not in counts
