@@ -164,7 +164,7 @@ class _Search:
     def _bind_value(self, pattern: Any, name: str | None, value: Any) -> bool:
         if name is None or self._bind(name, value):
             return True
-        self._fail(pattern, value, lambda: f"'{name}' is already {_describe(self.bound.get(name))}")
+        self._fail(pattern, value, lambda: f"{name} is {_describe(self.bound.get(name))}, found {_describe(value)}")
         return False
 
     def _step(self, pattern: Any, item: Any, rest: Any) -> Any:

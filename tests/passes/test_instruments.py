@@ -104,7 +104,8 @@ def test_journal_has_one_flushed_line_per_pass(tmp_path: Path) -> None:
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first.pop("seconds") >= 0
     assert first == {
-        "pass": "neg-abs", "time": 7.0, "modified": True, "fired": 3, "declined": 0, "nodes_before": 6, "nodes_after": 6,
+        "pass": "neg-abs", "time": 7.0, "modified": True, "fired": 3, "declined": 0,
+        "nodes_before": 6, "nodes_after": 6,
     }  # fmt: skip
     assert second == {"pass": "raises", "time": 7.0, "error": "ValueError: planted"}
 
