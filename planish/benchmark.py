@@ -100,9 +100,9 @@ def compare(
     for name, path in zip(names, paths, strict=True):
         timing = Timing.of(times[name])
         versus = None if name == first else ratio(times[first], times[name])
-        error = None if name == first else _error(outputs[first], outputs[name])
+        apart = None if name == first else _error(outputs[first], outputs[name])
         kind = "artifact" if is_artifact(path) else "model"
-        rows.append(Row(name, str(path), kind, timing, 1e3 * size / timing.mean, versus, error))
+        rows.append(Row(name, str(path), kind, timing, 1e3 * size / timing.mean, versus, apart))
     shown = {name: f"{a.dtype}{list(a.shape)}" for name, a in feeds.items()}
     return Comparison(rows, shown, inputs is None, _notes(times, rows, inputs is None))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -106,7 +106,7 @@ def optimize(
         try:
             exe, stopped = optimize_with(hooks, model, wanted, passes=passes, calibration=data, budget=limits), False
         except Interrupted as interrupt:
-            saved = commands.salvage(model, interrupt, wanted, passes)
+            saved = commands.salvage(model, interrupt, wanted, passes, synthetic=data is None)
             if saved is None or output is None:
                 raise
             exe, stopped = saved, True
@@ -302,7 +302,8 @@ def main() -> NoReturn:
 
 def invoke(arguments: list[str]) -> int:
     """Runs a command line and returns the exit code; nothing that a user can do raises."""
-    usage_error = typer.BadParameter.__mro__[2]  # click's base of usage errors, wherever this typer keeps it
+    # click's base of usage errors, wherever this version of typer keeps it
+    usage_error = cast("type[Exception]", typer.BadParameter.__mro__[2])
     try:
         code = int(app(arguments, prog_name="planish", standalone_mode=False) or 0)
         return code if code != 130 else _fail(arguments, "interrupted.", 130)  # typer makes Ctrl-C an exit code

@@ -111,7 +111,9 @@ def instruments(print_after: Sequence[str], verify: bool, file: TextIO) -> list[
     return added + ([Print(after=print_after, file=file)] if print_after else [])
 
 
-def salvage(model: str | Path, interrupted: Interrupted, target: Target, pipeline: str | None) -> Executable | None:
+def salvage(
+    model: str | Path, interrupted: Interrupted, target: Target, pipeline: str | None, synthetic: bool
+) -> Executable | None:
     """The best program of an interrupted run as an executable, or None if nothing had been kept yet."""
     from planish.passes.defaults import default_pipeline
     from planish.runtime.executable import Executable
@@ -121,6 +123,7 @@ def salvage(model: str | Path, interrupted: Interrupted, target: Target, pipelin
     if not any(entry.kept and entry.fired for entry in interrupted.ledger.entries):
         return None
     best = interrupted.best
+    interrupted.ledger.synthetic = synthetic
     last = interrupted.ledger.entries[-1]
     text = default_pipeline(target) if pipeline is None else pipeline
     report = Report.build(

@@ -31,7 +31,7 @@ def describe_passes() -> list[dict[str, Any]]:
     from planish.passes import registry
     from planish.passes.pipeline import option_types
 
-    described = []
+    described: list[dict[str, Any]] = []
     for name in registry.names():
         try:
             cls = registry.get(name)
@@ -52,7 +52,7 @@ def describe_passes() -> list[dict[str, Any]]:
         kind = "approximate" if hasattr(cls, "gives_up") else "exact"
         entry = {"name": name, "kind": kind, "level": cls.level, "doc": doc, "options": options}
         if kind == "approximate":
-            entry["gives_up"] = cls.gives_up
+            entry["gives_up"] = getattr(cls, "gives_up", "")
         described.append(entry)
     return described
 

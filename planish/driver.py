@@ -18,7 +18,7 @@ from planish.ir.ledger import Ledger, LedgerEntry
 from planish.ir.program import Calibration, Program
 from planish.ir.target import IMPLEMENTED, Target
 from planish.passes.base import Pass, PassContext, PassResult
-from planish.passes.gates import Gates, Interrupted
+from planish.passes.gates import DEFAULT_APPROXIMATE_ERROR, Gates, Interrupted
 from planish.passes.journal import DecisionJournal
 from planish.runtime.bench import OrtBench
 from planish.runtime.executable import Executable
@@ -114,7 +114,7 @@ def optimize_with(
     best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
     ledger.synthetic = program.calibration is not None and program.calibration.synthetic
     hooks.progress("preparing the executable")
-    report = _report(model, program, best, pipeline, ledger, time.monotonic() - started)
+    report = _report(model, program, best, pipeline, ledger, time.monotonic() - started, budget)
     return Executable(best, {"main": bench.runner(best)}, report=report, pipeline=report.pipeline)
 
 
@@ -250,7 +250,13 @@ class _Reproducers:
 
 
 def _report(
-    model: Any, before: Program, after: Program, pipeline: list[Pass], ledger: Ledger, seconds: float
+    model: Any,
+    before: Program,
+    after: Program,
+    pipeline: list[Pass],
+    ledger: Ledger,
+    seconds: float,
+    budget: Budget,
 ) -> Report:
     from planish.passes.pipeline import format_pipeline
 
@@ -265,6 +271,7 @@ def _report(
         error=total.error_original if total else None,
         speedup=total.speedup if total else None,
         seconds=seconds,
+        error_budget=DEFAULT_APPROXIMATE_ERROR if budget.error is None else budget.error,
         **_costs(before, after, dims),
     )
 

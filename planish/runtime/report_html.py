@@ -137,7 +137,11 @@ def _tiles(report: Report) -> list[dict[str, Any]]:
         weights = f"weights {size(before.weight_bytes)} → {size(after.weight_bytes)}"
     flops = [f"{count_text(before.flops)} → {count_text(after.flops)} FLOPs"] if before.flops and after.flops else []
     peaks = before.peak_activation_bytes, after.peak_activation_bytes
-    memory = {"label": "Weights", "value": size(after.weight_bytes), "sub": [report.size_change() or "unchanged"]}
+    memory: dict[str, Any] = {
+        "label": "Weights",
+        "value": size(after.weight_bytes),
+        "sub": [report.size_change() or "unchanged"],
+    }
     if None not in peaks:
         drop = percent_change(*peaks)
         was, now = size(peaks[0]), size(peaks[1])
