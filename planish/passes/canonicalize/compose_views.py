@@ -35,7 +35,10 @@ _FLOATS = frozenset((_D.FLOAT16, _D.BFLOAT16, _D.FLOAT, _D.DOUBLE))
 @register
 @dataclass(frozen=True)
 class ComposeViews(ExactPass):
-    """Composes Transposes, Reshapes, Squeeze with Unsqueeze, Casts that lose nothing, Not of Not, Neg of Neg."""
+    """Composes Transposes, Reshapes, Squeeze with Unsqueeze, Casts that lose nothing, Not of Not, Neg of Neg.
+
+    A CastLike becomes the Cast that it is, so that the other passes see one form.
+    """
 
     name: ClassVar[str] = "compose-views"
 
@@ -55,8 +58,7 @@ def _substitute(node: ir.Node, source: ir.Value | None, editor: Editor) -> bool:
     if source is None:
         return False
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
-    editor.replace(node.outputs[0], source)
-    editor.remove(node)
+    _replaced(node, source, editor)
     _drop_dead(before, editor)
     return True
 
@@ -159,6 +161,24 @@ def _cast(node: ir.Node, editor: Editor) -> bool:
     return _rewire(node, inner, editor)
 
 
+def _cast_like(node: ir.Node, editor: Editor) -> bool:
+    """CastLike is a Cast to the type of its second input, whose value it does not need."""
+    target = node.inputs[1].dtype if node.inputs[1] is not None else None
+    if target is None or "saturate" in node.attributes:
+        return False
+    output = node.outputs[0]
+    if output.dtype is not None and output.dtype != target:
+        raise Decline(f"the graph says that the result has type {output.dtype.name}, not {target.name}")
+    new = editor.node(node, "Cast", [node.inputs[0]], {"to": int(target)}, like=output)
+    return _replaced(node, new, editor)
+
+
+def _replaced(node: ir.Node, new: ir.Value, editor: Editor) -> bool:
+    editor.replace(node.outputs[0], new)
+    editor.remove(node)
+    return True
+
+
 def _involution(node: ir.Node, editor: Editor) -> bool:
     inner = _inner(node, node.op_type)
     return inner is not None and _substitute(node, inner.inputs[0], editor)
@@ -170,6 +190,7 @@ _RULES = {
     "Squeeze": _undone,
     "Unsqueeze": _undone,
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Not": _involution,
     "Neg": _involution,
 }

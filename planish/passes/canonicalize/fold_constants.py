@@ -120,7 +120,7 @@ class _Run:
                 new.shape = ir.Shape(tensor.shape.numpy())
                 graph.register_initializer(new)
             self.editor.replace(value, new)
-        operands = [v for v in node.inputs if v is not None]
+        operands = dict.fromkeys(v for v in node.inputs if v is not None)
         self.editor.remove(node)
         for value in operands:
             _drop_unused(value, self.editor)
@@ -137,8 +137,8 @@ class _Run:
     def _evaluate(self, node: ir.Node, tensors: list[ir.TensorProtocol | None]) -> list[ir.TensorProtocol]:
         if any(t is not None and t.dtype == ir.DataType.STRING for t in tensors):
             raise Decline("strings are not folded")
-        pairs = zip(node.inputs, tensors, strict=True)
-        freed = sum(t.nbytes for v, t in pairs if v is not None and t is not None and _dies(v))
+        operands = {v: t for v, t in zip(node.inputs, tensors, strict=True) if v is not None and t is not None}
+        freed = sum(t.nbytes for v, t in operands.items() if _dies(v))
         limit = freed + min(self.max_bytes, self.growth_left)
         arrays = evaluate(node, [None if t is None else np.asarray(t.numpy()) for t in tensors], limit)
         for value, array in zip(node.outputs, arrays, strict=True):
@@ -150,8 +150,8 @@ class _Run:
 
 
 def _dies(value: ir.Value) -> bool:
-    """Whether the constant is gone once its one user is."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
+    """Whether the constant is gone once its one user is gone."""
+    return len(value.consumers()) == 1 and not value.is_graph_output()
 
 
 def _drop_unused(value: ir.Value, editor: Editor) -> None:

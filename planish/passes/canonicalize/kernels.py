@@ -61,7 +61,8 @@ def _output_bytes(node: ir.Node, inputs: Arrays) -> int:
         return math.prod(_broadcast(*(a.shape for a in present))) * wide
     count = _GROWING.get(node.op_type)
     if count is not None:
-        return count(node, inputs) * wide
+        item = _fill(node) if node.op_type == "ConstantOfShape" else present[0]
+        return count(node, inputs) * item.itemsize
     return sum(a.nbytes for a in present) if node.op_type not in ("Shape", "Size") else 512
 
 
@@ -101,9 +102,13 @@ def _gather_count(node: ir.Node, inputs: Arrays) -> int:
     return data.size // data.shape[axis] * index.size if data.size else 0
 
 
-def _filled(node: ir.Node, inputs: Arrays) -> Array:
+def _fill(node: ir.Node) -> Array:
     attribute = node.attributes.get("value")
-    fill = np.zeros(1, np.float32) if attribute is None else attribute.as_tensor().numpy()
+    return np.zeros(1, np.float32) if attribute is None else np.asarray(attribute.as_tensor().numpy())
+
+
+def _filled(node: ir.Node, inputs: Arrays) -> Array:
+    fill = _fill(node)
     if fill.dtype.name not in _NATIVE:
         raise Decline(f"constants of type {fill.dtype.name} are not folded")
     return np.full(_ints(inputs[0]), fill.ravel()[0], dtype=fill.dtype)
@@ -135,9 +140,9 @@ def _divide(node: ir.Node, inputs: Arrays) -> Array:
         return np.divide(a, b).astype(a.dtype)
     if not b.all() or (a.dtype.kind == "i" and (b == -1).any() and (a == np.iinfo(a.dtype).min).any()):
         raise Decline("division by zero or overflow")
-    quotient = a // b
     # numpy rounds down, ONNX towards zero.
-    return quotient + ((a % b != 0) & ((a < 0) != (b < 0))).astype(a.dtype)
+    quotient: Array = a // b + ((a % b != 0) & ((a < 0) != (b < 0))).astype(a.dtype)
+    return quotient
 
 
 def _modulo(node: ir.Node, inputs: Arrays) -> Array:

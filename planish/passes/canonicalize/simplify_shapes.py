@@ -130,11 +130,14 @@ class _Simplifier:
         target = self.facts.vector(node.inputs[1])
         if target is None or target.scalar:
             raise Decline("the sizes that the tensor is reshaped to are not known")
-        copies = not node.attributes.get_int("allowzero", 0)
-        sizes = _target(dims_of(node.inputs[0]), target.items, dims_of(node.outputs[0]), copies)
+        source, output = dims_of(node.inputs[0]), dims_of(node.outputs[0])
+        keeps_zeros = bool(node.attributes.get_int("allowzero", 0))
+        sizes, keeps_zeros = _target(source, target.items, output, keeps_zeros)
         assert node.graph is not None
         new = self.editor.constant(node.graph, np.array(sizes, np.int64), f"{node.name}_sizes")
         node.replace_input_with(1, new)
+        if not keeps_zeros:
+            node.attributes.pop("allowzero", None)
         self.editor.mark(node, [node])
         return True
 
@@ -154,29 +157,28 @@ def _reads(node: ir.Node, home: ir.Value, axis: int, scalar: bool) -> bool:
 
 
 def _target(
-    source: tuple[Item, ...] | None, items: tuple[Item, ...], output: tuple[Item, ...] | None, copies: bool
-) -> list[int]:
-    """The constant target of a Reshape from `source` to `items`.
+    source: tuple[Item, ...] | None, items: tuple[Item, ...], output: tuple[Item, ...] | None, keeps_zeros: bool
+) -> tuple[list[int], bool]:
+    """The constant target of a Reshape from `source` to `items`, and whether its zeros are sizes (allowzero).
 
     Raises:
         Decline: no constant says it. A -1 next to a copied size is not used: with an empty batch it would have
             no answer.
     """
+    explicit_zero = keeps_zeros and 0 in items
     sizes: list[int | None] = []
     for axis, item in enumerate(items):
         known = output[axis] if output is not None and len(output) == len(items) else None
-        size = item if isinstance(item, int) else known if isinstance(known, int) else None
-        if size is None and copies and source is not None and axis < len(source):
-            same = same_item(item, source[axis]) or same_item(known, source[axis])
-            size = 0 if same else None
+        size = item if isinstance(item, int) else known if isinstance(known, int) and known > 0 else None
+        if size is None and not explicit_zero and source is not None and axis < len(source):
+            copied = same_item(item, source[axis]) or same_item(known, source[axis])
+            size = 0 if copied else None
         sizes.append(size)
     open_axes = [axis for axis, size in enumerate(sizes) if size is None]
     if len(open_axes) > 1:
         raise Decline(f"{len(open_axes)} of the {len(sizes)} sizes are neither known nor copied from the input")
     if open_axes:
-        if any(not isinstance(s, int) or s < 1 for axis, s in enumerate(sizes) if axis not in open_axes):
+        if any(s is not None and s < 1 for s in sizes):
             raise Decline("one size is open next to a copied or unknown one: with an empty batch it has no answer")
         sizes[open_axes[0]] = -1
-    elif sizes.count(-1) > 1:
-        raise Decline("more than one size is -1")
-    return [s for s in sizes if s is not None]
+    return [s for s in sizes if s is not None], explicit_zero
