@@ -247,7 +247,7 @@ class OrtRunner:
     def _run_values(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The way for dtypes that NumPy lacks, which ONNX Runtime takes and gives as OrtValues only."""
         types = {spec.name: spec.dtype for spec in self.inputs}
-        kept = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        kept = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in arrays.items()}
         try:
             feeds = {name: to_ortvalue(value, types.get(name) or _native(value)) for name, value in kept.items()}
             if self._flush:
