@@ -7,6 +7,7 @@ and ``planish inspect`` show instead of a list of ten thousand nodes.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -78,10 +79,19 @@ def module_path(node: ir.Node) -> tuple[str, ...] | None:
             scopes = None
         if isinstance(scopes, list) and all(isinstance(s, str) for s in scopes):
             return tuple(scopes[-2].split(".")) if len(scopes) > 1 and scopes[-2] else ()
-    name = node.name or ""
-    if name.startswith("/") and "/" in name[1:]:
-        return tuple(part for piece in name[1:].split("/")[:-1] for part in piece.split("."))
-    return None
+    path = _path_in_name(node.name or "")
+    if path is not None:
+        return path
+    # A node that a pass made from others belongs where they all did.
+    sources = node.metadata_props.get(SOURCES_KEY, "")
+    paths = [found for name in sources.split(",")[:8] if (found := _path_in_name(name)) is not None]
+    return tuple(os.path.commonprefix(paths)) if paths else None
+
+
+def _path_in_name(name: str) -> tuple[str, ...] | None:
+    if not name.startswith("/") or "/" not in name[1:]:
+        return None
+    return tuple(part for piece in name[1:].split("/")[:-1] for part in piece.split("."))
 
 
 def graph_blocks(program: Program, *, limit: int = LISTED_NODES) -> list[Block]:

@@ -40,14 +40,15 @@ def print_report(report: Report, console: Any = None) -> None:
 
 
 def op_rows(before: dict[str, int], after: dict[str, int], limit: int) -> list[tuple[str, int, int]]:
-    """(operator, before, after), the ones that changed most first; beyond `limit` summed as "n other operators"."""
+    """(operator, before, after), most frequent first; beyond `limit` summed up, but never what is new."""
     names = sorted({*before, *after}, key=lambda n: (-max(before.get(n, 0), after.get(n, 0)), n))
     rows = [(name, before.get(name, 0), after.get(name, 0)) for name in names]
     if len(rows) <= limit + 1:
         return rows
-    rest = rows[limit:]
+    ranked = sorted(rows, key=lambda row: row[1] != 0)  # stable: by frequency among the new and among the others
+    chosen, rest = {row[0] for row in ranked[:limit]}, ranked[limit:]
     other = (f"{len(rest)} other operators", sum(r[1] for r in rest), sum(r[2] for r in rest))
-    return [*rows[:limit], other]
+    return [*(row for row in rows if row[0] in chosen), other]
 
 
 def _summary(report: Report) -> Any:

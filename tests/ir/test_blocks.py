@@ -110,3 +110,12 @@ def test_origin_and_sources_come_from_metadata() -> None:
     node.metadata_props["planish.pass"] = "fuse-gelu"
     node.metadata_props["planish.from"] = ",".join(f"n{i}" for i in range(20))
     assert graph_blocks(built)[0].nodes == [BlockNode("n0", "Relu", "fuse-gelu", tuple(f"n{i}" for i in range(8)))]
+
+
+def test_a_node_that_a_pass_made_belongs_where_its_sources_did() -> None:
+    built = program(["layers.0.a", "layers.0.b", "layers.1.a"], old=True)
+    node = built.main.graph[1]
+    node.name = "gelu"
+    node.metadata_props["planish.from"] = "/layers.0/mlp/Erf,/layers.0/norm/Add"
+    assert module_path(node) == ("layers", "0")
+    assert shape(graph_blocks(built)) == [("layers.0", 2), ("layers.1", 1)]

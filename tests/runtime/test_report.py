@@ -246,6 +246,7 @@ def test_long_lists_of_operators_are_summed_up() -> None:
     rows = op_rows({f"Op{i:02}": 1 for i in range(40)}, {}, 10)
     assert len(rows) == 11 and rows[-1] == ("30 other operators", 30, 0)
     assert len(op_rows({f"Op{i}": 1 for i in range(11)}, {}, 10)) == 11
+    assert ("Gelu", 0, 1) in op_rows({f"Op{i:02}": 2 for i in range(40)}, {"Gelu": 1}, 10)
 
 
 @pytest.mark.parametrize(
