@@ -22,6 +22,8 @@ _SWAP = (0, 2, 1, 3)
 class MergeAttentionHeads(RewritePass):
     """Replaces Attention between ``Reshape, Transpose(0 2 1 3)`` on each side by its three-dimensional form.
 
+    A RotaryEmbedding of queries and keys in between is put into its three-dimensional form as well.
+
     On ONNX Runtime's CPU kernel this is 1.3 to 1.6 times as fast at up to 128 tokens, and 1.1 times at 512.
     """
 
@@ -46,10 +48,10 @@ def _merge(op: Any, match: Match, heads: ir.Value) -> ir.Value:
     if any(v is not None for v in node.inputs[4:]) or len(node.outputs) > 1:
         raise Decline("the attention reads or writes a cache")
     split = [_split(role, v) for role, v in zip(("queries", "keys", "values"), node.inputs, strict=False)]
-    (_, q_heads, _), (_, kv_heads, _), (_, v_heads, depth) = split
+    (_, q_heads, _, _), (_, kv_heads, _, _), (_, v_heads, depth, _) = split
     if kv_heads != v_heads:
         raise Decline(f"keys have {kv_heads} heads and values have {v_heads}")
-    flat = [_joined(op, *part) for part in split]
+    flat = [_turned(op, *part) for part in split]
     attributes = {name: a for name, a in node.attributes.items() if name not in ("q_num_heads", "kv_num_heads")}
     mask = list(node.inputs[3:4])
     out = op.Attention(*flat, *mask, q_num_heads=q_heads, kv_num_heads=kv_heads, **attributes)
@@ -61,20 +63,34 @@ def _merge(op: Any, match: Match, heads: ir.Value) -> ir.Value:
     return result
 
 
-def _split(role: str, value: ir.Value | None) -> tuple[ir.Value, int, int]:
-    """(value before the Transpose, heads, depth)."""
+def _split(role: str, value: ir.Value | None) -> tuple[ir.Value, int, int, ir.Node | None]:
+    """(value before the Transpose, heads, depth, the rotary embedding after the Transpose if there is one)."""
     node = value.producer() if value is not None else None
+    rotary = node if is_op(node, "RotaryEmbedding") else None
+    if rotary is not None:
+        node = rotary.inputs[0].producer() if rotary.inputs[0] is not None else None
     if not transposed_with(node, *_SWAP):
         raise Decline(f"the {role} are not split into heads by a Transpose of axes 1 and 2")
     before = node.inputs[0]  # type: ignore[union-attr]
     dims = sizes(before)
     if before is None or dims is None or not isinstance(dims[2], int) or not isinstance(dims[3], int):
         raise Decline(f"the number or the depth of the heads of the {role} is unknown")
-    return before, dims[2], dims[3]
+    return before, dims[2], dims[3], rotary
+
+
+def _turned(op: Any, value: ir.Value, heads: int, depth: int, rotary: ir.Node | None) -> ir.Value:
+    """`value`, (B, S, heads, depth), as (B, S, heads * depth), with the rotary embedding, which takes either form."""
+    joined = _joined(op, value, heads, depth)
+    if rotary is None:
+        return joined
+    attributes = {name: a for name, a in rotary.attributes.items() if name != "num_heads"}
+    turned: ir.Value = op.RotaryEmbedding(joined, *rotary.inputs[1:], num_heads=heads, **attributes)
+    turned.type, turned.shape = joined.type, joined.shape
+    return turned
 
 
 def _joined(op: Any, value: ir.Value, heads: int, depth: int) -> ir.Value:
-    """`value`, (B, S, heads, depth), as (B, S, heads * depth): what it was reshaped from if that is proved so."""
+    """The same without rotary embedding: what `value` was reshaped from if that is proved to have this shape."""
     node = value.producer()
     if is_op(node, "Reshape"):
         source = node.inputs[0]  # type: ignore[union-attr]

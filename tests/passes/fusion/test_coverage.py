@@ -65,7 +65,7 @@ def watched(program: Program) -> dict[str, int]:
 
 
 _TEXT = {"Attention": 2, "LayerNormalization": 5, "Gelu": 2}
-_LLAMA = {"Attention": 2, "RMSNormalization": 5, "planish::SwiGLU": 2}
+_LLAMA = {"Attention": 2, "RMSNormalization": 5, "planish::SwiGLU": 2, "Transpose": 0}
 EXPORTED: dict[str, dict[str, int]] = {
     "BERT": _TEXT,
     "DistilBERT": _TEXT,

@@ -105,6 +105,45 @@ def test_heads_joined_some_other_way() -> None:
     check_numerics("merge-attention-heads", text, feeds(3, 4, 5))
 
 
+@pytest.mark.parametrize("attribute", ["", "<interleaved = 1>", "<rotary_embedding_dim = 4>"])
+@pytest.mark.parametrize("size", SIZES)
+def test_rotary_embeddings_turn_merged_heads(attribute: str, size: tuple[int, int, int]) -> None:
+    half = 2 if "dim" in attribute else 4
+    text = split(
+        extra=f", float[B, S, {half}] cq, float[B, S, {half}] sq, float[B, L, {half}] ck, float[B, L, {half}] sk",
+        inputs="qt, kt, vh",
+    ).replace(
+        "h = Attention",
+        f"qt = RotaryEmbedding{attribute}(qh, cq, sq)\n kt = RotaryEmbedding{attribute}(kh, ck, sk)\n h = Attention",
+    )
+    rng = np.random.default_rng(4)
+    batch, queries, keys = size
+    angles = {"q": rng.random((batch, queries, half)), "k": rng.random((batch, keys, half))}
+    waves = {
+        f"{wave}{role}": function(angle).astype(np.float32)
+        for role, angle in angles.items()
+        for wave, function in (("c", np.cos), ("s", np.sin))
+    }
+    program = check_numerics("merge-attention-heads,eliminate-dead-code", text, feeds(*size, **waves))
+    assert [n.op_type for n in program.main.graph] == ["RotaryEmbedding", "RotaryEmbedding", "Attention"]
+
+
+def test_rotary_embedding_by_positions() -> None:
+    text = split(extra=", float[9, 4] cos, float[9, 4] sin, int64[B, S] p, int64[B, L] r", inputs="qt, kt, vh").replace(
+        "h = Attention",
+        "qt = RotaryEmbedding(qh, cos, sin, p)\n kt = RotaryEmbedding(kh, cos, sin, r)\n h = Attention",
+    )
+    rng = np.random.default_rng(5)
+    angle = rng.random((9, 4), dtype=np.float32)
+    more = {
+        "cos": np.cos(angle),
+        "sin": np.sin(angle),
+        "p": rng.integers(0, 9, (3, 5)),
+        "r": rng.integers(0, 9, (3, 7)),
+    }
+    check_numerics("merge-attention-heads", text, feeds(3, 5, 7, **more))
+
+
 def test_declines_what_is_not_split() -> None:
     text = split(inputs="qh, kh, vc", extra=", float[B, 2, L, 8] vc")
     check_declines("merge-attention-heads", text, "the values are not split into heads by a Transpose")
