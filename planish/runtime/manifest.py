@@ -88,14 +88,15 @@ class Manifest:
         data["format"] = FORMAT
         data["golden"] = [asdict(g) for g in self.golden]
         data["files"] = {path: asdict(info) for path, info in self.files.items()}
-        data["entries"] = {
-            name: {
+        data["entries"] = [  # a list, because their order counts and canonical JSON sorts keys
+            {
+                "name": name,
                 "file": entry.file,
                 "inputs": [_spec_out(s) for s in entry.inputs],
                 "outputs": [_spec_out(s) for s in entry.outputs],
             }
             for name, entry in self.entries.items()
-        }
+        ]
         return _canonical(data | {"digest": _digest(data)})
 
     @classmethod
@@ -171,8 +172,10 @@ def _read(data: dict[str, Any]) -> Manifest:
         return path
 
     entries = {
-        name: EntryInfo(listed(e["file"]), [_spec_in(s) for s in e["inputs"]], [_spec_in(s) for s in e["outputs"]])
-        for name, e in _mapping(data["entries"]).items()
+        _text(e["name"]): EntryInfo(
+            listed(e["file"]), [_spec_in(s) for s in e["inputs"]], [_spec_in(s) for s in e["outputs"]]
+        )
+        for e in data["entries"]
     }
     if not entries:
         raise ValueError("there is no entry")
