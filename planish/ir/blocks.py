@@ -7,7 +7,6 @@ and ``planish inspect`` show instead of a list of ten thousand nodes.
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,12 @@ def module_path(node: ir.Node) -> tuple[str, ...] | None:
     # A node that a pass made from others belongs where they all did.
     sources = node.metadata_props.get(SOURCES_KEY, "")
     paths = [found for name in sources.split(",")[:8] if (found := _path_in_name(name)) is not None]
-    return tuple(os.path.commonprefix(paths)) if paths else None
+    if not paths:
+        return None
+    shared = 0
+    while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    return paths[0][:shared]
 
 
 def _path_in_name(name: str) -> tuple[str, ...] | None:

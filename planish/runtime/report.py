@@ -177,15 +177,16 @@ class Report:
             plural = "pass" if len(exact) == 1 else "passes"
             limit = self.ledger.tolerance
             bound = f" (rounding only, held to {number(limit)})" if limit is not None else " (rounding only)"
-            lines.append(f"{len(exact)} exact {plural}: none of the error budget spent{bound}")
+            spent = "none of the error budget spent" if self.error is not None else "error not measured"
+            lines.append(f"{len(exact)} exact {plural}: {spent}{bound if self.error is not None else ''}")
         if loose:
             plural = "pass" if len(loose) == 1 else "passes"
-            spent = None
+            cost = None
             if self.error is not None:
-                spent = self.error.metric if self.error.metric is not None else self.error.relative_l2
-            used = "error not measured" if spent is None else f"spent {number(spent)}"
-            if spent is not None and self.error_budget:
-                share = 100 * spent / self.error_budget
+                cost = self.error.metric if self.error.metric is not None else self.error.relative_l2
+            used = "error not measured" if cost is None else f"spent {number(cost)}"
+            if cost is not None and self.error_budget:
+                share = 100 * cost / self.error_budget
                 used += f" of {number(self.error_budget)} ({share:.0f}% of the error budget)"
             lines.append(f"{len(loose)} approximate {plural}: {used}")
         return lines

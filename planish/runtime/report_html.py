@@ -133,7 +133,7 @@ def _tiles(report: Report) -> list[dict[str, Any]]:
     passes = [f"{len(report.idle)} had nothing to do"] if report.idle else []
     passes += [f"{undone} rolled back"] if undone else []
     weights = f"weights {size(after.weight_bytes)}"
-    if before.weight_bytes != after.weight_bytes:
+    if size(before.weight_bytes) != size(after.weight_bytes):
         weights = f"weights {size(before.weight_bytes)} → {size(after.weight_bytes)}"
     flops = [f"{count_text(before.flops)} → {count_text(after.flops)} FLOPs"] if before.flops and after.flops else []
     peaks = before.peak_activation_bytes, after.peak_activation_bytes
@@ -210,6 +210,7 @@ def _row(entry: LedgerEntry, hues: dict[str, int]) -> dict[str, Any]:
         "gain_tone": "" if entry.speedup is None else _ratio_tone(entry),
         "seconds": duration(entry.seconds) if entry.seconds else "",
         "kept": entry.kept,
+        "tone": ("kept" if entry.verdict.startswith("kept") else "") if entry.kept else "back",
         "chip": verdict if len(verdict) < 24 else ("kept" if entry.kept else "rolled back"),
         "why": printable((why if colon else "").strip() or (verdict if len(verdict) >= 24 else ""), 300),
         "declined": len(entry.declined),
