@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ -z "$$python" ]; then echo "planish needs Python 3.11 or newer; none was found (PYTHON=... names one)." >&2; exit 1; fi; \
 	if ! $$python -c 'import venv, ensurepip' 2>/dev/null; then \
 	  echo "$$python has no venv module; on Debian and Ubuntu: apt install python3-venv." >&2; exit 1; fi; \
-	echo "Setting up $(VENV) with $$($$python --version) (once; about 1 GB)"; \
+	echo "Setting up $(VENV) with $$($$python --version) (once; about 2 GB)"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
