@@ -7,6 +7,7 @@ value) a choice point is kept, so a wrong early choice is taken back, and furthe
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -269,30 +270,29 @@ class _Search:
         return self._choose(goals)
 
     def _attributes(self, pattern: NodePattern, node: ir.Node) -> bool:
-        for name, wanted in pattern.attributes:
-            found = node.attributes.get(name)
-            if found is None:
-                version = node.version or self.opsets.get(node.domain, 1)
-                found = attribute_default(node.domain, node.op_type, version, name)
-            if found is None and not wanted.can_match_none:
-                self._fail(pattern, node, lambda n=name: f"{_describe(node)} has no attribute '{n}'")
-                return False
-            if found is not None and not _attribute_matches(wanted, found):
-                self._fail(
-                    pattern,
-                    node,
-                    lambda n=name, w=wanted, f=found: f"{_describe(node)}: expected {n}={w}, found {f.value}",
-                )
-                return False
-            if wanted.name is not None and not self._bind_value(pattern, wanted.name, found):
-                return False
-        if not pattern.other_attributes:
-            names = {name for name, _ in pattern.attributes}
-            for name in node.attributes:
-                if name not in names:
-                    self._fail(pattern, node, lambda n=name: f"{_describe(node)} has an attribute '{n}'")
-                    return False
-        return True
+        if not all(self._attribute(pattern, node, name, wanted) for name, wanted in pattern.attributes):
+            return False
+        if pattern.other_attributes:
+            return True
+        others = sorted(set(node.attributes) - {name for name, _ in pattern.attributes})
+        if others:
+            self._fail(pattern, node, lambda: f"{_describe(node)} has the attribute '{others[0]}'")
+        return not others
+
+    def _attribute(self, pattern: NodePattern, node: ir.Node, name: str, wanted: Any) -> bool:
+        given = node.attributes.get(name)
+        found = given
+        if given is None:
+            version = node.version or self.opsets.get(node.domain, 1)
+            found = attribute_default(node.domain, node.op_type, version, name)
+        if found is None and not wanted.can_match_none:
+            self._fail(pattern, node, lambda: f"{_describe(node)} has no attribute '{name}'")
+            return False
+        if found is not None and not _attribute_matches(wanted, found):
+            value = found.value
+            self._fail(pattern, node, lambda: f"{_describe(node)}: expected {name}={wanted}, found {value}")
+            return False
+        return wanted.name is None or self._bind_value(pattern, wanted.name, found)
 
     def _next_root(self) -> Any:
         """Goals for a root that is not bound yet: consumers of a value that it shares with what is bound.
@@ -306,8 +306,9 @@ class _Search:
                 continue
             found = self._candidates(root)
             if found == []:
-                return self._fail(root, self.root, lambda r=root: f"no {r} beside it shares a value with the match")
-            goals = goals or found
+                why = functools.partial("no {} beside it shares a value with the match".format, root)
+                return self._fail(root, self.root, why)
+            goals = goals or found or []
         return self._choose(goals) if goals else None
 
     def _candidates(self, root: NodePattern) -> list[Any] | None:

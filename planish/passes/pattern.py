@@ -306,4 +306,5 @@ def attribute_default(domain: str, op_type: str, version: int, name: str) -> ir.
     attribute = schema.attributes.get(name)
     if attribute is None or not attribute.default_value.name:
         return None
-    return ir.from_proto(attribute.default_value)
+    default: ir.Attr = ir.from_proto(attribute.default_value)
+    return default

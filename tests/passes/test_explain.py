@@ -32,9 +32,8 @@ class Gelu(RewritePass):
 
 def near(body: str, consts: str = "", shape: str = "2,3", opset: int = 20) -> list[NearMiss]:
     declared = "float s = {1.4142135}, float one = {1.0}, float half = {0.5}" + consts
-    program = program_of(
-        f'<ir_version: 10, opset_import: ["" : {opset}]> g (float[{shape}] x) => (float[{shape}] y) <{declared}> {{ {body} }}'
-    )
+    header = f'<ir_version: 10, opset_import: ["" : {opset}]> g (float[{shape}] x) => (float[{shape}] y)'
+    program = program_of(f"{header} <{declared}> {{ {body} }}")
     before = canonical_text(program)
     misses = explain(program, Gelu())
     assert canonical_text(program) == before, "explain changed the program"
