@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
+
+if TYPE_CHECKING:
+    from planish.runtime.progress import Progress
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
 Path_ = Annotated[str, typer.Argument(metavar="PATH", help="An ONNX file or an artifact folder.", show_default=False)]
@@ -88,7 +91,6 @@ def optimize(
     from planish import cli_print, commands, debugging, files
     from planish.driver import Hooks, Interrupted, optimize_with
     from planish.passes.gates import DEFAULT_SECONDS
-    from planish.runtime.progress import Progress
 
     wanted = commands.make_target(target, threads)
     limits = commands.parse_budget(budget, gates=not no_gates)
@@ -97,7 +99,7 @@ def optimize(
         files.check_new_folder(output, overwrite)
     data = files.batches(inputs or [])
     seconds = (limits.seconds if limits.seconds is not None else DEFAULT_SECONDS) if limits.gates else None
-    with Progress(f"optimizing {os.path.basename(model)}", seconds=seconds, enabled=_quiet(json)) as progress:
+    with _progress(f"optimizing {os.path.basename(model)}", json, seconds) as progress:
         hooks = Hooks(
             progress=progress,
             instruments=commands.instruments(print_after or [], verify, sys.stderr if json else sys.stdout),
@@ -140,7 +142,8 @@ def run(
     """Runs an artifact (or an ONNX file on plain ONNX Runtime) once."""
     from planish import cli_print, commands
 
-    result = commands.run_once(artifact, inputs or [], output, entry, threads, dim or [], allow_native)
+    with _progress("running", json):
+        result = commands.run_once(artifact, inputs or [], output, entry, threads, dim or [], allow_native)
     _emit(result) if json else cli_print.ran(result)
     return 0
 
@@ -161,10 +164,9 @@ def bench(
 ) -> int:
     """Times models and artifacts against each other, interleaved; ratios are against the first."""
     from planish import benchmark, cli_print, commands
-    from planish.runtime.progress import Progress
 
     given = commands.one_batch(inputs or [])
-    with Progress("benchmark", seconds=seconds, enabled=_quiet(json)) as progress:
+    with _progress("benchmark", json, seconds) as progress:
         found = benchmark.compare(
             paths,
             given,
@@ -188,9 +190,8 @@ def verify(
 ) -> int:
     """Checks an artifact's files, and runs its golden inputs on this machine."""
     from planish import cli_print, commands
-    from planish.runtime.progress import Progress
 
-    with Progress("verifying", enabled=_quiet(json)):
+    with _progress("verifying", json):
         result, ok = commands.verify(artifact, threads, allow_native)
     _emit(result) if json else cli_print.verified(result, ok)
     return 0 if ok else 1
@@ -201,7 +202,8 @@ def inspect(path: Path_, target: TargetText = "ort-cpu", dim: Dims = None, json:
     """Shows inputs, operators, costs, blocks, and which operators the target has kernels for."""
     from planish import cli_print, commands
 
-    found = commands.inspect(path, commands.make_target(target, None), commands.parse_dims(dim or []))
+    with _progress("inspecting", json):
+        found = commands.inspect(path, commands.make_target(target, None), commands.parse_dims(dim or []))
     _emit(found) if json else cli_print.inspected(found)
     return 0
 
@@ -228,7 +230,8 @@ def explain(
     """Shows where a pass fires, and every place where it nearly does, with the reason."""
     from planish import cli_print, commands, debugging
 
-    found = debugging.explain_pass(model, name, commands.make_target(target, None), raw)
+    with _progress("explaining", json):
+        found = debugging.explain_pass(model, name, commands.make_target(target, None), raw)
     _emit(found) if json else cli_print.explained(found, limit)
     return 0
 
@@ -251,9 +254,8 @@ def bisect(
     Exits with 1 if a pass breaks it, 0 if none does.
     """
     from planish import cli_print, commands, debugging
-    from planish.runtime.progress import Progress
 
-    with Progress("bisecting", enabled=_quiet(json)) as progress:
+    with _progress("bisecting", json) as progress:
         result = debugging.bisect(
             model, passes, check, commands.make_target(target, None), commands.one_batch(inputs or []), progress
         )
@@ -274,7 +276,11 @@ def diff(
     from planish import cli_print, files
     from planish.ir.diff import diff_programs
 
-    found = diff_programs(files.open_program(before), files.open_program(after))
+    with _progress("comparing", json) as progress:
+        progress(before)
+        first = files.open_program(before)
+        progress(after)
+        found = diff_programs(first, files.open_program(after))
     _emit(found.to_dict()) if json else cli_print.diffed(found)
     return int(exit_code and not found.same)
 
@@ -282,9 +288,11 @@ def diff(
 # --- the end of every command ------------------------------------------------------------------------------
 
 
-def _quiet(json: bool) -> bool | None:
-    """What `Progress` takes as `enabled`: off with --json, else up to the terminal."""
-    return False if json else None
+def _progress(title: str, json: bool, seconds: float | None = None) -> Progress:
+    """A status line; off with --json, else up to the terminal."""
+    from planish.runtime.progress import Progress
+
+    return Progress(title, seconds=seconds, enabled=False if json else None)
 
 
 def _emit(data: dict[str, Any]) -> None:

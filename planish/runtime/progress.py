@@ -96,7 +96,9 @@ class Progress:
 
         console = self._console or Console(stderr=True)
         self.shown = True
-        with Live(self.line(), console=console, transient=True, auto_refresh=False) as live:
+        options: dict[str, Any] = {"transient": True, "auto_refresh": False}
+        options |= {"redirect_stdout": False, "redirect_stderr": False}  # what the command prints is its own
+        with Live(self.line(), console=console, **options) as live:
             while not self._stop.wait(_TICK):
                 live.update(self.line(), refresh=True)
 
@@ -111,7 +113,9 @@ class Progress:
 
         spent, share, left = time.monotonic() - self._started, self.fraction(), self.remaining()
         row = Table.grid(padding=(0, 1))
-        clock = duration(spent) + (f", about {duration(left)} left" if left is not None else "")
-        bar = Spinner("dots") if share is None else ProgressBar(total=1.0, completed=share, width=24)
-        row.add_row(bar, Text(self.title, style="bold"), Text(printable(self.step, 60)), Text(clock, style="dim"))
+        for _ in range(4):
+            row.add_column(no_wrap=True, overflow="ellipsis")
+        clock = duration(spent) + (f", {duration(left)} left" if left is not None and left >= 1 else "")
+        bar = Spinner("dots") if share is None else ProgressBar(total=1.0, completed=share, width=16)
+        row.add_row(bar, Text(self.title, style="bold"), Text(printable(self.step, 40)), Text(clock, style="dim"))
         return row
