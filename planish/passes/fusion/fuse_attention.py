@@ -46,6 +46,9 @@ class FuseAttention(RewritePass):
         match.nodes = tuple(found.nodes)
         inputs = [found.q, key, found.v] + ([mask] if mask is not None else [])
         fused: ir.Value = op.Attention(*inputs, scale=found.scale)
+        if not match.output.is_graph_output() and found.q.shape is not None and found.v.shape is not None:
+            # Names of sizes that broadcasting over the mask had lost.
+            fused.shape = ir.Shape([*found.q.shape[:3], found.v.shape[3]])
         return fused
 
 
