@@ -143,7 +143,8 @@ def to_onnx(module: torch.nn.Module, exported: torch.export.ExportedProgram) -> 
         raise translate(error, module, "the ONNX exporter", latest) from error
     if program is None:
         raise UnsupportedError(f"the ONNX exporter returned nothing for {type(module).__name__}.")
-    return program.model
+    model: ir.Model = program.model
+    return model
 
 
 def _simplify(graph_module: torch.fx.GraphModule) -> bool:
@@ -248,4 +249,4 @@ def _register_caches() -> None:
     with contextlib.suppress(ImportError, ValueError, AttributeError):
         from transformers.integrations import executorch
 
-        executorch.register_dynamic_cache_export_support()
+        executorch.register_dynamic_cache_export_support()  # type: ignore[no-untyped-call]

@@ -130,7 +130,8 @@ def _misfit(
 def _short(signature: inspect.Signature) -> str:
     parts = []
     for name, parameter in signature.parameters.items():
-        star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        kind = parameter.kind
+        star = "*" * ((kind == inspect.Parameter.VAR_POSITIONAL) + 2 * (kind == inspect.Parameter.VAR_KEYWORD))
         default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
         parts.append(star + name + default)
     shown = parts[:10] + (["…"] if len(parts) > 10 else [])

@@ -233,7 +233,7 @@ def share_weights(model: ir.Model) -> None:
             del graph.initializers[name]
             continue
         owner[key] = value
-        value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=name)
+        value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
 
 
 def shorten_metadata(model: ir.Model) -> None:
