@@ -8,9 +8,11 @@ from planish.passes import registry
 # Cleaning comes first, so that fusions see one form of a thing; fusions come largest first, since a small one
 # would take apart what a larger one looks for; and what they leave behind is cleaned at the end.
 _CLEAN = (
+    "lift-constants",
     "fold-constants",
-    "simplify-shapes",
     "remove-no-ops",
+    "simplify-shapes",
+    "compose-views",
     "eliminate-common-subexpressions",
     "eliminate-dead-code",
 )
@@ -25,8 +27,8 @@ _FUSE = (
     "fuse-silu",
     "fuse-matmul-add",
 )
-# Files often carry no types of inner values, and most rules ask for them.
-_PIPELINES = {"ort-cpu": ("infer-shapes", *_CLEAN, *_FUSE, *_CLEAN)}
+# Files often carry no types of inner values, and most rules ask for them; more follow once shapes are simplified.
+_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *_CLEAN, "infer-shapes", *_FUSE, *_CLEAN)}
 
 
 def default_pipeline(target: Target | str) -> str:

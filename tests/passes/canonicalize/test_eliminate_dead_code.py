@@ -23,7 +23,8 @@ def test_dead_chains_and_weights_go():
 
 def test_optional_outputs():
     model = model_of("""agraph (float[2,4] x) => (float[2,4] y, float[2,1] keep) <float[4] s = {1, 1, 1, 1}>
-    { a, mean, inv = LayerNormalization(x, s)  y, m2, keep = LayerNormalization(a, s)  d, mask = Dropout(a) e = Neg(d) }""")
+    { a, mean, inv = LayerNormalization(x, s)  y, m2, keep = LayerNormalization(a, s)
+      d, mask = Dropout(a) e = Neg(d) }""")
     assert run_pass(DCE, model).fired == 5
     assert [[v.name for v in n.outputs] for n in model.graph] == [["a"], ["y", "", "keep"]]
 

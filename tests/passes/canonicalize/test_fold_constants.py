@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from canonical_support import assert_same, interface, model_of, ops, reasons, run_ort, run_pass
 
-from planish.passes.canonicalize.fold_constants import FoldConstants
 from planish.ir.program import Program
+from planish.passes.canonicalize.fold_constants import FoldConstants
 
 FOLD = FoldConstants()
 
@@ -56,8 +56,8 @@ def test_the_node_knows_its_origin():
 )
 def test_declines(body, reason):
     model = model_of(f"""agraph (float[1] x) => (float y)
-    <float[1,1] one = {{1}}, int64[2] huge = {{40000, 25000}}, float[1] nan = {{nan}}, float zero = {{0}}, float ten = {{10}},
-     float half = {{0.5}}>
+    <float[1,1] one = {{1}}, int64[2] huge = {{40000, 25000}}, float[1] nan = {{nan}}, float zero = {{0}},
+     float ten = {{10}}, float half = {{0.5}}>
     {{ {body}  d = Add(x, c)  y = ReduceMax<keepdims=0>(d) }}""")
     assert reason in reasons(run_pass(FOLD, model))
 

@@ -9,10 +9,11 @@ from canonical_support import assert_same, interface, model_of, ops, reasons, ru
 from planish.passes.canonicalize.remove_no_ops import RemoveNoOps
 
 RULES = RemoveNoOps()
-WEIGHTS = """<float one = {1}, float[1] one1 = {1}, float[1,1,1,1] one4 = {1}, float zero = {0}, int64[2] z2 = {0, 0},
- int64[2] ones = {1, 1}, int64[2] full = {9223372036854775807, 9223372036854775807}, int64[2] tight = {9223372036854775807, 4},
- int64[4] pads = {0, 0, 0, 0}, int64[2] copy = {0, 0}, int64[2] open = {-1, 4}, int64[1] last = {4}, bool t = {1}, bool f = {0},
- float[1,4] ones4 = {1, 1, 1, 1}, int64[2] axes = {0, 1}, int64[2] back = {-1, -1}, float ratio = {0.5}>"""
+WEIGHTS = """<float one = {1}, float[1] one1 = {1}, float[1,1,1,1] one4 = {1}, float zero = {0}, float ratio = {0.5},
+ int64[2] z2 = {0, 0}, int64[2] ones = {1, 1}, int64[2] full = {9223372036854775807, 9223372036854775807},
+ int64[2] tight = {9223372036854775807, 4}, int64[4] pads = {0, 0, 0, 0}, int64[2] copy = {0, 0},
+ int64[2] open = {-1, 4}, int64[1] last = {4}, int64[2] axes = {0, 1}, int64[2] back = {-1, -1},
+ bool t = {1}, bool f = {0}, float[1,4] ones4 = {1, 1, 1, 1}>"""
 NO_OPS = [
     "Identity(r)", "Dropout(r)", "Dropout(r, ratio, f)", "Cast<to=1>(r)", "CastLike(r, x)", "Reshape(r, copy)",
     "Reshape(r, open)", "Flatten(r)", "Transpose<perm=[0,1]>(r)", "Expand(r, ones)", "Expand(r, last)", "Pad(r, pads)",
@@ -49,7 +50,8 @@ def test_no_op(expression):
 @pytest.mark.parametrize(("expression", "reason"), KEPT)
 def test_kept(expression, reason):
     model = model_of(
-        f"agraph (float[B,4] x) => (double y) {WEIGHTS} {{ r = Neg(x)  n = {expression}  m = Cast<to=11>(n) y = ReduceSum<keepdims=0>(m) }}"
+        f"""agraph (float[B,4] x) => (double y) {WEIGHTS}
+        {{ r = Neg(x)  n = {expression}  m = Cast<to=11>(n)  y = ReduceSum<keepdims=0>(m) }}"""
     )
     result = run_pass(RULES, model)
     assert reason in reasons(result)

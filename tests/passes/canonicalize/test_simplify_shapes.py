@@ -52,7 +52,7 @@ def test_targets(target, shape, expected, allowzero):
     node = model.graph[-1]
     assert node.inputs[1].const_value.numpy().tolist() == expected
     # Without allowzero, the model itself reads a computed 0 as a copy, and fails.
-    sizes = SIZES if allowzero and "m1" not in target or -1 not in expected else [(2, 3), (1, 1), (5, 2)]
+    sizes = SIZES if (allowzero and "m1" not in target) or -1 not in expected else [(2, 3), (1, 1), (5, 2)]
     assert_same(before, model, *feeds(*sizes))
 
 
