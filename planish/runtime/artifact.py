@@ -173,11 +173,20 @@ def _checked(path: str | os.PathLike[str]) -> tuple[Path, Manifest, dict[str, by
         # hashlib releases the interpreter lock, so files are hashed side by side; the largest begins first.
         order = sorted(opened, key=lambda name: -manifest.files[name].size)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            contents = dict(pool.map(check, order))
+            results = pool.map(check, order)
+            _import_what_loading_needs()
+            contents = dict(results)
     finally:
         for file in opened.values():
             file.close()
     return folder, manifest, {name: contents[name] for name in keep}
+
+
+def _import_what_loading_needs() -> None:
+    """Imports, a tenth of a second of them, while other threads hash the weights."""
+    import onnx  # noqa: F401
+
+    import planish.runtime.ort  # noqa: F401
 
 
 def _hash(file: ConfinedFile, expected: str, keep: bool) -> bytes:
@@ -264,7 +273,7 @@ def _runner(folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, ta
 def _check_references(model: bytes, manifest: Manifest, where: str) -> None:
     """Refuses a model that refers to any file but the weights of this artifact, or past their end."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         proto = onnx.ModelProto.FromString(model)

@@ -310,4 +310,4 @@ def _sign_test(ratios: np.ndarray, threshold: float) -> float:
     pairs, fewer = above + below, min(above, below)
     if not pairs:
         return 1.0
-    return min(1.0, 2 * sum(math.comb(pairs, k) for k in range(fewer + 1)) / 2**pairs)
+    return min(1.0, float(2 * sum(math.comb(pairs, k) for k in range(fewer + 1)) / 2**pairs))

@@ -110,7 +110,7 @@ def _hand_over(
             tensor.external_data.add(key=key, value=value)
     settings.add_session_config_entry(BUFFERS, "1")
     settings.add_external_initializers_from_files_in_memory(
-        list(buffers), [memoryview(raw) for raw in buffers.values()], [raw.nbytes for raw in buffers.values()]
+        list(buffers), [raw.data for raw in buffers.values()], [raw.nbytes for raw in buffers.values()]
     )
     return [*buffers.values(), *weights.values()]
 
