@@ -16,7 +16,7 @@ from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
 from planish.runtime import flush, memory
 from planish.runtime.ort_options import BUFFERS, FLUSH, session_options
-from planish.runtime.tensors import EXTENDED, NATIVE, from_ortvalue, to_arrays, to_ortvalue, to_torch
+from planish.runtime.tensors import EXTENDED, NATIVE, PACKED, from_ortvalue, to_arrays, to_ortvalue, to_torch
 
 if TYPE_CHECKING:
     import onnx
@@ -179,7 +179,8 @@ class OrtRunner:
         self._checked: set[tuple[Any, ...]] = set()
         self._flush = flush_denormals
         self._run = session.run
-        self._extended = any(s.dtype is not None and s.dtype in EXTENDED for s in (*self.inputs, *self.outputs))
+        kinds = {spec.dtype for spec in (*self.inputs, *self.outputs)}
+        self._extended = not kinds.isdisjoint({*EXTENDED, *PACKED})
         if flush_denormals and not flush.SUPPORTED:
             self.notes.append(
                 "denormal numbers are flushed to zero in ONNX Runtime's worker threads, and in the calling thread only "

@@ -116,8 +116,10 @@ def to_torch(array: Any) -> Any:
 def to_ortvalue(array: np.ndarray, element: int) -> Any:
     """An OrtValue over the memory of a contiguous array; the caller keeps the array alive.
 
+    Only elements below one byte (:data:`PACKED`) are copied, into the packed form that ONNX Runtime has.
+
     Raises:
-        TypeError: a dtype below one byte (see :data:`PACKED`): such values only cross as weights.
+        TypeError: an element type that has no OrtValue over a buffer (text).
     """
     binding = ort.OrtValue
     if element in NATIVE:
@@ -125,6 +127,11 @@ def to_ortvalue(array: np.ndarray, element: int) -> Any:
     if element in EXTENDED:
         carrier = np.uint16 if array.dtype.itemsize == 2 else np.uint8
         return binding.ortvalue_from_numpy_with_onnx_type(array.view(carrier), int(element))
+    if element in PACKED:
+        value = binding.ortvalue_from_shape_and_type(array.shape, int(element), "cpu")
+        packed = pack(array.view(np.uint8).reshape(-1), PACKED[element][1])
+        np.asarray(_Buffer(value, packed.size))[:] = packed
+        return value
     raise TypeError(f"element type {element} has no OrtValue over a NumPy buffer")
 
 
@@ -163,6 +170,15 @@ def unpack(raw: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Values below one byte, first value in the low bits (ONNX's order), one per byte: uint8[count]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     return ((raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)[:count]
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of :func:`unpack`; the last byte is filled up with zeros."""
+    per_byte = 8 // bits
+    filled = np.zeros((len(values) + per_byte - 1) // per_byte * per_byte, np.uint8)
+    filled[: len(values)] = values & np.uint8((1 << bits) - 1)
+    shifted = filled.reshape(-1, per_byte) << np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(shifted, axis=1) if len(values) else np.empty(0, np.uint8)
 
 
 def to_arrays(feeds: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

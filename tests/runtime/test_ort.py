@@ -92,6 +92,21 @@ def test_dtypes_that_numpy_lacks(dtype: str) -> None:
     assert runner.run({"x": x[:0]})["y"].shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "uint4"])
+@pytest.mark.parametrize("count", [0, 1, 6, 7])
+def test_elements_below_one_byte(dtype: str, count: int) -> None:
+    text = f"""<ir_version: 11, opset_import: ["" : 23]>
+    g ({dtype}[n] x) => (float[n] f, {dtype}[n] y) {{
+      f = Cast <to = 1> (x)
+      y = Cast <to = {22 if dtype == "int4" else 21}> (f)
+    }}"""
+    x = (np.arange(count) % 15 - (7 if dtype == "int4" else 0)).astype(getattr(ml_dtypes, dtype))
+    got = compile_ort(model(text), TARGET).run({"x": x})
+    assert got["y"].dtype == x.dtype
+    np.testing.assert_array_equal(got["f"], x.astype(np.float32))
+    np.testing.assert_array_equal(got["y"].astype(np.float32), x.astype(np.float32))
+
+
 def test_text_and_scalars() -> None:
     x = np.array(["a", "bc"], dtype=object)
     assert list(identity("string").run({"x": x})["y"]) == ["a", "bc"]
