@@ -26,7 +26,9 @@ from planish.passes.journal import Decision, DecisionJournal
 #: Relative L2 that approximate passes may cost together when the user gives no budget.
 DEFAULT_APPROXIMATE_ERROR = 1e-2
 #: Wall seconds for all measuring of one run when the user gives no limit.
-DEFAULT_SECONDS = 20.0
+DEFAULT_SECONDS = 12.0
+#: A program counts as slower from here on: two sessions of one and the same graph differ by up to a percent.
+SLOWER = 0.99
 
 _UNRUNNABLE = ErrorStats(float("inf"), float("inf"), -1.0)
 
@@ -57,6 +59,9 @@ class Bench(Protocol):
 
     def speedup(self, baseline: Program, candidate: Program, *, seconds: float, threshold: float) -> Ratio:
         """Time of `baseline` over time of `candidate`, interleaved; stops early once it clears `threshold`."""
+
+    def forget(self, program: Program) -> None:
+        """Frees what was prepared to run `program`; the next run prepares it anew."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -195,6 +200,9 @@ class Gates:
                 continue
             self.progress("measuring gain")
             ratio = self._measure(group.base, candidate.program)
+            if _slower(ratio):  # where a session's memory came to lie can cost this much: only a second one counts
+                self.bench.forget(candidate.program)
+                ratio = max(ratio, self._measure(group.base, candidate.program), key=lambda r: r.median)
             reason = self._no_gain(ratio, kind)
             if not reason:
                 return candidate, trial, ratio
@@ -219,7 +227,7 @@ class Gates:
         must be measurably faster.
         """
         asked = self.budget.min_gain
-        if ratio.high < 1.0:
+        if _slower(ratio):
             return f"slower, {ratio}"
         if asked is not None and ratio.median < asked:
             return f"gain {ratio} is under the {asked:g}x asked for"
@@ -228,10 +236,10 @@ class Gates:
         return ""
 
     def _take_back_slow(self, group: PassGroup, kind: str, ratio: Ratio, reason: str) -> None:
-        if kind == "approximate" or ratio.high >= 1.0 or time.monotonic() > self.deadline:
+        if kind == "approximate" or not _slower(ratio) or time.monotonic() > self.deadline:
             group.fail_all(reason)
             return
-        guilty = group.first_bad(lambda program: self._measure(group.base, program).high < 1.0)
+        guilty = group.first_bad(lambda program: _slower(self._measure(group.base, program)))
         group.fail(guilty, reason, speedup=ratio)
 
     # --- the ledger ----------------------------------------------------------------------------------------
@@ -280,3 +288,7 @@ class Gates:
         total.error_original = total.error_previous = trial.original
         total.speedup = self._measure(self.original, self.best) if self.best is not self.original else None
         self.ledger.entries.append(total)
+
+
+def _slower(ratio: Ratio) -> bool:
+    return ratio.high < 1.0 and ratio.median < SLOWER

@@ -104,9 +104,9 @@ class PassGroup:
     def first_bad(self, bad: Callable[[Program], bool]) -> int:
         """Index of the pass after which `bad` first holds, by bisection over prefixes; `bad` holds at the end.
 
-        Passes that failed already are never returned.
+        Only passes that change something are asked about; there must be one.
         """
-        live = [i for i in range(len(self.passes)) if i not in self.failed]
+        live = [i for i, entry in enumerate(self.build().entries) if entry.kept and entry.verdict != NOTHING]
         low, high = 0, len(live)
         while high - low > 1:
             middle = (low + high) // 2

@@ -59,5 +59,10 @@ class OrtBench:
         """Time of `baseline` over time of `candidate` on the first calibration batch, interleaved."""
         assert self.calibration is not None
         batch = self.calibration.batches[0]
-        first, second = self.runner(baseline), self.runner(candidate)
-        return speedup(lambda: first.run(batch), lambda: second.run(batch), seconds=seconds, threshold=threshold)
+        first, second = self.runner(baseline).prepared(batch), self.runner(candidate).prepared(batch)
+        clock = "process" if self.target.threads == 1 else "wall"
+        return speedup(first, second, seconds=seconds, threshold=threshold, clock=clock)
+
+    def forget(self, program: Program) -> None:
+        """Drops the session of a program."""
+        self._runners.pop(id(program), None)

@@ -68,6 +68,8 @@ class FakeBench:
     runs: int = 0
     interrupt_at: int = -1
     noise: Callable[[], float] = lambda: 0.0
+    forgotten: int = 0
+    times_again: dict[str, float] = field(default_factory=dict)
 
     def run(self, program: Program) -> list[dict[str, Any]]:
         self.runs += 1
@@ -79,7 +81,12 @@ class FakeBench:
         value = 1.0 + sum(self.errors.get(m, 0.0) for m in marks)
         return [{"y": np.full(4, value, np.float32), "random": np.full(4, self.noise(), np.float32)}]
 
+    def forget(self, program: Program) -> None:
+        self.forgotten += 1
+
     def seconds(self, program: Program) -> float:
+        if self.forgotten:
+            return float(np.prod([self.times_again.get(m, self.times.get(m, 1.0)) for m in program.main.metadata_props]))
         return float(np.prod([self.times.get(m, 1.0) for m in program.main.metadata_props]))
 
     def speedup(self, baseline: Program, candidate: Program, *, seconds: float, threshold: float) -> Ratio:
@@ -155,6 +162,17 @@ def test_a_slower_pass_is_rolled_back() -> None:
     marks, verdicts, _ = gated(exact("b", "c", "d"), FakeBench(times={"c": 1.5}))
     assert marks == ["b", "d"]
     assert verdicts["exact{key='c'}"].startswith("rolled back: slower, 0.667x")
+
+
+def test_a_program_is_slower_only_if_a_second_session_is_slower_too() -> None:
+    bench = FakeBench(times={"c": 1.5}, times_again={"c": 1.0})
+    marks, _, ledger = gated(exact("b", "c"), bench)
+    assert marks == ["b", "c"]
+    assert ledger["exact passes"].speedup.median == 1.0
+
+
+def test_half_a_percent_is_not_slower() -> None:
+    assert gated(exact("b"), FakeBench(times={"b": 1.005}, width=0.001))[0] == ["b"]
 
 
 def test_an_exact_pass_without_gain_stays_unless_a_gain_was_asked_for() -> None:
