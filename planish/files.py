@@ -39,7 +39,7 @@ def open_program(path: str | Path, target: Target | str = "ort-cpu") -> Program:
     from planish.runtime.artifact import read_manifest
 
     manifest, folder = read_manifest(path), Path(path)
-    entries = {name: load_onnx(folder / entry.file, target, convert=False) for name, entry in manifest.entries.items()}
+    entries = {name: load_onnx(folder / entry.file, target) for name, entry in manifest.entries.items()}
     merged = Program({name: program.main for name, program in entries.items()}, target)
     merged.provenance = {**manifest.provenance, "artifact": str(folder), "pipeline": manifest.pipeline}
     _share_weights(merged)

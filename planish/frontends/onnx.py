@@ -1,8 +1,8 @@
 """ONNX files and messages into programs, with everything that a hostile or damaged file can do refused in one line.
 
 Order of work: the message is parsed with its large weights left where they are, counted against limits, its
-external data opened safely, its operators and edges checked, then turned into the IR, checked by the ONNX checker,
-and raised to the opset of the IR core where that provably changes nothing.
+external data opened safely, its operators and edges checked, then turned into the IR and checked by the ONNX checker.
+The opset stays the file's: what the gates compare with is the user's own model (the pass `raise-opset` lifts it).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from google.protobuf.message import DecodeError
 
 from planish.frontends import onnx_checks as checks
 from planish.frontends.onnx_normalize import normalize_proto
-from planish.frontends.onnx_opset import min_ir_version, raise_opset
 from planish.frontends.onnx_tensors import Tensors, bind_external_tensors, detach_weights, open_tensors
 from planish.frontends.onnx_wire import split_weights
 from planish.ir.errors import InputError, did_you_mean
 from planish.ir.program import Program
+from planish.ir.schemas import min_ir_version
 from planish.ir.serialize import PROTO_LIMIT, to_proto_without_weights
 from planish.ir.target import Target
 
@@ -59,7 +59,6 @@ def load_onnx(
     target: Target | str = "ort-cpu",
     *,
     base_dir: str | os.PathLike[str] | None = None,
-    convert: bool = True,
 ) -> Program:
     """Loads an ONNX model as a program with the entry ``"main"``. The source is never changed.
 
@@ -67,8 +66,6 @@ def load_onnx(
         source: path of an ``.onnx`` file, its bytes, a ModelProto, or an onnx_ir model.
         target: what the program is for.
         base_dir: folder of the external data when the source is not a path.
-        convert: raise the model to opset 23 (or as far as possible) where that provably changes nothing. What was
-            done, or why not, is in ``program.provenance["opset_note"]``.
 
     Raises:
         InputError: the file is missing, damaged, or not ONNX, or the model breaks a rule of ONNX.
@@ -85,12 +82,10 @@ def load_onnx(
             opened = _open(source, base)
             notes = opened.notes
             model = _to_ir(opened)
-        original = model.graph.opset_imports.get("", 0)
         notes += _normalize(model)
         checks.run_checker(to_proto_without_weights(model)[0])
-        model, note = raise_opset(model) if convert else (model, "kept as it was, as asked")
-        model.ir_version = max(model.ir_version, min_ir_version(model))
-        provenance = {"frontend": "onnx", "source": str(shown), "opset": str(original), "opset_note": note}
+        opset = str(model.graph.opset_imports.get("", 0))
+        provenance = {"frontend": "onnx", "source": str(shown), "opset": opset}
         if producer := " ".join(filter(None, (model.producer_name, model.producer_version))):
             provenance["producer"] = producer
         if notes:

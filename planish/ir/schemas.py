@@ -67,3 +67,9 @@ def function_record(function: ir.Function) -> OpRecord:
         for name, item in function.attributes.items()
     }
     return OpRecord(0, len(function.inputs), 0, len(function.outputs), attributes, ())
+
+
+def min_ir_version(model: ir.Model) -> int:
+    """The ir_version that the model's opset needs, and at least 10 (types of values in functions)."""
+    opset = onnx.helper.make_opsetid("", model.graph.opset_imports.get("", 1))
+    return max(10, int(onnx.helper.find_min_ir_version_for([opset], ignore_unknown=True)))

@@ -13,6 +13,7 @@ from planish.ir.errors import PlanishError, did_you_mean
 from planish.ir.hashing import tensor_digest
 from planish.ir.program import Program
 from planish.passes.base import Decline
+from planish.passes.canonicalize.opset_tables import needs_opset
 
 _ONLY = {"tensor(bool)": ir.DataType.BOOL, "tensor(int64)": ir.DataType.INT64}  # what predicates and Shape return
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -159,7 +160,7 @@ class Builder:
             since = _first_version(domain, op_type)
             if since is None:
                 raise PlanishError(f"rule '{self._rule}' builds {op_type}, which is no ONNX operator.")
-            raise Decline(f"{op_type} needs opset {since} or newer, and the model imports opset {opset}")
+            raise Decline(f"{op_type} {needs_opset(since, opset)}")
         return schema
 
     def _attribute(self, schema: Any, op_type: str, name: str, value: Any) -> ir.Attr:

@@ -21,9 +21,11 @@ from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.passes.base import Decline, PassContext, PassResult
 from planish.passes.builder import Builder, Constants, Names
-from planish.passes.matcher import Matcher, users
+from planish.passes.canonicalize.opset_tables import needs_opset
+from planish.passes.matcher import Matcher
 from planish.passes.replace import Replacer
 from planish.passes.rule import CompiledRule, Match, Rule, Site, as_values
+from planish.passes.values import users
 
 _MOST_ALTERNATIVES = 64  # matches at one root (operand orders) that are offered to a check
 _MOST_CONSUMERS = 64  # consumers of a new value that are visited at once; the next sweep sees the others
@@ -190,7 +192,7 @@ def propose(rule: CompiledRule, match: Match, builder: Builder) -> Sequence[ir.V
     """
     opset = match.opset
     if opset < rule.rule.min_opset:
-        raise Decline(f"needs opset {rule.rule.min_opset} or newer, and the model imports opset {opset}")
+        raise Decline(needs_opset(rule.rule.min_opset, opset))
     if rule.rule.remove_nodes:
         require_removable(match)
     if rule.rule.check is not None and rule.rule.check(match) is False:

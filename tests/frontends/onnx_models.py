@@ -59,25 +59,3 @@ def external_folder(folder: Path, **changes: str | int | None) -> Path:
     (folder / "w.bin").write_bytes(bytes(64) + np.arange(64, dtype=np.float32).tobytes())
     (folder / "m.onnx").write_bytes(external(**changes).SerializeToString())
     return folder / "m.onnx"
-
-
-def one_node(
-    op: str,
-    opset: int,
-    inputs: list[np.ndarray],
-    constants: list[np.ndarray] | None = None,
-    outputs: int = 1,
-    **attrs: object,
-) -> onnx.ModelProto:
-    """A model of one node; `inputs` give dtypes and shapes of x0, x1, …, `constants` follow as initializers."""
-    names = [f"x{i}" for i in range(len(inputs))]
-    kinds = [helper.np_dtype_to_tensor_dtype(a.dtype) for a in inputs]
-    infos = [helper.make_tensor_value_info(n, k, a.shape) for n, k, a in zip(names, kinds, inputs, strict=True)]
-    tensors = [onnx.numpy_helper.from_array(a, f"c{i}") for i, a in enumerate(constants or [])]
-    results = [f"y{i}" for i in range(outputs)]
-    node = helper.make_node(op, names + [t.name for t in tensors], results, name="n", **attrs)
-    graph = helper.make_graph([node], "g", infos, [helper.make_empty_tensor_value_info(r) for r in results], tensors)
-    inferred = onnx.shape_inference.infer_shapes(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-    )
-    return inferred

@@ -1,4 +1,4 @@
-"""Loading ONNX: what is kept, what is refused and with which words, and what an old opset becomes."""
+"""Loading ONNX: what is kept, what is refused and with which words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from planish.ir.external import MappedTensor
 from planish.ir.hashing import structural_hash
 from planish.ir.program import Program
 from planish.ir.serialize import inline, to_proto_without_weights
-from tests.frontends.onnx_models import PLAIN, RICH, external, external_folder, one_node, plain, rich
+from tests.frontends.onnx_models import PLAIN, RICH, external, external_folder, plain, rich
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((3, 8)).astype(np.float32)
@@ -71,7 +71,7 @@ def test_functions_and_subgraphs_are_kept_and_run_the_same() -> None:
     program = load_onnx(rich())
     assert [f.name for f in program.main.functions.values()] == ["scale"]
     assert program.provenance["producer"] == "tests" and program.provenance["opset"] == "21"
-    assert program.main.opset_imports[""] == 23
+    assert program.main.opset_imports[""] == 21
     for c in (True, False):
         feed = {"x": X, "c": np.array(c)}
         np.testing.assert_array_equal(run(whole(program), feed)[0], run(rich(), feed)[0])
@@ -212,10 +212,10 @@ def test_large_files_are_split_before_protobuf(tmp_path: Path, monkeypatch: pyte
     proto.graph.node.append(helper.make_node("ReduceSum", ["big"], ["unused"], name="keep"))
     path = tmp_path / "m.onnx"
     path.write_bytes(proto.SerializeToString())
-    split = load_onnx(path, convert=False)
+    split = load_onnx(path)
     monkeypatch.setattr(onnx_wire, "MIN_FILE", 1 << 60)
-    plainly = load_onnx(path, convert=False)
-    assert structural_hash(split) == structural_hash(plainly) == structural_hash(load_onnx(proto, convert=False))
+    plainly = load_onnx(path)
+    assert structural_hash(split) == structural_hash(plainly) == structural_hash(load_onnx(proto))
     np.testing.assert_array_equal(split.weights["big"].numpy(), big)
     assert split.weights["big"].numpy().flags.aligned
 
@@ -459,99 +459,3 @@ def test_external_data_in_attributes_and_subgraphs_is_confined_too(tmp_path: Pat
                 whole(load_onnx(proto, base_dir=tmp_path))
             else:
                 refused(proto, r"\.\.", UnsafeModelError, base_dir=tmp_path)
-
-
-# Old opsets
-
-IMAGE = RNG.standard_normal((1, 2, 6, 6)).astype(np.float32)
-STATS = [np.ones(2, np.float32), np.zeros(2, np.float32), np.zeros(2, np.float32), np.ones(2, np.float32)]
-RAISED: dict[str, tuple[str, int, list[np.ndarray], list[np.ndarray], int, dict[str, object]]] = {
-    "ReduceMean axes": ("ReduceMean", 11, [X], [], 1, {"axes": [-1], "keepdims": 0}),
-    "ReduceMean all": ("ReduceMean", 13, [X], [], 1, {}),
-    "ReduceSum axes": ("ReduceSum", 11, [X], [], 1, {"axes": [0]}),
-    "ReduceL2": ("ReduceL2", 13, [X], [], 1, {"axes": [1]}),
-    "ReduceMax": ("ReduceMax", 12, [X], [], 1, {"axes": [0, 1]}),
-    "Squeeze": ("Squeeze", 11, [X[:1]], [], 1, {"axes": [0]}),
-    "Squeeze all": ("Squeeze", 9, [X[:1]], [], 1, {}),
-    "Unsqueeze": ("Unsqueeze", 11, [X], [], 1, {"axes": [0, -1]}),
-    "Softmax last": ("Softmax", 11, [X], [], 1, {"axis": 1}),
-    "Softmax default": ("Softmax", 9, [X], [], 1, {}),
-    "LogSoftmax -1": ("LogSoftmax", 11, [X], [], 1, {"axis": -1}),
-    "Clip": ("Clip", 6, [X], [], 1, {"min": -0.5, "max": 0.25}),
-    "Clip max": ("Clip", 10, [X], [], 1, {"max": 0.25}),
-    "Pad": ("Pad", 10, [X], [], 1, {"pads": [0, 1, 2, 0], "value": 3.0}),
-    "Pad edge": ("Pad", 2, [X], [], 1, {"pads": [0, 1, 2, 0], "mode": "edge"}),
-    "Slice": ("Slice", 9, [X], [], 1, {"starts": [1, -3], "ends": [100, -1], "axes": [0, 1]}),
-    "Slice no axes": ("Slice", 1, [X], [], 1, {"starts": [1], "ends": [2]}),
-    "TopK": ("TopK", 9, [X], [], 2, {"k": 3, "axis": -1}),
-    "Split": ("Split", 11, [X], [], 2, {"axis": 1, "split": [3, 5]}),
-    "Split even": ("Split", 11, [X], [], 4, {"axis": 1}),
-    "Split 13 even": ("Split", 13, [X], [], 4, {"axis": 1}),
-    "Split 13": ("Split", 13, [X], [np.array([2, 6])], 2, {"axis": 1}),
-    "Dropout": ("Dropout", 10, [X], [], 1, {"ratio": 0.9}),
-    "BatchNormalization": ("BatchNormalization", 9, [IMAGE], STATS, 1, {}),
-    "BatchNormalization 7": ("BatchNormalization", 7, [IMAGE], STATS, 1, {"spatial": 1}),
-    "QuantizeLinear": ("QuantizeLinear", 10, [X], [np.float32(0.1), np.uint8(128)], 1, {}),
-    "MaxPool": ("MaxPool", 8, [IMAGE], [], 1, {"kernel_shape": [2, 2]}),
-    "Reshape": ("Reshape", 5, [X], [np.array([0, 2, -1])], 1, {}),
-    "Cast": ("Cast", 9, [X], [], 1, {"to": 7}),
-    "Resize 13": ("Resize", 13, [IMAGE], [np.zeros(0, np.float32), np.array([1, 1, 2, 2], np.float32)], 1, {}),
-}
-
-
-@pytest.mark.parametrize("name", RAISED)
-def test_raised_operators_give_the_same(name: str) -> None:
-    op, opset, inputs, constants, outputs, attributes = RAISED[name]
-    proto = one_node(op, opset, inputs, [np.asarray(c) for c in constants], outputs, **attributes)
-    program = load_onnx(proto)
-    assert program.main.opset_imports[""] == 23, program.provenance["opset_note"]
-    feed = {f"x{i}": a for i, a in enumerate(inputs)}
-    for got, expected in zip(run(whole(program), feed), run(proto, feed), strict=True):
-        np.testing.assert_array_equal(got, expected)
-
-
-KEPT: dict[str, tuple[str, int, list[np.ndarray], list[np.ndarray], int, dict[str, object], int, str]] = {
-    "Softmax middle": ("Softmax", 11, [IMAGE], [], 1, {"axis": 1}, 11, "not known to be the last"),
-    "Upsample": ("Upsample", 9, [IMAGE], [np.array([1, 1, 2, 2], np.float32)], 1, {}, 9, "changes at opset 10"),
-    "RandomNormalLike": ("RandomNormalLike", 13, [X], [], 1, {"seed": 1.0}, 21, "changes at opset 22"),
-    "Dropout mask": ("Dropout", 10, [X], [], 2, {"ratio": 0.9}, 10, "with a mask"),
-    "AveragePool ceil": (
-        "AveragePool",
-        11,
-        [IMAGE],
-        [],
-        1,
-        {"kernel_shape": [4, 4], "ceil_mode": 1},
-        18,
-        "another kernel",
-    ),
-    "Resize 10": ("Resize", 10, [IMAGE], [np.array([1, 1, 2, 2], np.float32)], 1, {}, 10, "changes at opset"),
-}
-
-
-@pytest.mark.parametrize("name", KEPT)
-def test_operators_that_would_change_stop_the_raise(name: str) -> None:
-    op, opset, inputs, constants, outputs, attributes, reached, why = KEPT[name]
-    proto = one_node(op, opset, inputs, constants, outputs, **attributes)
-    program = load_onnx(proto)
-    note = program.provenance["opset_note"]
-    assert program.main.opset_imports[""] == reached and why in note and "'n'" in note
-    feed = {f"x{i}": a for i, a in enumerate(inputs)}
-    for got, expected in zip(run(whole(program), feed), run(proto, feed), strict=True):
-        np.testing.assert_array_equal(got, expected)
-
-
-def test_ranks_are_inferred_where_the_file_gives_none() -> None:
-    proto = one_node("Softmax", 11, [X], axis=1)
-    first = helper.make_node("Relu", ["x0"], ["r"], name="first")
-    proto.graph.node[0].input[0] = "r"
-    proto.graph.node.insert(0, first)
-    del proto.graph.value_info[:]
-    assert load_onnx(proto).main.opset_imports[""] == 23
-    proto.graph.input[0].type.tensor_type.ClearField("shape")
-    assert load_onnx(proto).main.opset_imports[""] == 11
-
-
-def test_convert_off_keeps_the_opset() -> None:
-    program = load_onnx(plain(), convert=False)
-    assert program.main.opset_imports[""] == 17 and "as asked" in program.provenance["opset_note"]

@@ -1,6 +1,6 @@
 """The operator cases of the onnx package at every older opset they are valid at: loaded and raised, same outputs.
 
-A case is taken back by its opset import alone; where plain ONNX Runtime runs that, so must the loaded program.
+A case is taken back by its opset import alone; where plain ONNX Runtime runs that, so must the raised program.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from onnx import defs
 from planish.frontends.onnx import load_onnx
 from planish.ir.compare import compare_outputs
 from planish.ir.serialize import inline, to_proto_without_weights
+from planish.passes.base import PassContext
+from planish.passes.canonicalize.raise_opset import RaiseOpset
 
 RANDOM = ("bernoulli", "random", "training_dropout")
 
@@ -72,19 +74,21 @@ def check(stride: int) -> tuple[int, int, list[str]]:
             shown = f"{case.name} at {[o.version for o in proto.opset_import]}"
             try:
                 program = load_onnx(proto)
+                raised += RaiseOpset().apply(program, PassContext()).modified
                 whole, weights = to_proto_without_weights(program.main)
                 inline(whole, weights)
                 error = compare_outputs(expected, run(whole, feed)).relative_l2
             except Exception as failure:
                 wrong.append(f"{shown}: {failure}")
                 continue
-            raised += program.provenance["opset_note"].startswith("raised")
             same += error <= 1e-6
             if not np.isfinite(error) or error > 1e-6:
                 wrong.append(f"{shown}: error {error}")
     return same, raised, wrong
 
 
+# Some cases, taken back to an older opset, declare shapes that strict inference refuses and runtimes do not mind.
+@pytest.mark.no_verify
 def test_a_share_of_the_operator_cases() -> None:
     same, raised, wrong = check(stride=12)
     assert not wrong
@@ -92,6 +96,7 @@ def test_a_share_of_the_operator_cases() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_verify
 def test_all_operator_cases() -> None:
     same, raised, wrong = check(stride=1)
     assert not wrong
