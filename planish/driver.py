@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from planish.ir.budget import Budget
 from planish.ir.errors import InputError, PlanishError, UnsupportedError
 from planish.ir.ledger import Ledger, LedgerEntry
@@ -105,12 +103,15 @@ def optimize_with(
     target, budget = _implemented(Target.parse(target)), budget or Budget()
     pipeline = resolve_pipeline(passes, target)
     hooks.progress("reading the model")
-    program, check = _capture(model, example_inputs, dynamic_shapes, target)
-    note = _calibrate(program, calibration, example_inputs)
+    program, check, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
+    note = _calibrate(program, calibration if calibration is not None else example)
+    pipeline = _with_shapes(program, pipeline)
     bench = OrtBench(target, program.calibration)
-    if check is not None and budget.gates:
+    if check is not None:
         hooks.progress("comparing the captured program with the module")
         check(bench.run_inputs)
+        if not budget.gates:
+            bench.forget(program)
     best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
     ledger.synthetic = program.calibration is not None and program.calibration.synthetic
     hooks.progress("preparing the executable")
@@ -148,33 +149,44 @@ def _is_module(model: Any) -> bool:
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
+def _with_shapes(program: Program, pipeline: list[Pass]) -> list[Pass]:
+    """Rules look at dtypes and shapes, which an ONNX file need not hold: they are inferred first, as a pass."""
+    from planish.ir.properties import holds
+    from planish.passes import registry
+
+    infer = registry.get("infer-shapes")
+    if any(isinstance(p, infer) for p in pipeline) or holds("shapes", program):
+        return pipeline
+    return [infer(), *pipeline]
+
+
 def _capture(
-    model: Any, example_inputs: Any, dynamic_shapes: Any, target: Target
-) -> tuple[Program, Callable[..., Any] | None]:
+    hooks: Hooks, model: Any, example_inputs: Any, dynamic_shapes: Any, target: Target
+) -> tuple[Program, Callable[..., Any] | None, Any]:
+    """The program, its comparison with the module it came from, and inputs to measure with, where there are any."""
     if _is_module(model):
         from planish.frontends.torch import capture
 
-        captured = capture(model, example_inputs, dynamic_shapes, target)
-        return captured.program, captured.check
+        captured = capture(model, example_inputs, dynamic_shapes, target, progress=hooks.progress)
+        return captured.program, captured.check, captured.example
     if dynamic_shapes is not None:
         raise InputError("dynamic_shapes is for torch modules; an ONNX model says itself which sizes are dynamic.")
     from planish.frontends.onnx import load_onnx
 
-    return load_onnx(model, target), None
+    return load_onnx(model, target), None, example_inputs
 
 
-def _calibrate(program: Program, calibration: Any, example_inputs: Any) -> str:
-    """Sets the program's calibration; returns a note if there is nothing to measure with."""
+def _calibrate(program: Program, given: Any) -> str:
+    """Sets the program's calibration; returns why there is nothing to measure with, if so."""
     from planish.ir.inputs import synthesize
     from planish.ir.signature import as_batches
 
-    specs = program.inputs(next(iter(program.entries)))
-    given = calibration if calibration is not None else example_inputs
+    entry = next(iter(program.entries))
     if given is not None:
-        program.calibration = Calibration(as_batches(given, specs))
+        program.calibration = Calibration(as_batches(given, program.inputs(entry)), entry=entry)
         return ""
     try:
-        program.calibration = Calibration([synthesize(program, next(iter(program.entries)))], synthetic=True)
+        program.calibration = Calibration([synthesize(program, entry)], synthetic=True, entry=entry)
     except PlanishError as error:
         return str(error)
     return ""
@@ -261,7 +273,6 @@ def _report(
     from planish.passes.pipeline import format_pipeline
 
     total = next((e for e in reversed(ledger.entries) if e.kind == "composition"), None)
-    dims = _dims(before)
     return Report.build(
         model=_name(model),
         before=before,
@@ -272,7 +283,7 @@ def _report(
         speedup=total.speedup if total else None,
         seconds=seconds,
         error_budget=DEFAULT_APPROXIMATE_ERROR if budget.error is None else budget.error,
-        **_costs(before, after, dims),
+        **_costs(before, after, before.sizes()),
     )
 
 
@@ -285,18 +296,6 @@ def _costs(before: Program, after: Program, dims: Mapping[str, int]) -> dict[str
         result[f"cost_{name}"] = int(cost(program, dims=dims).flops)
         result[f"peak_{name}"] = int(liveness(program, dims=dims).peak_bytes)
     return result
-
-
-def _dims(program: Program) -> dict[str, int]:
-    """Sizes of the symbols, read off the first calibration batch."""
-    dims: dict[str, int] = {}
-    if program.calibration is None or not program.calibration.batches:
-        return dims
-    for spec in program.inputs(next(iter(program.entries))):
-        value = program.calibration.batches[0].get(spec.name)
-        if spec.shape is not None and isinstance(value, np.ndarray):
-            dims |= {d: n for d, n in zip(spec.shape, value.shape, strict=False) if isinstance(d, str)}
-    return dims
 
 
 def _name(model: Any) -> str:

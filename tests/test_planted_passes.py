@@ -147,6 +147,7 @@ def test_three_bad_passes_in_one_run(planted: Path) -> None:
     exe = planish.optimize(model(), passes=pipeline)
     kept = {e.name: e.kept for e in exe.report.ledger.entries if e.kind == "exact"}
     assert kept == {
+        "infer-shapes": True,
         "planted-raise": False,
         "planted-corrupt": False,
         "planted-numerics": False,

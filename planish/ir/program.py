@@ -92,6 +92,17 @@ class Program:
         }
         return sum(distinct.values())
 
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the symbols of the calibrated entry, read off the first calibration batch; empty without one."""
+        sizes: dict[str, int] = {}
+        if self.calibration is None or not self.calibration.batches:
+            return sizes
+        for spec in self.inputs(self.calibration.entry):
+            value = self.calibration.batches[0].get(spec.name)
+            if spec.shape is not None and isinstance(value, np.ndarray):
+                sizes |= {d: n for d, n in zip(spec.shape, value.shape, strict=False) if isinstance(d, str)}
+        return sizes
+
     def graphs(self) -> Iterator[ir.Graph]:
         """Every graph of every entry, subgraphs of control flow included, bodies of functions not."""
         for model in self.entries.values():

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+from planish.ir.analyses.liveness import liveness
 from planish.ir.budget import Budget
 from planish.ir.compare import compare_outputs, tolerance, worst_of
 from planish.ir.errors import PlanishError
@@ -269,6 +270,9 @@ class Gates:
             self.ledger.entries.append(entry)
         if trial is not None:
             entry.error_previous, entry.error_original, entry.speedup = trial.previous, trial.original, ratio
+            sizes = self.original.sizes()
+            entry.peak_memory_before = liveness(group.base, dims=sizes).peak_bytes
+            entry.peak_memory_after = liveness(candidate.program, dims=sizes).peak_bytes
 
     def _composition(self) -> None:
         """Holds all passes together to the one budget; takes approximate ones back, the last first, until they fit."""

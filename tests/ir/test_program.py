@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from planish.ir.errors import InputError, VerifyError
-from planish.ir.program import Program
+from planish.ir.program import Calibration, Program
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[N, 4] x, seq(float[2]) s, float[4] w) => (float[N, 4] y) <float[4] w = {1, 2, 3, 4}> { y = Add(x, w) }"""
@@ -17,6 +17,13 @@ def test_inputs_leave_out_initializers_and_show_symbols() -> None:
     assert [spec.name for spec in program.outputs()] == ["y"]
     assert program.weight_bytes() == 16
     assert program.node_count() == 1
+
+
+def test_sizes_are_read_off_the_calibration() -> None:
+    program = Program.single(ir.from_onnx_text(TEXT))
+    assert program.sizes() == {}
+    program.calibration = Calibration([{"x": np.zeros((5, 4), np.float32), "s": []}])  # type: ignore[dict-item]
+    assert program.sizes() == {"N": 5}
 
 
 def test_a_clone_shares_weights_and_not_graphs() -> None:
