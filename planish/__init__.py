@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from planish.version import __version__
 
 if TYPE_CHECKING:
+    from planish.driver import optimize
     from planish.ir.budget import Budget
     from planish.ir.errors import PlanishError
     from planish.ir.target import Target
-    from planish.driver import optimize
     from planish.runtime.artifact import load
     from planish.runtime.executable import Executable
 

@@ -153,7 +153,8 @@ def _put(holder: object, old: ir.ExternalTensor, new: ir.TensorProtocol) -> None
     if isinstance(holder, ir.Value):
         holder.const_value = new
         return
-    node, name = holder  # type: ignore[misc]
+    assert isinstance(holder, tuple)
+    node, name = holder
     attribute = node.attributes[name]
     if attribute.type == ir.AttributeType.TENSOR:
         node.attributes[name] = ir.AttrTensor(name, new)

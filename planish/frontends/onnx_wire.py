@@ -100,11 +100,12 @@ def _detach(file: IO[bytes], weight: _Weight, tensors: Tensors) -> bytes | None:
         return None
     buffer = np.empty(length, np.uint8)
     file.seek(raw.value)
-    if file.readinto(memoryview(buffer)) != length:  # type: ignore[attr-defined]
+    if file.readinto(buffer.data) != length:  # type: ignore[attr-defined]
         raise InputError("the file became shorter while it was read.")
     dtype = ir.DataType(header.data_type)
     tensors.detach(header, tensor_from_buffer(buffer, dtype, tuple(header.dims), header.name))
-    return header.SerializeToString()
+    data: bytes = header.SerializeToString()
+    return data
 
 
 def _read(file: IO[bytes], start: int, end: int) -> bytes:

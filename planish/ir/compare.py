@@ -98,7 +98,7 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     if dtype.kind in "fc":
         return True
     try:
-        ml_dtypes.finfo(dtype)
+        ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     except ValueError:
         return False
     return True

@@ -54,7 +54,7 @@ class MappedTensor(ir.LazyTensor):
         return np.frombuffer(self.file.map(), np.uint8, size, self.offset)
 
     def tofile(self, file: Any) -> None:
-        file.write(memoryview(self.buffer()))
+        file.write(self.buffer().data)
 
     def tobytes(self) -> bytes:
         return self.buffer().tobytes()
@@ -63,7 +63,9 @@ class MappedTensor(ir.LazyTensor):
         return tensor_from_buffer(self.buffer(), self.dtype, self._dims, self.name)
 
 
-def tensor_from_buffer(data: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...], name: str | None) -> ir.Tensor:
+def tensor_from_buffer(
+    data: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...], name: str | None
+) -> ir.Tensor[Any]:
     """A tensor over `data` (uint8, as ONNX stores it); copies only if the address does not suit the dtype."""
     if dtype.bitwidth < 8:
         return ir.PackedTensor(data, dtype, shape=shape, name=name)  # type: ignore[return-value]
