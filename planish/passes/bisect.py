@@ -33,6 +33,7 @@ class BisectResult:
         before: the program that the culprit was given.
         firing: number of the first bad firing of the culprit's rules (1 is the first), if it is made of rules.
         rule, nodes: the rule of that firing, and the nodes that it matched.
+        region: the smallest model on which that rule fires: those nodes alone, if they can be cut out.
         runs: how often the check was asked.
     """
 
@@ -43,6 +44,7 @@ class BisectResult:
     firing: int | None = None
     rule: str | None = None
     nodes: tuple[str, ...] = ()
+    region: ir.Model | None = None
     runs: int = 0
 
     def __str__(self) -> str:
@@ -73,7 +75,8 @@ def bisect_passes(program: Program, passes: Sequence[Pass], check: Check) -> Bis
     culprit, before = passes[low], search.state(low)
     assert before is not None  # it was good
     firing, rule, nodes = _first_bad_firing(before, culprit, check, search)
-    return BisectResult(culprit, low, False, before, firing, rule, nodes, search.runs)
+    region = smallest_region(before, culprit, nodes) if nodes else None
+    return BisectResult(culprit, low, False, before, firing, rule, nodes, region, search.runs)
 
 
 class _Search:
@@ -127,10 +130,46 @@ def _first_bad_firing(
     return high, rule, nodes
 
 
+def smallest_region(before: Program, culprit: Pass, names: Sequence[str]) -> ir.Model | None:
+    """Cuts the nodes of these names out of the main graph of an entry; None unless `culprit` fires on that alone.
+
+    Inputs of the cut are what the nodes read and do not compute (weights stay weights), outputs what others read.
+    """
+    for model in before.entries.values():
+        inside = {n for n in model.graph if n.name in set(names)}
+        if len(inside) != len(set(names)):
+            continue
+        read = dict.fromkeys(v for n in model.graph if n in inside for v in n.inputs if v is not None)
+        inputs = [v for v in read if v.producer() not in inside and not v.is_initializer()]
+        outputs = [
+            v
+            for n in model.graph
+            if n in inside
+            for v in n.outputs
+            if v.is_graph_output() or any(user not in inside for user in v.consumers())
+        ]
+        try:
+            graph = ir.convenience.extract(model.graph, inputs, outputs)
+            region = ir.Model(
+                graph, ir_version=model.ir_version, functions=[f.clone() for f in model.functions.values()]
+            )
+            fired = culprit.apply(Program.single(region.clone(), before.target), PassContext(before.target)).fired
+        except (ValueError, PlanishError):  # types are unknown, or the pass needs what surrounds the nodes
+            return None
+        return region if fired else None
+    return None
+
+
 def write_reproducer(
-    folder: str | Path, before: Program, pipeline: str | Sequence[Pass], error: str | BaseException
+    folder: str | Path,
+    before: Program,
+    pipeline: str | Sequence[Pass],
+    error: str | BaseException,
+    region: ir.Model | None = None,
 ) -> Path:
     """Writes ``before.onnx`` (one per entry if there are several), ``pipeline.txt`` and ``error.txt``.
+
+    With `region`, from a :class:`BisectResult`, also ``region.onnx``.
 
     The folder appears complete or not at all; one that is there already keeps its place, and a number is added.
 
@@ -146,6 +185,8 @@ def write_reproducer(
     try:
         for name, model in before.entries.items():
             save_model(model, temporary / ("before.onnx" if len(before.entries) == 1 else f"before.{name}.onnx"))
+        if region is not None:
+            save_model(region, temporary / "region.onnx")
         text = pipeline if isinstance(pipeline, str) else format_pipeline(pipeline)
         (temporary / "pipeline.txt").write_text(text + "\n")
         problem = error if isinstance(error, str) else f"{type(error).__name__}: {error}"

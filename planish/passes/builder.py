@@ -66,14 +66,16 @@ class Constants:
         digest = tensor_digest(tensor)
         name = f"{label}_{digest[:10]}"
         initializers = model.graph.initializers
-        shared = tensor
+        shared, taken = tensor, False
         for other in self._program.entries.values():
             known = other.graph.initializers.get(name)
             if known is not None and known.const_value is not None:
                 if tensor_digest(known.const_value) != digest or known.is_graph_input():
-                    name = self._names.fresh(name)
+                    taken = False
                     break
-                shared = known.const_value
+                shared, taken = known.const_value, True
+        if not taken:
+            name = self._names.fresh(name)
         if name in initializers:
             return initializers[name]
         value = ir.Value(

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from planish.passes.pattern import (
@@ -27,6 +26,7 @@ from planish.passes.pattern import (
     VarPattern,
     attribute_default,
 )
+from planish.passes.values import constant_problem, describe, describe_patterns, describe_values, users
 
 #: Called where matching stops: (operator calls bound so far, the pattern that failed, the node or value, why).
 #: `why` is formatted only when called.
@@ -34,45 +34,7 @@ Trace = Callable[[dict[NodePattern, ir.Node], Any, Any, Callable[[], str]], None
 
 _FAIL: Any = object()
 _MOST_STEPS = 5_000  # goals tried at one root; a pattern needs some dozens
-# How far a constant found in the graph may be from the number in the pattern, by its dtype.
-_RELATIVE = {
-    ir.DataType.DOUBLE: 1e-6,  # exporters store float32 constants in float64 graphs
-    ir.DataType.FLOAT: 1e-5,
-    ir.DataType.FLOAT16: 2e-3,
-    ir.DataType.BFLOAT16: 8e-3,
-}
-_SMALLEST = 1e-8  # a pattern's zero
 _MOST_CONSUMERS = 64  # of a shared value, among which another output of a pattern is looked for
-
-
-def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of a value that can not change: an initializer without override, or the output of a Constant."""
-    if value is None or value.is_graph_input():
-        return None
-    if value.const_value is not None:
-        return value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain:
-        return None
-    return ir.convenience.get_const_tensor(value)
-
-
-def constant_array(value: ir.Value | None) -> np.ndarray | None:
-    """The contents of :func:`constant_tensor` as an array (not copied), or None."""
-    tensor = constant_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def users(value: ir.Value) -> Iterator[ir.Node]:
-    """The nodes that consume a value; one may come twice.
-
-    Unlike ``value.consumers()`` it makes no copy of all uses, which a caller that stops early would pay for.
-    """
-    last: ir.Node | None = None
-    for use in value._uses:
-        if use.node is not last:
-            last = use.node
-            yield last
 
 
 class Matcher:
@@ -165,7 +127,7 @@ class _Search:
     def _bind_value(self, pattern: Any, name: str | None, value: Any) -> bool:
         if name is None or self._bind(name, value):
             return True
-        self._fail(pattern, value, lambda: f"{name} is {_describe(self.bound.get(name))}, found {_describe(value)}")
+        self._fail(pattern, value, lambda: f"{name} is {describe(self.bound.get(name))}, found {describe(value)}")
         return False
 
     def _step(self, pattern: Any, item: Any, rest: Any) -> Any:
@@ -176,14 +138,14 @@ class _Search:
             if not self._bind_value(pattern, pattern.name, item):
                 return _FAIL
             if pattern.check is not None and not pattern.check(self.context, item):
-                return self._fail(pattern, item, lambda: f"{_describe(item)} fails the check of {pattern}")
+                return self._fail(pattern, item, lambda: f"{describe(item)} fails the check of {pattern}")
             return rest
         if kind is OutPattern:
             return self._output(pattern, item, rest)
         if kind is NodePattern:
             return self._node(pattern, item, rest)
         if kind is ConstPattern:
-            problem = _constant_problem(pattern, item)
+            problem = constant_problem(pattern, item)
             return rest if problem is None else self._fail(pattern, item, problem)
         if kind is OrPattern:
             return self._either(pattern, item, rest)
@@ -201,7 +163,7 @@ class _Search:
                 after = ((pattern.tag_var, tag), None, rest) if pattern.tag_var else rest
                 goals.append((alternative, item, after))
         if not goals:
-            return self._fail(pattern, item, lambda: f"{_describe(item)} is none of: {pattern}")
+            return self._fail(pattern, item, lambda: f"{describe(item)} is none of: {pattern}")
         return self._choose(goals)
 
     def _output(self, pattern: OutPattern, value: ir.Value | None, rest: Any) -> Any:
@@ -209,13 +171,13 @@ class _Search:
             return self._fail(pattern, value, lambda: f"an input is absent where {pattern} is expected")
         node = value.producer()
         if node is None:
-            return self._fail(pattern, value, lambda: f"{_describe(value)} is not computed; expected {pattern}")
+            return self._fail(pattern, value, lambda: f"{describe(value)} is not computed; expected {pattern}")
         if value.index() != pattern.index:
             return self._fail(
-                pattern, value, lambda: f"output {value.index()} of {_describe(node)}; expected {pattern.index}"
+                pattern, value, lambda: f"output {value.index()} of {describe(node)}; expected {pattern.index}"
             )
         if node.graph is not self.graph:
-            return self._fail(pattern, node, lambda: f"{_describe(node)} is in another graph than the root")
+            return self._fail(pattern, node, lambda: f"{describe(node)} is in another graph than the root")
         return self._node(pattern.node, node, rest)
 
     def _node(self, pattern: NodePattern, node: ir.Node, rest: Any) -> Any:
@@ -223,24 +185,24 @@ class _Search:
         if known is not None:
             if known is node:
                 return rest
-            return self._fail(pattern, node, lambda: f"{pattern} is already {_describe(known)}")
+            return self._fail(pattern, node, lambda: f"{pattern} is already {describe(known)}")
         if not _same_op(pattern, node):
-            return self._fail(pattern, node, lambda: f"expected {pattern}, found {_describe(node)}")
+            return self._fail(pattern, node, lambda: f"expected {pattern}, found {describe(node)}")
         given, wanted = list(node.inputs), pattern.inputs
         while len(given) > len(wanted) and given[-1] is None:
             given.pop()
         if len(given) > len(wanted) and not pattern.other_inputs:
             return self._fail(
-                pattern, node, lambda: f"{_describe(node)} has {len(given)} inputs; expected {len(wanted)}"
+                pattern, node, lambda: f"{describe(node)} has {len(given)} inputs; expected {len(wanted)}"
             )
         if not self._attributes(pattern, node):
             return _FAIL
         if pattern.check is not None and not pattern.check(self.context, node):
-            return self._fail(pattern, node, lambda: f"{_describe(node)} fails the check of {pattern}")
+            return self._fail(pattern, node, lambda: f"{describe(node)} fails the check of {pattern}")
         self._bind(pattern, node)
         for index, name in enumerate(pattern.outputs):
             if index >= len(node.outputs):
-                return self._fail(pattern, node, lambda: f"{_describe(node)} has {len(node.outputs)} outputs")
+                return self._fail(pattern, node, lambda: f"{describe(node)} has {len(node.outputs)} outputs")
             if name is not None and not self._bind_value(pattern, name, node.outputs[index]):
                 return _FAIL
         return self._operands(pattern, node, given, rest)
@@ -253,11 +215,7 @@ class _Search:
             orders = itertools.permutations(given)
         possible = [order for order in orders if all(map(_plausible, wanted, order))]
         if not possible:
-            return self._fail(
-                pattern,
-                node,
-                lambda: f"operands of {_describe(node)}: expected {_list(wanted)}; found {_list_found(given)}",
-            )
+            return self._fail(pattern, node, functools.partial(_wrong_operands, node, wanted, given))
         goals = []
         for order in possible:
             chain = rest
@@ -276,7 +234,7 @@ class _Search:
             return True
         others = sorted(set(node.attributes) - {name for name, _ in pattern.attributes})
         if others:
-            self._fail(pattern, node, lambda: f"{_describe(node)} has the attribute '{others[0]}'")
+            self._fail(pattern, node, lambda: f"{describe(node)} has the attribute '{others[0]}'")
         return not others
 
     def _attribute(self, pattern: NodePattern, node: ir.Node, name: str, wanted: Any) -> bool:
@@ -286,11 +244,11 @@ class _Search:
             version = node.version or self.opsets.get(node.domain, 1)
             found = attribute_default(node.domain, node.op_type, version, name)
         if found is None and not wanted.can_match_none:
-            self._fail(pattern, node, lambda: f"{_describe(node)} has no attribute '{name}'")
+            self._fail(pattern, node, lambda: f"{describe(node)} has no attribute '{name}'")
             return False
         if found is not None and not _attribute_matches(wanted, found):
             value = found.value
-            self._fail(pattern, node, lambda: f"{_describe(node)}: expected {name}={wanted}, found {value}")
+            self._fail(pattern, node, lambda: f"{describe(node)}: expected {name}={wanted}, found {value}")
             return False
         return wanted.name is None or self._bind_value(pattern, wanted.name, found)
 
@@ -336,6 +294,10 @@ class _Search:
         return None
 
 
+def _wrong_operands(node: ir.Node, wanted: Any, given: Any) -> str:
+    return f"operands of {describe(node)}: expected {describe_patterns(wanted)}; found {describe_values(given)}"
+
+
 def _same_op(pattern: NodePattern, node: ir.Node) -> bool:
     named = node.op_type == pattern.op if pattern.op is not None else pattern.accepts(node.op_type)
     if not named:
@@ -368,62 +330,3 @@ def _attribute_matches(wanted: Any, found: ir.Attr) -> bool:
     if isinstance(expected, float) and found.type == ir.AttributeType.FLOAT:
         return math.isclose(found.as_float(), expected, rel_tol=1e-6)  # attributes are stored as float32
     return bool(wanted.matches(found))
-
-
-def _constant_problem(pattern: ConstPattern, item: Any) -> Callable[[], str] | None:
-    """None if the value is the constant; else what to say about it. `item` may carry the operands beside it."""
-    value, beside = item if isinstance(item, tuple) else (item, ())
-    tensor = constant_tensor(value)
-    if tensor is None:
-        return lambda: f"{_describe(value)} is not a constant; expected {pattern.value}"
-    wanted = pattern.value if isinstance(pattern.value, list) else [pattern.value]
-    dims = tuple(tensor.shape)
-    if isinstance(pattern.value, list):
-        if dims != (len(wanted),):
-            return lambda: f"{_describe(value)} has shape {list(dims)}; expected [{len(wanted)}]"
-    elif dims not in ((), (1,)):
-        return lambda: f"{_describe(value)} has shape {list(dims)}; expected the number {pattern.value}"
-    elif dims == (1,) and any(
-        v is not value and v is not None and v.shape is not None and not len(v.shape) for v in beside
-    ):
-        return lambda: f"{_describe(value)} has shape [1] beside a scalar, and gives the result its rank"
-    if tensor.dtype == ir.DataType.STRING:
-        return lambda: f"{_describe(value)} holds strings; expected {pattern.value}"
-    found = tensor.numpy().reshape(-1)
-    rel_tol = pattern.rel_tol if pattern.rel_tol is not None else _RELATIVE.get(tensor.dtype, 0.0)
-    floating = tensor.dtype in _RELATIVE or pattern.rel_tol is not None
-    for number, expected in zip(found.tolist(), wanted, strict=True):
-        # Beside a small number an absolute tolerance would accept 0 for 1e-12, so only a zero has one.
-        absolute = _SMALLEST if floating and expected == 0 else 0.0
-        if not math.isclose(number, expected, rel_tol=rel_tol, abs_tol=absolute):
-            return lambda: (
-                f"{_describe(value)} is {found.tolist()[0] if len(wanted) == 1 else found.tolist()}; "
-                f"expected {pattern.value}"
-            )
-    return None
-
-
-def _describe(item: Any) -> str:
-    if isinstance(item, tuple):
-        item = item[0]
-    if isinstance(item, ir.Node):
-        return f"{item.op_type} '{item.name}'"
-    if isinstance(item, ir.Value):
-        return f"value '{item.name}'"
-    return "absent" if item is None else str(item)
-
-
-def _list(patterns: Any) -> str:
-    return ", ".join("nothing" if p is None else str(p.node) if isinstance(p, OutPattern) else str(p) for p in patterns)
-
-
-def _list_found(values: Any) -> str:
-    def one(value: ir.Value | None) -> str:
-        if value is None:
-            return "nothing"
-        node = value.producer()
-        if node is not None:
-            return f"{node.op_type} '{value.name}'"
-        return f"constant '{value.name}'" if value.const_value is not None else f"input '{value.name}'"
-
-    return ", ".join(one(v) for v in values)

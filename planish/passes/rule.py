@@ -13,8 +13,8 @@ import onnx_ir as ir
 from planish.ir.errors import PlanishError, did_you_mean
 from planish.ir.program import Program
 from planish.ir.target import Target
-from planish.passes.matcher import constant_array, constant_tensor
 from planish.passes.pattern import CompiledPattern, NodePattern, OrPattern, OutPattern, VarPattern, compile_pattern
+from planish.passes.values import constant_array, constant_tensor
 
 
 @dataclass(frozen=True)

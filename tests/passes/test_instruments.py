@@ -174,7 +174,7 @@ def test_bisect_counts_a_raising_pass_as_bad() -> None:
     assert str(result) == "pass 2, 'raises', breaks it"
 
 
-def test_bisect_finds_the_firing_within_a_pass() -> None:
+def test_bisect_finds_the_firing_within_a_pass(tmp_path: Path) -> None:
     # Good as long as the first Neg (the last one to be rewritten, sweeps go backwards) is still there.
     def check(program: Program) -> bool:
         return program.main.graph[0].op_type == "Neg"
@@ -184,6 +184,10 @@ def test_bisect_finds_the_firing_within_a_pass() -> None:
     assert (result.firing, result.rule) == (3, "neg-to-exp")
     assert result.nodes == (program().main.graph[0].name,)
     assert "in firing 3 of rule 'neg-to-exp' on Neg" in str(result)
+    assert result.region is not None
+    assert [n.op_type for n in result.region.graph] == ["Neg"]
+    folder = write_reproducer(tmp_path / "bad", program(), "neg-to-exp", "wrong", result.region)
+    onnx.checker.check_model(onnx.load(folder / "region.onnx"))
 
 
 # --- reproducers --------------------------------------------------------------------------------------------------
