@@ -19,6 +19,8 @@ from planish.ir.stripped import INLINE_BYTES, large_constant, stripped_proto
 
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 4
+#: Elements of computed vectors up to which propagation takes less than about a second.
+_VECTOR_ELEMENTS = 2_000_000
 #: How onnx names the sizes that it can not express.
 _MADE_UP = "unk__"
 
@@ -54,12 +56,35 @@ def _from_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> None:
 
 def _infer_standard(model: ir.Model) -> None:
     try:
-        proto = stripped_proto(model)
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        inferred = infer_proto(stripped_proto(model), strict=False)
     except Exception as error:  # onnx raises several types; the model keeps what it has
         logger.debug("onnx inference refused the model: %s", error)
         return
     _merge_graph(model.graph, inferred.graph)
+
+
+def infer_proto(proto: onnx.ModelProto, *, strict: bool) -> onnx.ModelProto:
+    """onnx's inference, with propagation of shape data unless that would hang.
+
+    Propagation walks every element of a vector as if it were a shape: one of 1e9 elements, which a file of a
+    hundred bytes can ask for, takes minutes inside a call that nothing interrupts.
+    """
+    options = {"check_type": strict, "strict_mode": strict}
+    plain = onnx.shape_inference.infer_shapes(proto, **options, data_prop=False)
+    if _vector_elements(plain.graph) > _VECTOR_ELEMENTS:
+        return plain
+    try:
+        return onnx.shape_inference.infer_shapes(proto, **options, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        # Propagation takes any small integer tensor for a shape, and refuses valid broadcasts of them.
+        return plain
+
+
+def _vector_elements(graph: onnx.GraphProto) -> int:
+    """Elements of all vectors that nodes compute, as far as sizes are numbers."""
+    shapes = [info.type.tensor_type.shape.dim for info in (*graph.value_info, *graph.output)]
+    inner = (a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+    return sum(dims[0].dim_value for dims in shapes if len(dims) == 1) + sum(map(_vector_elements, inner))
 
 
 def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from planish.ir import schemas
 from planish.ir.errors import VerifyError
+from planish.ir.infer import infer_proto
 from planish.ir.program import Program
 from planish.ir.schemas import DIALECT_DOMAIN, OpRecord
 from planish.ir.stripped import stripped_proto
@@ -304,11 +305,7 @@ def _verify_with_onnx(entry: str, model: ir.Model) -> None:
     try:
         onnx.checker.check_model(proto)
         _cut_at_opaque_nodes(proto.graph)
-        try:
-            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-        except onnx.shape_inference.InferenceError:
-            # Propagation of data takes any small integer tensor for a shape, and refuses valid broadcasts of them.
-            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=False)
+        infer_proto(proto, strict=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         if _ONNX_DEFECT.search(str(error)):
             return

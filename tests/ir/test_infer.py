@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,3 +134,20 @@ def test_a_thousand_nodes_take_less_than_half_a_second() -> None:
     infer_shapes(model)
     assert time.process_time() - start < 0.5
     assert set(shapes(model).values()) == {"[B,4]"}
+
+
+@pytest.mark.parametrize(("size", "propagates"), [(30_000, True), (10**9, False)])
+def test_a_long_vector_is_no_shape(monkeypatch: pytest.MonkeyPatch, size: int, propagates: bool) -> None:
+    # Propagation of data walks every element of a vector: with 1e9 of them it would not come back.
+    vector = f"float[{size}]"
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g ({vector} x) => ({vector} y) {{ a = Add(x, x) y = Mul(a, x) }}'
+    model, original, seen = ir.from_onnx_text(text), onnx.shape_inference.infer_shapes, []
+
+    def watched(*args: Any, data_prop: bool, **more: Any) -> onnx.ModelProto:
+        seen.append(data_prop)
+        return original(*args, data_prop=data_prop, **more)
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", watched)
+    infer_shapes(model)
+    assert model.graph[0].outputs[0].shape == (size,)
+    assert (True in seen) == propagates
