@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
+from planish.ir.infer import infer_proto
 from planish.ir.input_sizes import evaluate_dim, symbol_sizes
 from planish.ir.input_uses import uses_of
 from planish.ir.ops import DIALECT, DIALECT_DOMAIN, InferenceError, TensorInfo
@@ -59,7 +60,7 @@ class Sizes:
             proto = stripped_proto(model)
             for item in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
                 self._substitute(item.type)
-            proto = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+            proto = infer_proto(proto, strict=False)
         except Exception:  # what onnx refuses is resolved from the declared shapes alone
             return
         self._collect(model.graph, proto.graph)
