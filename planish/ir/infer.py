@@ -84,7 +84,8 @@ def _vector_elements(graph: onnx.GraphProto) -> int:
     """Elements of all vectors that nodes compute, as far as sizes are numbers."""
     shapes = [info.type.tensor_type.shape.dim for info in (*graph.value_info, *graph.output)]
     inner = (a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
-    return sum(dims[0].dim_value for dims in shapes if len(dims) == 1) + sum(map(_vector_elements, inner))
+    own: int = sum(dims[0].dim_value for dims in shapes if len(dims) == 1)
+    return own + sum(map(_vector_elements, inner))
 
 
 def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:

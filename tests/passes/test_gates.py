@@ -86,7 +86,9 @@ class FakeBench:
 
     def seconds(self, program: Program) -> float:
         if self.forgotten:
-            return float(np.prod([self.times_again.get(m, self.times.get(m, 1.0)) for m in program.main.metadata_props]))
+            return float(
+                np.prod([self.times_again.get(m, self.times.get(m, 1.0)) for m in program.main.metadata_props])
+            )
         return float(np.prod([self.times.get(m, 1.0) for m in program.main.metadata_props]))
 
     def speedup(self, baseline: Program, candidate: Program, *, seconds: float, threshold: float) -> Ratio:
