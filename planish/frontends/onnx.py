@@ -7,8 +7,12 @@ The opset stays the file's: what the gates compare with is the user's own model 
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +78,7 @@ def load_onnx(
     """
     target = Target.parse(target)
     shown = os.fspath(source) if isinstance(source, str | os.PathLike) else "the model"
-    with checks.one_line(f"'{shown}'" if shown != "the model" else shown):
+    with _quiet_onnx_ir(), checks.one_line(f"'{shown}'" if shown != "the model" else shown):
         base = os.fspath(base_dir) if base_dir is not None else None
         if isinstance(source, ir.Model):
             model, notes = _from_ir(source, base)
@@ -91,6 +95,27 @@ def load_onnx(
         if notes:
             provenance["notes"] = " ".join(notes)
         return Program({"main": model}, target, provenance)
+
+
+@contextmanager
+def _quiet_onnx_ir() -> Iterator[None]:
+    """Keeps onnx_ir's warnings about damaged models, which the checks here turn into errors, off the user's terminal.
+
+    Only what this thread logs while it loads is dropped.
+    """
+    thread = threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = [logging.getLogger(name) for name in ("onnx_ir.serde", "onnx_ir._core", "onnx_ir._convenience")]
+    for logger in loggers:
+        logger.addFilter(of_others)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(of_others)
 
 
 def _open(source: Any, base_dir: str | None) -> _Source:

@@ -459,3 +459,18 @@ def test_external_data_in_attributes_and_subgraphs_is_confined_too(tmp_path: Pat
                 whole(load_onnx(proto, base_dir=tmp_path))
             else:
                 refused(proto, r"\.\.", UnsafeModelError, base_dir=tmp_path)
+
+
+def test_warnings_of_the_ir_library_do_not_reach_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    proto = plain()
+    proto.graph.node.append(helper.make_node("Gelu", ["h"], ["g"], name="g", domain="com.microsoft", mode=b"\xff\xfe"))
+    ir.from_proto(proto)
+    assert "invalid UTF-8" in caplog.text
+    caplog.clear()
+    try:
+        load_onnx(proto)
+    except InputError as error:
+        assert "\n" not in str(error)
+    assert not caplog.text
+    ir.from_proto(proto)
+    assert "invalid UTF-8" in caplog.text
