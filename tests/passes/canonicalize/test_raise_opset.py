@@ -8,13 +8,16 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
+import planish
 from planish.frontends.onnx import load_onnx
 from planish.ir.errors import InputError
 from planish.ir.hashing import structural_hash
 from planish.ir.program import Program
 from planish.ir.serialize import inline, to_proto_without_weights
 from planish.passes.base import PassResult
+from planish.passes.canonicalize import opset_adapters
 from planish.passes.canonicalize.editing import FROM_KEY, PASS_KEY
+from planish.passes.canonicalize.opset_adapters import Site
 from planish.passes.canonicalize.raise_opset import RaiseOpset
 from planish.passes.defaults import default_pipeline
 from planish.passes.pipeline import parse_pipeline
@@ -291,3 +294,28 @@ def test_targets_that_are_not_known_are_refused() -> None:
             RaiseOpset(target)
     assert default_pipeline("ort-cpu").startswith("raise-opset,")
     assert str(parse_pipeline("raise-opset{target=20}")[0]) == "raise-opset{target=20}"
+
+
+SCALED = """<ir_version: 6, opset_import: ["" : 11]>
+g (float[n, 8] x) => (float[n, 8] y) <float[8] w = {1, 2, 3, 4, 5, 6, 7, 8}> {
+    s = ReduceSum <axes = [1], keepdims = 1> (x)
+    h = Mul (x, w)
+    y = Div (h, s)
+}"""
+
+
+def test_a_wrong_conversion_is_rolled_back_against_the_file_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(site: Site, before: int) -> None:
+        site.take("axes")  # and so it sums everything
+
+    monkeypatch.setitem(opset_adapters._ADAPTERS, "ReduceSum", wrong)
+    proto, feed = onnx.parser.parse_model(SCALED), {"x": np.abs(X) + 1}
+    exe = planish.optimize(proto, example_inputs=feed)
+    np.testing.assert_allclose(exe.run(feed)["y"], run(proto, feed)[0], rtol=1e-6)
+    entry = next(e for e in exe.report.ledger.entries if e.name == "raise-opset")
+    assert not entry.kept and "rolled back: error" in entry.verdict
+    monkeypatch.undo()
+    exe = planish.optimize(proto, example_inputs=feed)
+    entry = next(e for e in exe.report.ledger.entries if e.name == "raise-opset")
+    assert (entry.kept, entry.fired) == (True, 1)
+    np.testing.assert_allclose(exe.run(feed)["y"], run(proto, feed)[0], rtol=1e-6)
