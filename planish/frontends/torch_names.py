@@ -14,12 +14,11 @@ from planish.frontends.torch_errors import _source
 from planish.frontends.torch_inputs import Call
 from planish.frontends.torch_shapes import DynamicShapes
 from planish.ir.errors import InputError, UnsupportedError
+from planish.ir.spec import RANGE
 
 _STACK = "pkg.torch.onnx.stack_trace"
 _DROPPED = ("pkg.torch.onnx.fx_node", _STACK, "namespace")
 SOURCE = "planish.source"
-# On a graph input, "planish.range.<dim>" is "<smallest>..<largest>": the sizes for which the capture holds.
-RANGE = "planish.range"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ def symbol_sizes(
         past = next((n for s, n in sizes.items() if _PAST_NAME.search(s)), 0)
         current = next((n for s, n in sizes.items() if _is_sequence(s) and not _PAST_NAME.search(s)), SEQUENCE)
         sizes.setdefault(name, past + current)
+    for spec in specs:  # a symbol may be limited where it occurs again
+        for axis, dim in enumerate(spec.shape or ()):
+            if isinstance(dim, str) and dim in sizes and dim not in (given or {}):
+                sizes[dim] = spec.clamp(axis, sizes[dim])
     return sizes
 
 
@@ -81,7 +85,11 @@ def evaluate_dim(dim: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def guess_size(spec: TensorSpec, axis: int, uses: Uses | None) -> int:
-    """A size for one dynamic axis, by its symbol's name first and by where it stands then."""
+    """A size for one dynamic axis that is in its range, by its symbol's name first and by where it stands then."""
+    return spec.clamp(axis, _likely_size(spec, axis, uses))
+
+
+def _likely_size(spec: TensorSpec, axis: int, uses: Uses | None) -> int:
     dim = (spec.shape or ())[axis]
     symbol = dim if isinstance(dim, str) else ""
     rank = len(spec.shape or ())

@@ -14,7 +14,7 @@ from planish.ir.spec import TensorSpec
 def check_inputs(
     specs: Sequence[TensorSpec], inputs: Mapping[str, Any], optional: frozenset[str] = frozenset()
 ) -> None:
-    """Checks names, dtypes, ranks, fixed sizes, and that a symbol has one size everywhere.
+    """Checks names, dtypes, ranks, fixed sizes, ranges of sizes, and that a symbol has one size everywhere.
 
     Args:
         specs: the inputs of an entry.
@@ -58,6 +58,20 @@ def _check_array(spec: TensorSpec, value: Any, sizes: dict[str, tuple[int, str]]
                     f"input '{spec.name}' has {expected}={size} in dimension {axis}, "
                     f"but '{where}' has {expected}={first}."
                 )
+    if spec.ranges is not None:
+        _check_ranges(spec, shape)
+
+
+def _check_ranges(spec: TensorSpec, shape: tuple[int, ...]) -> None:
+    for axis, (span, size) in enumerate(zip(spec.ranges or (), shape, strict=False)):
+        if span is None or (span[0] <= size and (span[1] is None or size <= span[1])):
+            continue
+        name = spec.shape[axis] if spec.shape is not None else None
+        takes = f"{span[0]} or more" if span[1] is None else f"{span[0]} to {span[1]}"
+        raise InputError(
+            f"input '{spec.name}' has {f'{name}={size}' if name else f'size {size}'} in dimension {axis}; the captured "
+            f"model takes {takes} there: give such a size, or capture it again with a wider range in dynamic_shapes."
+        )
 
 
 def _same_dtype(spec: TensorSpec, value: np.ndarray) -> bool:

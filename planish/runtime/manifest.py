@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from planish.ir.confined import parse_location
 from planish.ir.errors import ArtifactError, UnsafeModelError
-from planish.ir.spec import ElementType, TensorSpec
+from planish.ir.spec import TensorSpec
 from planish.version import __version__
 
 NAME = "manifest.json"
@@ -92,8 +92,8 @@ class Manifest:
             {
                 "name": name,
                 "file": entry.file,
-                "inputs": [_spec_out(s) for s in entry.inputs],
-                "outputs": [_spec_out(s) for s in entry.outputs],
+                "inputs": [s.to_dict() for s in entry.inputs],
+                "outputs": [s.to_dict() for s in entry.outputs],
             }
             for name, entry in self.entries.items()
         ]
@@ -173,7 +173,9 @@ def _read(data: dict[str, Any]) -> Manifest:
 
     entries = {
         _text(e["name"]): EntryInfo(
-            listed(e["file"]), [_spec_in(s) for s in e["inputs"]], [_spec_in(s) for s in e["outputs"]]
+            listed(e["file"]),
+            [TensorSpec.from_dict(s) for s in e["inputs"]],
+            [TensorSpec.from_dict(s) for s in e["outputs"]],
         )
         for e in data["entries"]
     }
@@ -211,22 +213,3 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{str(value)[:40]!r} is not a string")
     return value
-
-
-def _spec_out(spec: TensorSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "dtype": None if spec.dtype is None else spec.dtype.name,
-        "shape": None if spec.shape is None else list(spec.shape),
-    }
-
-
-def _spec_in(data: Mapping[str, Any]) -> TensorSpec:
-    dtype, shape = data["dtype"], data["shape"]
-    if shape is not None and not all(d is None or isinstance(d, int | str) for d in shape):
-        raise ValueError(f"shape of '{data['name']}'")
-    return TensorSpec(
-        _text(data["name"]),
-        None if dtype is None else ElementType[_text(dtype)],
-        None if shape is None else tuple(shape),
-    )

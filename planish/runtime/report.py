@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from planish.ir.blocks import Block, graph_blocks
 from planish.ir.ledger import ErrorStats, Ledger, LedgerEntry, Ratio
-from planish.ir.spec import ElementType, TensorSpec
+from planish.ir.spec import TensorSpec
 from planish.runtime.units import number, percent_change, ratio_text
 from planish.version import __version__
 
@@ -216,8 +216,8 @@ class Report:
             "verdict": self.verdict,
             "seconds": self.seconds,
             "synthetic_inputs": self.synthetic_inputs,
-            "inputs": [_spec_to_dict(spec) for spec in self.inputs],
-            "outputs": [_spec_to_dict(spec) for spec in self.outputs],
+            "inputs": [spec.to_dict() for spec in self.inputs],
+            "outputs": [spec.to_dict() for spec in self.outputs],
             "error": self.error.to_dict() if self.error else None,
             "error_budget": self.error_budget,
             "speedup": self.speedup.to_dict() if self.speedup else None,
@@ -246,8 +246,8 @@ class Report:
             before=Stats(**data["before"]),
             after=Stats(**data["after"]),
             ledger=Ledger.from_dict(data["ledger"]),
-            inputs=[_spec_from_dict(item) for item in data["inputs"]],
-            outputs=[_spec_from_dict(item) for item in data["outputs"]],
+            inputs=[TensorSpec.from_dict(item) for item in data["inputs"]],
+            outputs=[TensorSpec.from_dict(item) for item in data["outputs"]],
             error=ErrorStats.from_dict(error) if error else None,
             speedup=Ratio.from_dict(speedup) if speedup else None,
             error_budget=data.get("error_budget"),
@@ -279,16 +279,6 @@ class Report:
 def is_idle(entry: LedgerEntry) -> bool:
     """The pass ran, and found nothing that it could change."""
     return entry.kept and not entry.fired and entry.nodes_before == entry.nodes_after and entry.speedup is None
-
-
-def _spec_to_dict(spec: TensorSpec) -> dict[str, Any]:
-    shape = None if spec.shape is None else list(spec.shape)
-    return {"name": spec.name, "dtype": spec.dtype.name if spec.dtype is not None else None, "shape": shape}
-
-
-def _spec_from_dict(data: dict[str, Any]) -> TensorSpec:
-    dtype = None if data["dtype"] is None else ElementType[data["dtype"]]
-    return TensorSpec(data["name"], dtype, None if data["shape"] is None else tuple(data["shape"]))
 
 
 def encode(item: Any) -> Any:

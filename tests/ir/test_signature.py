@@ -44,6 +44,34 @@ def test_what_does_not_fit_is_named(changed: dict[str, Any], message: str) -> No
     assert "\n" not in str(caught.value)
 
 
+RANGED = [
+    TensorSpec("ids", ir.DataType.INT64, ("batch", "seq"), (None, (1, 512))),
+    TensorSpec("image", ir.DataType.FLOAT, ("batch", None), (None, (32, None))),
+]
+
+
+@pytest.mark.parametrize("seq", [1, 512])
+def test_the_ends_of_a_range_are_taken(seq: int) -> None:
+    check_inputs(RANGED, {"ids": np.zeros((0, seq), np.int64), "image": np.zeros((0, 32), "f")})
+
+
+@pytest.mark.parametrize(
+    ("ids", "image", "message"),
+    [
+        ((2, 600), (2, 32), "input 'ids' has seq=600 in dimension 1; the captured model takes 1 to 512 there: give"),
+        ((2, 0), (2, 32), "input 'ids' has seq=0 in dimension 1; the captured model takes 1 to 512 there: give"),
+        ((2, 5), (2, 31), "input 'image' has size 31 in dimension 1; the captured model takes 32 or more there: give"),
+    ],
+)
+def test_a_size_outside_its_range_is_named(ids: tuple[int, ...], image: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_inputs(RANGED, {"ids": np.zeros(ids, np.int64), "image": np.zeros(image, "f")})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="calibration batch 0: input"):
+        as_batches({"ids": np.zeros(ids, np.int64), "image": np.zeros(image, "f")}, RANGED)
+
+
 def test_batches_of_every_form() -> None:
     one = inputs()
     for data in (one, [one], tuple(one.values()), [tuple(one.values())], list(one.values())):

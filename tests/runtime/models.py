@@ -45,6 +45,15 @@ def two_layers(seed: int = 0) -> Program:
     return program
 
 
+def limited() -> Program:
+    """y = 2 x for x of shape [batch, seq], with 1 to 16 in dimension 1."""
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    limited (float[batch, seq] x) => (float[batch, seq] y) { y = Add(x, x) }"""
+    program = Program.single(model(text), ONE_THREAD)
+    program.main.graph.inputs[0].metadata_props["planish.range.1"] = "1..16"
+    return program
+
+
 def executable(program: Program | None = None) -> Executable:
     program = program or two_layers()
     runners = {name: compile_ort(item, program.target) for name, item in program.entries.items()}

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from planish.frontends.onnx import load_onnx
 from planish.ir.errors import ArtifactError, InputError, UnsafeModelError
 from planish.ir.program import Calibration, Program
 from planish.runtime import artifact_writer, folder
@@ -24,7 +25,7 @@ from planish.runtime.artifact import load, read_manifest, verify_artifact
 from planish.runtime.executable import Executable
 from planish.runtime.manifest import NAME, FileInfo
 from planish.runtime.ort import compile_ort
-from tests.runtime.models import ONE_THREAD, all_files, executable, model, two_layers
+from tests.runtime.models import ONE_THREAD, all_files, executable, limited, model, two_layers
 
 
 @pytest.fixture
@@ -70,6 +71,20 @@ def test_round_trip(artifact: Path) -> None:
     assert loaded(**batch())[0].shape == (3, 8)
     with pytest.raises(InputError, match="Did you mean 'ids'"):
         loaded.run({"idz": batch()["ids"]})
+
+
+def test_ranges_of_sizes_stay(tmp_path: Path) -> None:
+    path = executable(limited()).export(tmp_path / "a")
+    entry = json.loads((path / NAME).read_text())["entries"][0]
+    assert entry["inputs"][0]["ranges"] == [None, [1, 16]]
+    assert "ranges" not in entry["outputs"][0]
+    loaded = load(path)
+    assert loaded.run({"x": np.ones((2, 16), np.float32)})["y"].shape == (2, 16)
+    with pytest.raises(InputError, match="input 'x' has seq=17 in dimension 1; the captured model takes 1 to 16"):
+        loaded.run({"x": np.ones((2, 17), np.float32)})
+    # The file alone says it too, so that it holds for whoever optimizes it again.
+    again = loaded.export(tmp_path / "b")
+    assert load_onnx(again / "main.onnx").inputs()[0].ranges == (None, (1, 16))
 
 
 def test_files_are_as_documented(artifact: Path) -> None:

@@ -10,7 +10,7 @@ from planish.ir.errors import InputError
 from planish.ir.program import Program
 from planish.runtime.executable import Executable
 from planish.runtime.ort import compile_ort
-from tests.runtime.models import ONE_THREAD, executable, model, two_layers
+from tests.runtime.models import ONE_THREAD, executable, limited, model, two_layers
 
 X, IDS = np.ones((2, 16), np.float32), np.zeros((2, 3), np.int64)
 
@@ -56,6 +56,35 @@ def test_wrong_calls(args: tuple[Any, ...], named: dict[str, Any], message: str)
     with pytest.raises(InputError) as caught:
         executable()(*args, **named)
     assert message in str(caught.value)
+
+
+def test_sizes_outside_the_captured_range() -> None:
+    exe = executable(limited())
+    assert exe.inputs[0].ranges == (None, (1, 16))
+    for _ in range(2):  # what was refused once is not taken for known
+        assert exe(np.ones((2, 16), np.float32)).shape == (2, 16)
+        with pytest.raises(InputError, match="input 'x' has seq=17 in dimension 1; the captured model takes 1 to 16"):
+            exe(np.ones((2, 17), np.float32))
+
+
+def test_ranges_of_a_captured_module_outlive_the_passes() -> None:
+    torch = pytest.importorskip("torch")
+    from planish import Budget, optimize
+
+    class Positions(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.ones(16, 4))
+
+        def forward(self, x: Any) -> Any:
+            return x + self.table[: x.shape[1]]
+
+    x = torch.zeros(2, 8, 4)
+    names = ({0: "batch", 1: "seq"},)
+    exe = optimize(Positions().eval(), example_inputs=(x,), dynamic_shapes=names, budget=Budget(gates=False))
+    assert exe(torch.zeros(1, 16, 4)).shape == (1, 16, 4)
+    with pytest.raises(InputError, match="input 'x' has seq=17 in dimension 1; the captured model takes 1 to 16 there"):
+        exe(torch.zeros(1, 17, 4))
 
 
 def test_several_entries() -> None:

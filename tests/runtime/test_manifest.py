@@ -11,7 +11,11 @@ from planish.ir.errors import ArtifactError, InputError
 from planish.ir.spec import ElementType, TensorSpec
 from planish.runtime.manifest import FORMAT, SCHEMA, EntryInfo, FileInfo, Golden, Manifest, _canonical, _digest
 
-SPECS = [TensorSpec("ids", ElementType.INT64, ("b", None, 3)), TensorSpec("état", None, None)]
+SPECS = [
+    TensorSpec("ids", ElementType.INT64, ("b", None, 3)),
+    TensorSpec("état", None, None),
+    TensorSpec("x", ElementType.FLOAT, ("b", "s"), ((1, 8), None)),
+]
 
 
 def manifest(**changed: Any) -> Manifest:
