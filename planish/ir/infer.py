@@ -119,6 +119,9 @@ def merge_type(value: ir.Value, proto: onnx.TypeProto) -> None:
         value.type = ir.TensorType(ir.DataType(tensor.elem_type))
     if tensor.HasField("shape"):
         dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+        if value.is_graph_output():
+            # A name that nobody gave has no place in the interface.
+            dims = [None if isinstance(d, str) and d.startswith(_MADE_UP) else d for d in dims]
         merge_shape(value, dims)
 
 

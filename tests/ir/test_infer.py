@@ -151,3 +151,14 @@ def test_a_long_vector_is_no_shape(monkeypatch: pytest.MonkeyPatch, size: int, p
     infer_shapes(model)
     assert model.graph[0].outputs[0].shape == (size,)
     assert (True in seen) == propagates
+
+
+def test_outputs_get_no_made_up_names() -> None:
+    model = parse_model(
+        """
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[N, 4] x) => (int64[] y) { a = NonZero (x) b = Neg (a) y = Abs (b) }
+        """
+    )
+    assert shapes(model)["a"].startswith("[2,unk__")
+    assert shapes(model)["y"] == "[2,None]"
