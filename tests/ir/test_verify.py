@@ -270,6 +270,12 @@ def test_entries_share_one_weight_store() -> None:
         verify(Program({}), full=False)
 
 
+def test_outputs_of_unknown_rank_are_valid() -> None:
+    model = parse_model(TEXT)
+    model.graph.outputs[0].shape = None
+    verify_model(model, full=True)
+
+
 def test_unused_weights_are_valid() -> None:
     model = parse_model(TEXT)
     tensor = ir.tensor(np.zeros(3, np.float32), name="unused")
