@@ -292,10 +292,31 @@ def _costs(before: Program, after: Program, dims: Mapping[str, int]) -> dict[str
     from planish.ir.analyses.liveness import liveness
 
     result: dict[str, Any] = {}
-    for name, program in (("before", before), ("after", after)):
+    for name, program in (("before", _sized(before, dims)), ("after", after)):
         result[f"cost_{name}"] = int(cost(program, dims=dims).flops)
         result[f"peak_{name}"] = int(liveness(program, dims=dims).peak_bytes)
     return result
+
+
+def _sized(program: Program, dims: Mapping[str, int]) -> Program:
+    """The program, or where a file lacks shapes a copy with those that follow from the sizes of the inputs."""
+    import onnx_ir as ir
+
+    from planish.ir.infer import infer_shapes
+    from planish.ir.properties import holds
+    from planish.passes.canonicalize.raise_opset import RaiseOpset
+
+    if holds("shapes", program):
+        return program
+    program = program.clone()
+    RaiseOpset().apply(program, PassContext(program.target))  # inference knows more of newer operators
+    for model in program.entries.values():
+        for value in model.graph.inputs:
+            if value.shape is not None:
+                sizes = [d if isinstance(d, int) else dims.get(d.value or "", d) for d in value.shape]
+                value.shape = ir.Shape(sizes)
+        infer_shapes(model)
+    return program
 
 
 def _name(model: Any) -> str:
