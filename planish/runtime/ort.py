@@ -269,6 +269,8 @@ def _native(array: np.ndarray) -> int:
 
 
 _KERNEL = re.compile(r"Could not find an implementation for (\S+?)\((\d+)\) node with name '(.*?)'")
+# The C++ function in which a check failed, which says nothing to a user and can be longer than the message.
+_SIGNATURE = re.compile(r"(?:[\w:<>*&]*[\w>*&] )?onnxruntime::[\w:~<>]+\([^()]*\)(?: const)? (?=\S.* was false\. )")
 _NODE = re.compile(r"running (\S+) node\. Name:'(.*?)' Status Message: (.*)", re.DOTALL)
 
 
@@ -303,8 +305,8 @@ def _run_error(error: Exception) -> PlanishError:
 
 
 def _one_line(error: Exception) -> str:
-    """ONNX Runtime's message without its prefix, source paths and line breaks."""
+    """ONNX Runtime's message without its prefix, source paths, C++ signatures and line breaks."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
     text = re.sub(r"/\S*onnxruntime\S*\.(cc|h):\d+\s*", "", text)
-    text = re.sub(r"\s+", " ", text).strip()
+    text = _SIGNATURE.sub("", re.sub(r"\s+", " ", text).strip())
     return text if len(text) <= 600 else text[:597] + "..."

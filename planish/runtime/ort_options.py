@@ -83,8 +83,7 @@ def session_options(target: Target, extra: Mapping[str, str] | None, optimize: b
     options.log_severity_level = 4
     options.intra_op_num_threads = target.threads
     options.graph_optimization_level = _LEVELS["all" if optimize else "disable"]
-    options.add_session_config_entry(FLUSH, "1")
-    for key, value in {**dict(target.options), **(extra or {})}.items():
+    for key, value in {FLUSH: "1", **dict(target.options), **(extra or {})}.items():
         _set(options, key, str(value))
     return options
 

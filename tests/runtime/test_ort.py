@@ -262,6 +262,25 @@ assert not flush.is_flushing()
         subprocess.run([sys.executable, "-c", code, first], check=True, cwd=Path(__file__).parents[2])
 
 
+def test_an_attention_kernel_refuses_an_empty_batch_in_plain_words() -> None:
+    """The limit that docs/targets.md states; when this fails, the kernel takes empty batches, and the page is wrong."""
+    text = """<ir_version: 11, opset_import: ["" : 23]>
+    g (float[b, h, s, 8] q) => (float[b, h, s, 8] y) { y = Attention(q, q, q) }"""
+    runner = compile_ort(model(text), Target.parse(ONE_THREAD))
+    assert runner.run({"q": np.ones((1, 2, 3, 8), np.float32)})["y"].shape == (1, 2, 3, 8)
+    with pytest.raises(InputError) as caught:
+        runner.run({"q": np.ones((0, 2, 3, 8), np.float32)})
+    assert str(caught.value).endswith("parameters.batch_size > 0 was false. Batch size must be greater than 0")
+    assert len(str(caught.value)) < 160
+
+
+def test_flushing_is_turned_off_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n] x) => (float[n] y) <float f = {1}> { y = Mul(x, f) }'
+    runner = compile_ort(model(text), Target.parse("ort-cpu:session.set_denormal_as_zero=0"))
+    assert (runner.run({"x": np.full(4, 1e-39, np.float32)})["y"] > 0).all()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_checked_shapes_do_not_grow_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planish.runtime.ort._REMEMBERED", 3)
     runner = identity("float")
