@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # a report is read where nothing else of the IR is needed
     from planish.ir.program import Program
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+#: The scope that torch writes for nodes which belong to no module.
+_NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
 ORIGIN_KEY = "planish.pass"
 SOURCES_KEY = "planish.from"
 #: Nodes that one listing holds at most, and letters of a name: a report must open whatever the model is.
@@ -77,7 +79,8 @@ def module_path(node: ir.Node) -> tuple[str, ...] | None:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             scopes = None
         if isinstance(scopes, list) and all(isinstance(s, str) for s in scopes):
-            return tuple(scopes[-2].split(".")) if len(scopes) > 1 and scopes[-2] else ()
+            named = len(scopes) > 1 and scopes[-2] and scopes[-2] != _NO_SCOPE
+            return tuple(scopes[-2].split(".")) if named else ()
     path = _path_in_name(node.name or "")
     if path is not None:
         return path

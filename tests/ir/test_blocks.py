@@ -119,3 +119,9 @@ def test_a_node_that_a_pass_made_belongs_where_its_sources_did() -> None:
     node.metadata_props["planish.from"] = "/layers.0/mlp/Erf,/layers.0/norm/Add"
     assert module_path(node) == ("layers", "0")
     assert shape(graph_blocks(built)) == [("layers.0", 2), ("layers.1", 1)]
+
+
+def test_a_node_of_no_module_belongs_to_the_top() -> None:
+    node = ir.node("Relu", [ir.val("x")], name="n")
+    node.metadata_props[SCOPES_KEY] = "['', '_empty_nn_module_stack_from_metadata_hook', 'relu']"
+    assert module_path(node) == ()
