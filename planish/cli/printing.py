@@ -20,7 +20,7 @@ from planish.runtime.units import (
 )
 
 if TYPE_CHECKING:
-    from planish.benchmark import Comparison
+    from planish.cli.benchmark import Comparison
     from planish.ir.diff import ModelDiff
     from planish.runtime.report import Report
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from planish.files import is_artifact, open_executable, open_program
+from planish.cli.files import is_artifact, open_executable, open_program
 from planish.ir.compare import compare_outputs
 from planish.ir.errors import InputError
 from planish.ir.ledger import ErrorStats, Ratio

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import onnx_ir as ir
 import pytest
 
 import planish
-from planish import commands, debugging, files
-from planish.cli import invoke
+from planish.cli import commands, debugging, files, invoke
 from planish.ir.errors import InputError
 from planish.ir.ledger import ErrorStats, Ledger, LedgerEntry
 from planish.runtime.report import Report, Stats
@@ -111,7 +109,8 @@ def test_optimize_takes_inputs_threads_and_a_pipeline(model: Path, call: Any) ->
     code, out, _ = call("optimize", "model.onnx", "--budget", "seconds=1", *args)
     found = as_json(out)
     assert code == 0
-    assert found["target"] == "ort-cpu:threads=1" and found["pipeline"] == "remove-no-ops"
+    # The text has no types of inner values, so these are inferred first.
+    assert found["target"] == "ort-cpu:threads=1" and found["pipeline"] == "infer-shapes,remove-no-ops"
     assert not found["synthetic_inputs"]
 
 
@@ -139,10 +138,8 @@ def test_a_journal_is_kept_and_continued(model: Path, call: Any) -> None:
 def test_an_existing_output_is_refused_before_any_work(model: Path, call: Any) -> None:
     Path("out").mkdir()
     for more in ([], ["--overwrite"]):
-        started = time.monotonic()
         code, _, err = call("optimize", "missing-model.onnx", "-o", "out", *more)
         assert code == 2 and "'out' exists" in err
-        assert time.monotonic() - started < 1.0
     assert call("optimize", "model.onnx", "-o", "no/folder")[0] == 2
 
 

@@ -1,5 +1,5 @@
 """The command line: parses, calls the library, prints. What the commands do is in
-`planish.commands`, `planish.debugging` and `planish.benchmark`.
+`planish.cli.commands`, `planish.cli.debugging` and `planish.cli.benchmark`.
 
 Exit codes: 0 done, 1 ran but a gate or a check failed, 2 bad input, 130 interrupted. With ``--json``, stdout holds
 one JSON object and nothing else; everything for people goes to stderr.
@@ -88,7 +88,7 @@ def optimize(
 
     Exits with 1 if a pass that -p names was rolled back, or an exact pass raised or changed the numbers.
     """
-    from planish import cli_print, commands, debugging, files
+    from planish.cli import commands, debugging, files, printing
     from planish.driver import Hooks, Interrupted, optimize_with
     from planish.passes.gates import DEFAULT_SECONDS
 
@@ -120,7 +120,7 @@ def optimize(
         exe.report.to_html(report)
     failed = commands.failed_passes(exe.report, named=passes is not None)
     if not json:
-        cli_print.optimized(exe.report, output, failed)
+        printing.optimized(exe.report, output, failed)
     elif not stopped:
         _emit(exe.report.to_dict() | {"artifact": output, "failed": failed})
     if stopped:
@@ -140,11 +140,11 @@ def run(
     json: Json = False,
 ) -> int:
     """Runs an artifact (or an ONNX file on plain ONNX Runtime) once."""
-    from planish import cli_print, commands
+    from planish.cli import commands, printing
 
     with _progress("running", json):
         result = commands.run_once(artifact, inputs or [], output, entry, threads, dim or [], allow_native)
-    _emit(result) if json else cli_print.ran(result)
+    _emit(result) if json else printing.ran(result)
     return 0
 
 
@@ -163,7 +163,7 @@ def bench(
     json: Json = False,
 ) -> int:
     """Times models and artifacts against each other, interleaved; ratios are against the first."""
-    from planish import benchmark, cli_print, commands
+    from planish.cli import benchmark, commands, printing
 
     given = commands.one_batch(inputs or [])
     with _progress("benchmark", json, seconds) as progress:
@@ -177,7 +177,7 @@ def bench(
             clock=clock,
             progress=progress,
         )
-    _emit(found.to_dict()) if json else cli_print.benched(found)
+    _emit(found.to_dict()) if json else printing.benched(found)
     return 0
 
 
@@ -189,32 +189,32 @@ def verify(
     json: Json = False,
 ) -> int:
     """Checks an artifact's files, and runs its golden inputs on this machine."""
-    from planish import cli_print, commands
+    from planish.cli import commands, printing
 
     with _progress("verifying", json):
         result, ok = commands.verify(artifact, threads, allow_native)
-    _emit(result) if json else cli_print.verified(result, ok)
+    _emit(result) if json else printing.verified(result, ok)
     return 0 if ok else 1
 
 
 @app.command()
 def inspect(path: Path_, target: TargetText = "ort-cpu", dim: Dims = None, json: Json = False) -> int:
     """Shows inputs, operators, costs, blocks, and which operators the target has kernels for."""
-    from planish import cli_print, commands
+    from planish.cli import commands, printing
 
     with _progress("inspecting", json):
         found = commands.inspect(path, commands.make_target(target, None), commands.parse_dims(dim or []))
-    _emit(found) if json else cli_print.inspected(found)
+    _emit(found) if json else printing.inspected(found)
     return 0
 
 
 @app.command("passes")
 def list_passes(json: Json = False) -> int:
     """Lists every pass with its kind and options."""
-    from planish import cli_print, debugging
+    from planish.cli import debugging, printing
 
     found = debugging.describe_passes()
-    _emit({"passes": found}) if json else cli_print.passes(found)
+    _emit({"passes": found}) if json else printing.passes(found)
     return 0
 
 
@@ -228,11 +228,11 @@ def explain(
     json: Json = False,
 ) -> int:
     """Shows where a pass fires, and every place where it nearly does, with the reason."""
-    from planish import cli_print, commands, debugging
+    from planish.cli import commands, debugging, printing
 
     with _progress("explaining", json):
         found = debugging.explain_pass(model, name, commands.make_target(target, None), raw)
-    _emit(found) if json else cli_print.explained(found, limit)
+    _emit(found) if json else printing.explained(found, limit)
     return 0
 
 
@@ -253,7 +253,7 @@ def bisect(
 
     Exits with 1 if a pass breaks it, 0 if none does.
     """
-    from planish import cli_print, commands, debugging
+    from planish.cli import commands, debugging, printing
 
     with _progress("bisecting", json) as progress:
         result = debugging.bisect(
@@ -261,7 +261,7 @@ def bisect(
         )
     folder = debugging.save_found(result, output) if output is not None and result.culprit is not None else None
     found = debugging.bisected(result, folder)
-    _emit(found) if json else cli_print.bisected(found)
+    _emit(found) if json else printing.bisected(found)
     return 2 if result.broken_before else int(result.culprit is not None)
 
 
@@ -273,7 +273,7 @@ def diff(
     json: Json = False,
 ) -> int:
     """Shows what differs between two models: operators, blocks, nodes, weights, interface."""
-    from planish import cli_print, files
+    from planish.cli import files, printing
     from planish.ir.diff import diff_programs
 
     with _progress("comparing", json) as progress:
@@ -281,7 +281,7 @@ def diff(
         first = files.open_program(before)
         progress(after)
         found = diff_programs(first, files.open_program(after))
-    _emit(found.to_dict()) if json else cli_print.diffed(found)
+    _emit(found.to_dict()) if json else printing.diffed(found)
     return int(exit_code and not found.same)
 
 
@@ -349,7 +349,3 @@ def _fail(arguments: list[str], message: str, code: int) -> int:
     if "--json" in arguments:
         _emit({"error": message, "exit_code": code})
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planish.files import open_program
+from planish.cli.files import open_program
 from planish.ir.errors import InputError, PlanishError, unknown
 from planish.ir.target import Target
 

@@ -1,4 +1,4 @@
-"""What the commands do, put together from the rooms of the library; `planish.cli` only parses and prints."""
+"""What the commands do, put together from the rooms of the library; `planish.cli.app` only parses and prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from planish.files import batches, is_artifact, open_executable, open_program, save_outputs
+from planish.cli.files import batches, is_artifact, open_executable, open_program, save_outputs
 from planish.ir.budget import Budget
 from planish.ir.errors import InputError, PlanishError, unknown
 from planish.ir.target import Target
