@@ -137,7 +137,7 @@ def _notes(times: Mapping[str, Sequence[float]], rows: Sequence[Row], synthetic:
     warning = noise(times)
     if warning:
         notes.append(warning[:1].upper() + warning[1:].replace("clock='process'", "--clock process"))
-    undecided = [row.name for row in rows if row.speedup is not None and row.speedup.low <= 1 <= row.speedup.high]
+    undecided = [row.name for row in rows if row.speedup is not None and not (row.speedup.faster or row.speedup.slower)]
     if undecided:
         notes.append(f"No measurable difference to the first: {', '.join(undecided)}. More --seconds may show one.")
     if any(row.error is None for row in rows[1:]):

@@ -136,19 +136,6 @@ def _plain(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def write_text(path: str | Path, text: str, what: str) -> None:
-    """Writes a text file, whole or not at all; `what` names it in the error."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"can not write {what} '{path}': {error.strerror or error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_new_folder(path: str | Path, overwrite: bool) -> None:
     """Refuses an output folder that is there already, before any work is done for it."""
     folder = Path(path)

@@ -81,7 +81,7 @@ def benched(found: Comparison) -> None:
         times.add_row(name, *(milliseconds(v) for v in (t.mean, t.median, t.p90, t.p99, t.min, t.std)))
         speed = Text("baseline", style="dim")
         if row.speedup is not None:
-            style = "green" if row.speedup.low > 1 else ("red" if row.speedup.high < 1 else "")
+            style = "green" if row.speedup.faster else ("red" if row.speedup.slower else "")
             speed = Text(ratio_text(row.speedup), style=style)
         error = number(row.error.relative_l2) if row.error is not None else ""
         versus.add_row(name, str(t.runs), f"{row.throughput:.4g}", speed, error)

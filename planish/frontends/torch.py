@@ -91,7 +91,7 @@ def capture(
     torch_names.shorten_metadata(model)
     legalize(model)
     model.graph.name = type(module).__name__
-    program = Program.single(model, target, **_provenance(module, shapes, signature))
+    program = Program.single(model, target, **_provenance(module, signature))
     check = torch_check.EagerCheck(module, program, call.clone(), signature, shapes)
     return Captured(program, check, check.arrays(check.call))
 
@@ -112,9 +112,7 @@ def _check_module(module: Any) -> None:
             )
 
 
-def _provenance(
-    module: torch.nn.Module, shapes: torch_shapes.DynamicShapes, signature: torch_names.Signature
-) -> dict[str, str]:
+def _provenance(module: torch.nn.Module, signature: torch_names.Signature) -> dict[str, str]:
     spans = []
     for symbol, name in sorted(signature.symbols.items(), key=lambda item: item[1]):
         low, high = signature.ranges.get(symbol, (0, None))

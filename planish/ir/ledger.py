@@ -24,6 +24,11 @@ class ErrorStats:
     metric: float | None = None
     output: str | None = None
 
+    @property
+    def cost(self) -> float:
+        """What a budget is held against: the user's metric, else relative L2."""
+        return self.relative_l2 if self.metric is None else self.metric
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -53,6 +58,16 @@ class Ratio:
     noisy: bool = False
     baseline_ms: float | None = None
     candidate_ms: float | None = None
+
+    @property
+    def faster(self) -> bool:
+        """The whole interval lies above 1: measurably faster."""
+        return self.low > 1.0
+
+    @property
+    def slower(self) -> bool:
+        """The whole interval lies below 1: measurably slower."""
+        return self.high < 1.0
 
     def __str__(self) -> str:
         return f"{self.median:.3f}x [{self.low:.3f}, {self.high:.3f}]"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import onnx_ir as ir
 
 
@@ -19,16 +17,6 @@ def ensure_names(model: ir.Model) -> int:
     for function in model.functions.values():
         changed += _Namer(set()).graph(function.graph, set(), graph_is_main=False)
     return changed
-
-
-def fresh_name(stem: str, taken: Collection[str]) -> str:
-    """`stem`, or `stem` with the first free number behind it."""
-    if stem not in taken:
-        return stem
-    number = 1
-    while f"{stem}_{number}" in taken:
-        number += 1
-    return f"{stem}_{number}"
 
 
 class _Namer:

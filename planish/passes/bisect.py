@@ -74,7 +74,7 @@ def bisect_passes(program: Program, passes: Sequence[Pass], check: Check) -> Bis
         low, high = (middle, high) if search.good(middle) else (low, middle)
     culprit, before = passes[low], search.state(low)
     assert before is not None  # it was good
-    firing, rule, nodes = _first_bad_firing(before, culprit, check, search)
+    firing, rule, nodes = _first_bad_firing(before, culprit, search)
     region = smallest_region(before, culprit, nodes) if nodes else None
     return BisectResult(culprit, low, False, before, firing, rule, nodes, region, search.runs)
 
@@ -106,7 +106,7 @@ class _Search:
 
 
 def _first_bad_firing(
-    before: Program, culprit: Pass, check: Check, search: _Search
+    before: Program, culprit: Pass, search: _Search
 ) -> tuple[int | None, str | None, tuple[str, ...]]:
     """Bisects inside a pass that is made of rules, by letting only its first firings happen."""
 

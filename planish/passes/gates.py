@@ -162,8 +162,7 @@ class Gates:
             return Trial(float("inf"), _UNRUNNABLE, _UNRUNNABLE, [], f"does not run: {error}")
         original = self._error(self.expected, outputs)
         previous = original if self.best_outputs is self.expected else self._error(self.best_outputs, outputs)
-        cost = original.relative_l2 if original.metric is None else original.metric
-        return Trial(previous.relative_l2 if kind == "exact" else cost, previous, original, outputs)
+        return Trial(previous.relative_l2 if kind == "exact" else original.cost, previous, original, outputs)
 
     # --- one group -----------------------------------------------------------------------------------------
 
@@ -232,7 +231,7 @@ class Gates:
             return f"slower, {ratio}"
         if asked is not None and ratio.median < asked:
             return f"gain {ratio} is under the {asked:g}x asked for"
-        if (kind == "approximate" or asked is not None) and ratio.low <= 1.0:
+        if (kind == "approximate" or asked is not None) and not ratio.faster:
             return f"no measurable gain, {ratio}"
         return ""
 
@@ -295,4 +294,4 @@ class Gates:
 
 
 def _slower(ratio: Ratio) -> bool:
-    return ratio.high < 1.0 and ratio.median < SLOWER
+    return ratio.slower and ratio.median < SLOWER

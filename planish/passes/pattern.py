@@ -141,7 +141,6 @@ class CompiledPattern:
         outputs: what the pattern returns, in order.
         nodes: every operator call.
         slices: for each root the calls that it depends on, itself included.
-        depth: longest path through the pattern, in nodes.
     """
 
     name: str

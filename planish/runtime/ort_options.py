@@ -11,7 +11,6 @@ from planish.ir.errors import InputError, unknown
 from planish.ir.target import Target
 
 FLUSH = "session.set_denormal_as_zero"
-PREPACK = "session.disable_prepacking"
 BUFFERS = "session.use_external_initializer_file_buffers_directly"
 FOLDER = "session.model_external_initializers_file_folder_path"
 

@@ -155,9 +155,9 @@ class Report:
         ratio = self.speedup
         if ratio is None:
             return "speed not measured"
-        if ratio.low > 1.0:
+        if ratio.faster:
             return f"{ratio_text(ratio)} faster"
-        if ratio.high < 1.0:
+        if ratio.slower:
             return f"slower than before: {ratio_text(ratio)}"
         return f"no measurable change in speed ({ratio_text(ratio)})"
 
@@ -181,9 +181,7 @@ class Report:
             lines.append(f"{len(exact)} exact {plural}: {spent}{bound if self.error is not None else ''}")
         if loose:
             plural = "pass" if len(loose) == 1 else "passes"
-            cost = None
-            if self.error is not None:
-                cost = self.error.metric if self.error.metric is not None else self.error.relative_l2
+            cost = None if self.error is None else self.error.cost
             used = "error not measured" if cost is None else f"spent {number(cost)}"
             if cost is not None and self.error_budget:
                 share = 100 * cost / self.error_budget

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.ir.errors import InputError
-from planish.ir.ledger import LedgerEntry
+from planish.ir.ledger import LedgerEntry, Ratio
 from planish.runtime.report import Report
 from planish.runtime.report_graph import graph_view
 from planish.runtime.report_text import idle_names, op_rows, reasons, spec_text
@@ -118,11 +118,7 @@ def _hues() -> list[int]:
 
 
 def _tone(report: Report) -> str:
-    if report.speedup is None:
-        return "plain"
-    if report.speedup.low > 1:
-        return "good"
-    return "bad" if report.speedup.high < 1 else "plain"
+    return _ratio_tone(report.speedup) or "plain"
 
 
 def _tiles(report: Report) -> list[dict[str, Any]]:
@@ -175,7 +171,7 @@ def _error_tile(report: Report) -> dict[str, Any]:
     error = report.error
     if error is None:
         return {"label": "Error", "value": "–", "sub": ["not measured"]}
-    value = error.relative_l2 if error.metric is None else error.metric
+    value = error.cost
     sub = ["relative L2" if error.metric is None else f"your metric · relative L2 {number(error.relative_l2)}"]
     sub[0] += f" · max abs {number(error.max_abs)}"
     if report.synthetic_inputs:
@@ -192,7 +188,6 @@ def _row(entry: LedgerEntry, hues: dict[str, int]) -> dict[str, Any]:
     name, brace, options = entry.name.partition("{")
     error = entry.error_original or entry.error_previous
     verdict, colon, why = entry.verdict.partition(":")
-    shown = None if error is None else (error.relative_l2 if error.metric is None else error.metric)
     why_not = reasons(entry)
     return {
         "name": printable(name, _NAME),
@@ -204,10 +199,10 @@ def _row(entry: LedgerEntry, hues: dict[str, int]) -> dict[str, Any]:
         "before": entry.nodes_before,
         "after": entry.nodes_after,
         "same": entry.nodes_before == entry.nodes_after,
-        "error": "" if error is None else number(shown),
+        "error": "" if error is None else number(error.cost),
         "error_detail": "" if error is None else f"max abs {number(error.max_abs)}, cosine {error.cosine:.6f}",
         "gain": ratio_text(entry.speedup) if entry.speedup else "",
-        "gain_tone": "" if entry.speedup is None else _ratio_tone(entry),
+        "gain_tone": _ratio_tone(entry.speedup),
         "seconds": duration(entry.seconds) if entry.seconds else "",
         "kept": entry.kept,
         "tone": ("kept" if entry.verdict.startswith("kept") else "") if entry.kept else "back",
@@ -220,11 +215,10 @@ def _row(entry: LedgerEntry, hues: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _ratio_tone(entry: LedgerEntry) -> str:
-    ratio = entry.speedup
+def _ratio_tone(ratio: Ratio | None) -> str:
     if ratio is None:
         return ""
-    return "good" if ratio.low > 1 else ("bad" if ratio.high < 1 else "")
+    return "good" if ratio.faster else ("bad" if ratio.slower else "")
 
 
 # --- charts: rows of labels and marks, positions in percent of the plot's width -------------------------------
@@ -274,7 +268,7 @@ def _gain_chart(report: Report) -> dict[str, Any] | None:
 
     rows = []
     for entry, ratio in steps:
-        tone = _ratio_tone(entry) if entry.kept else "bad" if ratio.high < 1 else "dim"
+        tone = _ratio_tone(ratio) if entry.kept else "bad" if ratio.slower else "dim"
         marks = [dict(_bar(at(ratio.low), at(ratio.high), "span"), tone=tone)]
         marks.append({"role": "dot", "left": _percent(at(ratio.median)), "tone": tone})
         rows.append(_measured_row(entry, f"{ratio.median:.3f}×", marks))
@@ -302,7 +296,7 @@ def _error_chart(report: Report) -> dict[str, Any] | None:
     for entry in report.ledger.entries:
         error = entry.error_original or entry.error_previous
         if error is not None:
-            steps.append((entry, error.relative_l2 if error.metric is None else error.metric))
+            steps.append((entry, error.cost))
     if not steps:
         return None
     loose = any(entry.kind == "approximate" for entry, _ in steps)
@@ -354,15 +348,7 @@ def _ops(report: Report) -> list[dict[str, Any]]:
             "after": new,
             "old": _percent(old / top),
             "new": _percent(new / top),
-            "state": "new"
-            if not old
-            else "gone"
-            if not new
-            else "same"
-            if old == new
-            else "less"
-            if new < old
-            else "more",
+            "state": _state(old, new),
         }
         for name, old, new in rows
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planish.ir.ledger import ErrorStats, LedgerEntry
+from planish.ir.ledger import ErrorStats, LedgerEntry, Ratio
 from planish.ir.spec import TensorSpec
 from planish.runtime.report import Report
 from planish.runtime.units import (
@@ -35,7 +35,7 @@ def print_report(report: Report, console: Any = None) -> None:
         console.print(_ledger(report, wide=console.width >= _WIDE))
     for line in _after_ledger(report):
         console.print(line)
-    good = report.speedup is None or report.speedup.high >= 1.0
+    good = report.speedup is None or not report.speedup.slower
     console.print(Text(printable(report.verdict, 500), style="bold green" if good else "bold yellow"))
 
 
@@ -110,10 +110,10 @@ def _colour(old: float | None, new: float | None) -> str:
     return "green" if new < old else "yellow"
 
 
-def _ratio_style(ratio: Any) -> str:
+def _ratio_style(ratio: Ratio | None) -> str:
     if ratio is None:
         return "dim"
-    return "green" if ratio.low > 1 else ("red" if ratio.high < 1 else "")
+    return "green" if ratio.faster else ("red" if ratio.slower else "")
 
 
 def _error(error: ErrorStats | None) -> Any:
@@ -162,7 +162,7 @@ def _entry_cells(entry: LedgerEntry, wide: bool) -> dict[str, Any]:
         "fired": str(entry.fired or ""),
         "declined": str(len(entry.declined) or ""),
         "nodes": str(entry.nodes_after) if same else f"{entry.nodes_before} → {entry.nodes_after}",
-        "error": "" if error is None else number(error.relative_l2 if error.metric is None else error.metric),
+        "error": "" if error is None else number(error.cost),
         "gain": Text(gain, style=_ratio_style(entry.speedup)),
         "time": duration(entry.seconds) if entry.seconds else "",
         "verdict": Text(printable(entry.verdict, 160), style="green" if entry.kept else "red"),
