@@ -88,15 +88,18 @@ def optimize(
 
     Exits with 1 if a pass that -p names was rolled back, or an exact pass raised or changed the numbers.
     """
+    from pathlib import Path
+
     from planish.cli import commands, debugging, files, printing
     from planish.driver import Hooks, Interrupted, optimize_with
     from planish.passes.gates import DEFAULT_SECONDS
+    from planish.runtime.artifact_writer import check_target
 
     wanted = commands.make_target(target, threads)
     limits = commands.parse_budget(budget, gates=not no_gates)
     debugging.check_pass_names(print_after or [])
     if output is not None:
-        files.check_new_folder(output, overwrite)
+        check_target(Path(output), overwrite)
     data = files.batches(inputs or [])
     seconds = (limits.seconds if limits.seconds is not None else DEFAULT_SECONDS) if limits.gates else None
     with _progress(f"optimizing {os.path.basename(model)}", json, seconds) as progress:

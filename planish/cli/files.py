@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 
 from planish.ir.errors import InputError
 from planish.ir.target import Target
+from planish.runtime.folder import whole_file
 
 if TYPE_CHECKING:
     from planish.ir.program import Program
@@ -107,22 +106,10 @@ def save_outputs(path: str | Path, outputs: Mapping[str, Any]) -> None:
     Raises:
         InputError: the file can not be written, or an output is not an array.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as raw:
-            temporary = raw.name
-            with zipfile.ZipFile(raw, "w") as archive:
-                for name, value in outputs.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, _plain(name, value), allow_pickle=False)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"can not write the outputs '{path}': {error.strerror or error}.") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+    with whole_file(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, value in outputs.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, _plain(name, value), allow_pickle=False)
 
 
 def _plain(name: str, value: Any) -> np.ndarray:
@@ -134,19 +121,6 @@ def _plain(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind == "V":  # bfloat16 and the 8-bit floats have no code in the format
         return array.astype(np.float32)
     return array
-
-
-def check_new_folder(path: str | Path, overwrite: bool) -> None:
-    """Refuses an output folder that is there already, before any work is done for it."""
-    folder = Path(path)
-    if not folder.parent.is_dir():
-        raise InputError(f"the folder '{folder.parent}' for the artifact does not exist; make it first.")
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not overwrite:
-        raise InputError(f"'{folder}' exists; give another -o, or --overwrite to replace an artifact there.")
-    if folder.is_symlink() or not (folder / "manifest.json").is_file():
-        raise InputError(f"'{folder}' exists and is not a planish artifact; --overwrite replaces nothing else.")
 
 
 def batches(paths: Sequence[str | Path]) -> list[dict[str, np.ndarray]] | None:

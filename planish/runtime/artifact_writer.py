@@ -38,7 +38,7 @@ def write(exe: Executable, path: Path, overwrite: bool) -> Path:
         InputError: something is there already, the folder can not be written, or the disk is full.
     """
     target = Path(os.path.abspath(path))
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     with whole_folder(target, overwrite) as folder:
         if exe.program is not None:
             _write_program(exe, exe.program, _Files(folder), target)
@@ -49,7 +49,14 @@ def write(exe: Executable, path: Path, overwrite: bool) -> Path:
     return target
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a place for an artifact where something else is; the command line asks before it does any work.
+
+    Raises:
+        InputError: the parent folder does not exist, or what is there is not to be replaced.
+    """
+    if not target.parent.is_dir():
+        raise InputError(f"can not write '{target}': folder '{target.parent}' does not exist; make it first.")
     if target.is_symlink():
         raise InputError(f"can not write '{target}': it is a symbolic link; name the folder itself.")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -59,7 +66,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not (target / NAME).is_file() or b'"planish-artifact"' not in (target / NAME).read_bytes():
         raise InputError(f"'{target}' is there already and is no artifact; it is never replaced. Name another folder.")
     if not overwrite:
-        raise InputError(f"'{target}' is there already; pass overwrite=True to replace it, or name another folder.")
+        raise InputError(
+            f"'{target}' is there already; pass overwrite=True (--overwrite) to replace it, or name another folder."
+        )
 
 
 class _Files:

@@ -1,4 +1,4 @@
-"""Writing a folder so that it is there as a whole or not at all."""
+"""Writing a folder, or a file, so that it is there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from planish.ir.errors import InputError
 
@@ -27,12 +28,9 @@ def whole_folder(target: Path, replace: bool) -> Iterator[Path]:
     Raises:
         InputError: the parent does not exist, can not be written, or the disk is full.
     """
-    parent = target.parent
-    if not parent.is_dir():
-        raise InputError(f"can not write '{target}': folder '{parent}' does not exist; make it first.")
     temporary = None
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         yield temporary
         _sync(temporary)
         os.chmod(temporary, 0o777 & ~_umask())
@@ -43,6 +41,28 @@ def whole_folder(target: Path, replace: bool) -> Iterator[Path]:
         # After a swap this is the old folder; after a rename it is nothing.
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside `target` that takes its place at the end, or vanishes if anything is raised.
+
+    Raises:
+        InputError: the folder does not exist, can not be written, or the disk is full.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = file.name
+            yield file
+        os.chmod(temporary, 0o666 & ~_umask())  # temporary files are for their owner only
+        os.replace(temporary, target)
+    except OSError as error:
+        raise write_error(error, target) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):  # it was renamed
+                os.unlink(temporary)
 
 
 def write_error(error: OSError, target: Path) -> InputError:

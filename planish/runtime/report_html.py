@@ -10,12 +10,11 @@ import base64
 import hashlib
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from planish.ir.errors import InputError
 from planish.ir.ledger import LedgerEntry, Ratio
+from planish.runtime.folder import whole_file
 from planish.runtime.report import Report
 from planish.runtime.report_graph import graph_view
 from planish.runtime.report_text import idle_names, op_rows, reasons, spec_text
@@ -65,21 +64,8 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
         InputError: the folder does not exist or can not be written.
     """
     text = render_html(report)
-    target = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"can not write the report '{target}': {error.strerror or error}.") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+    with whole_file(Path(path)) as file:
+        file.write(text.encode())
 
 
 def page(report: Report) -> dict[str, Any]:

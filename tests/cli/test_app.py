@@ -137,9 +137,10 @@ def test_a_journal_is_kept_and_continued(model: Path, call: Any) -> None:
 
 def test_an_existing_output_is_refused_before_any_work(model: Path, call: Any) -> None:
     Path("out").mkdir()
+    Path("out/notes.txt").touch()
     for more in ([], ["--overwrite"]):
         code, _, err = call("optimize", "missing-model.onnx", "-o", "out", *more)
-        assert code == 2 and "'out' exists" in err
+        assert code == 2 and "'out' is there already" in err
     assert call("optimize", "model.onnx", "-o", "no/folder")[0] == 2
 
 

@@ -238,7 +238,7 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     sample_report(2).to_html(path)
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
-    with pytest.raises(InputError, match=r"can not write the report"):
+    with pytest.raises(InputError, match=r"can not write"):
         sample_report(2).to_html(tmp_path / "missing" / "r.html")
 
 
