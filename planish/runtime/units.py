@@ -75,10 +75,12 @@ def ratio_text(ratio: Ratio | None) -> str:
 
 
 def percent_change(before: float | None, after: float | None) -> str:
-    """``−51%``, ``+2%``, ``""`` when nothing changed or one side is not known."""
-    if before is None or after is None or before == after or not before:
+    """``−51%``, ``+0.3%``; ``""`` for less than 0.05% or when one side is not known."""
+    if before is None or after is None or not before:
         return ""
     change = 100 * (after - before) / before
+    if abs(change) < 0.05:
+        return ""
     sign = "−" if change < 0 else "+"
     return f"{sign}{abs(change):.0f}%" if abs(change) >= 0.5 else f"{sign}{abs(change):.1g}%"
 
