@@ -106,3 +106,22 @@ def test_every_page_is_in_the_index_and_the_navigation() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name in navigation, f"mkdocs.yml does not name {page.name}"
         assert page.name == "index.md" or f"({page.name})" in index, f"docs/index.md does not link {page.name}"
+
+
+def test_numbers_on_the_pages_are_those_of_the_code() -> None:
+    from planish.frontends import onnx_checks, onnx_tensors
+    from planish.ir import compare, confined
+    from planish.passes import gates
+    from planish.passes.canonicalize.fold_constants import FoldConstants
+    from planish.runtime import artifact_writer, manifest, measure, tensorfile
+
+    assert (onnx_checks.MAX_NODES, onnx_checks.MAX_EXPANDED, onnx_checks.MAX_DEPTH) == (10**6, 10**7, 32)
+    assert (onnx_checks.MAX_NAME, confined.MAX_LOCATION, onnx_tensors.MAX_ELEMENTS) == (65536, 1024, 2**48)
+    assert (onnx_tensors.MAX_SPARSE_RATIO, onnx_tensors.MAX_SPARSE_BYTES) == (1000, 64 << 20)
+    assert (manifest.MAX_BYTES, manifest.SCHEMA, tensorfile._MAX_HEADER) == (64 << 20, 1, 100 << 20)
+    assert (FoldConstants.max_bytes, FoldConstants.max_growth) == (1 << 20, 64 << 20)
+    assert (artifact_writer.GOLDEN_SAMPLES, artifact_writer.GOLDEN_BYTES) == (2, 16 << 20)
+    assert compare._TOLERANCE == {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+    assert (gates.DEFAULT_APPROXIMATE_ERROR, gates.DEFAULT_SECONDS, gates.SLOWER) == (1e-2, 12.0, 0.99)
+    assert (measure.SAMPLE_SECONDS, measure.RESOLUTION) == (0.002, 0.01)
+    assert (measure.FINAL_LEVEL, measure.EARLY_LEVEL) == (0.95, 0.998)
