@@ -257,7 +257,7 @@ class _Reproducers:
             self.folder = Path(tempfile.mkdtemp(prefix="planish-reproducer-"))
         try:
             return write_reproducer(self.folder / p.name, before, str(p), error)
-        except OSError:
+        except (OSError, PlanishError):
             return None  # a full disk must not turn a rolled-back pass into a failed run
 
 

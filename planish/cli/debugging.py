@@ -158,12 +158,12 @@ def _outputs_agree(program: Program, inputs: Mapping[str, np.ndarray] | None) ->
 
 
 def _command_check(command: str) -> Callable[[Program], bool]:
-    from planish.passes.bisect import save_model
+    from planish.passes.bisect import write_model
 
     def check(candidate: Program) -> bool:
         with tempfile.TemporaryDirectory(prefix="planish-bisect-") as folder:
             path = Path(folder) / "model.onnx"
-            save_model(candidate.main, path)
+            write_model(candidate.main, path)
             line = command.replace("{model}", shlex.quote(str(path)))
             # Its output goes to stderr: stdout is for our own result.
             done = subprocess.run(line, shell=True, env={**os.environ, "PLANISH_MODEL": str(path)}, stdout=sys.stderr)

@@ -27,6 +27,7 @@ __all__ = [
     "open_confined",
     "parse_location",
     "resolve",
+    "stored_bytes",
     "tensor_bytes",
     "tensor_from_buffer",
 ]
@@ -74,6 +75,18 @@ def tensor_from_buffer(
         data = data.copy()
     array = data.view(kind if np.little_endian else kind.newbyteorder("<")).reshape(shape)
     return ir.Tensor(array, dtype=dtype, shape=ir.Shape(shape, frozen=True), name=name)
+
+
+def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a tensor as ONNX stores them: uint8, shape (nbytes,), at an address that suits the dtype.
+
+    Without a copy where memory has them so.
+    """
+    if isinstance(tensor, MappedTensor) and tensor.offset % max(tensor.dtype.bitwidth // 8, 1) == 0:
+        return tensor.buffer()
+    if tensor.dtype.bitwidth < 8 or not np.little_endian:
+        return np.frombuffer(tensor.tobytes(), np.uint8)
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
 def tensor_bytes(dtype: ir.DataType, shape: tuple[int, ...]) -> int:

@@ -6,14 +6,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
+from planish.ir.confined import checked_write_path
 from planish.ir.errors import InputError, PlanishError
-from planish.ir.external import MappedTensor, checked_write_path
+from planish.ir.external import stored_bytes
 from planish.ir.program import Program
 from planish.ir.serialize import PROTO_LIMIT, inline, point_at, to_proto_without_weights
 
@@ -21,15 +21,6 @@ _ALIGN = 64  # bytes: a cache line, and what vector loads want
 _PAGE = 4096  # bytes: tensors of at least _PAGE_FROM bytes start on a page, so that they can be mapped by themselves
 _PAGE_FROM = 1 << 20
 _CHUNK = 1 << 24  # bytes handed to the system at once
-
-
-def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of a tensor as ONNX stores them: uint8, shape (nbytes,); without a copy where memory has them so."""
-    if isinstance(tensor, MappedTensor):
-        return tensor.buffer()
-    if tensor.dtype.bitwidth < 8 or not np.little_endian:
-        return np.frombuffer(tensor.tobytes(), np.uint8)
-    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
 def write_weights(file: IO[bytes], weights: Mapping[str, ir.TensorProtocol]) -> dict[str, tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from planish.ir.errors import PlanishError
 from planish.ir.program import Program
+from planish.ir.save import save_model
 from planish.passes.base import Pass, PassContext
 from planish.passes.driver import log_firings
 from planish.passes.manager import PassManager
@@ -177,21 +179,21 @@ def write_reproducer(
         The folder that was written.
 
     Raises:
-        OSError: the disk does not take it; nothing is left behind.
+        OSError, InputError: the disk does not take it; nothing is left behind.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, model in before.entries.items():
-            save_model(model, temporary / ("before.onnx" if len(before.entries) == 1 else f"before.{name}.onnx"))
+            write_model(model, temporary / ("before.onnx" if len(before.entries) == 1 else f"before.{name}.onnx"))
         if region is not None:
-            save_model(region, temporary / "region.onnx")
+            write_model(region, temporary / "region.onnx")
         text = pipeline if isinstance(pipeline, str) else format_pipeline(pipeline)
-        (temporary / "pipeline.txt").write_text(text + "\n")
+        (temporary / "pipeline.txt").write_text(text + "\n", encoding="utf-8")
         problem = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        command = f'planish bisect before.onnx -p "{text}" -t {before.target}'
-        (temporary / "error.txt").write_text(f"{problem}\n\nTo see it again:\n  {command}\n")
+        command = f"planish bisect before.onnx -p {shlex.quote(text)} -t {shlex.quote(str(before.target))}"
+        (temporary / "error.txt").write_text(f"{problem}\n\nTo see it again:\n  {command}\n", encoding="utf-8")
         return _move(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -212,7 +214,11 @@ def _move(temporary: Path, folder: Path) -> Path:
     raise PlanishError(f"there are 10,000 reproducers named {folder.name} already.")
 
 
-def save_model(model: ir.Model, path: Path) -> None:
-    """Saves a model; weights go beside it where the message would pass protobuf's 2 GiB."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=path.name + ".data" if size > 1 << 30 else None)
+def write_model(model: ir.Model, path: Path) -> None:
+    """Writes a model as one file, with its weights in a second one where it would pass protobuf's 2 GiB.
+
+    Raises:
+        InputError: the disk does not take it.
+    """
+    large = Program.single(model).weight_bytes() > 1 << 30
+    save_model(model, path, weights_file=f"{path.name}.data" if large else None)

@@ -139,7 +139,7 @@ class Dump(Instrument):
             self._write(p.name, program)
 
     def _write(self, name: str, program: Program) -> None:
-        (self.folder / f"{self.number:03d}_{name}.txt").write_text(program_text(program))
+        (self.folder / f"{self.number:03d}_{name}.txt").write_text(program_text(program), encoding="utf-8")
 
 
 class Journal(Instrument):

@@ -164,7 +164,7 @@ class _Store:
         return stored
 
     def _append(self, name: str, tensor: ir.TensorProtocol) -> None:
-        from planish.runtime.ort import stored_bytes
+        from planish.ir.external import stored_bytes
 
         shape = tuple(int(d) for d in tensor.shape.numpy())
         raw: Callable[[], np.ndarray] = lambda: stored_bytes(tensor)  # noqa: E731

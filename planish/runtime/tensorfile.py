@@ -54,12 +54,8 @@ class Item:
 
     @classmethod
     def of(cls, name: str, array: np.ndarray, element: int) -> Item:
-        return cls(name, element, array.shape, array.nbytes, lambda: raw_bytes(array))
-
-
-def raw_bytes(array: np.ndarray) -> np.ndarray:
-    """The bytes of an array as uint8; copies only if it is not contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(array).reshape(-1)
+        return cls(name, element, array.shape, array.nbytes, lambda: data.view(np.uint8))
 
 
 def storable(element: int) -> bool:

@@ -198,7 +198,7 @@ def test_a_reproducer_has_what_is_needed(tmp_path: Path) -> None:
     assert folder == tmp_path / "bad"
     assert (folder / "pipeline.txt").read_text() == "neg-abs\n"
     error = (folder / "error.txt").read_text()
-    assert error.startswith("ValueError: planted\n") and 'planish bisect before.onnx -p "neg-abs"' in error
+    assert error.startswith("ValueError: planted\n") and "planish bisect before.onnx -p neg-abs -t ort-cpu" in error
     model = onnx.load(folder / "before.onnx")
     onnx.checker.check_model(model)
     assert [n.op_type for n in model.graph.node] == ["Neg", "Relu"] * 3
