@@ -46,23 +46,29 @@ class NearMiss:
 
 
 def explain(program: Program, p: Pass) -> list[NearMiss]:
-    """Every place where a rule of `p` could start and does not fire, the nearest first. `program` is not changed.
+    """Every place where `p` could start and does not fire, the nearest first. `program` is not changed.
 
+    Of several rules that miss at one node the nearest is told; nodes that a firing takes with it are no misses.
     For a pass that is not made of rules: the places that it declines.
     """
     if not isinstance(p, RewriteMixin):
         result = p.apply(program.clone(), PassContext(program.target))
         return [NearMiss(d.rule, d.node, (d.node,), d.reason, 1, d.node, True) for d in result.declined]
-    misses: list[NearMiss] = []
+    misses: dict[ir.Node, NearMiss] = {}
+    taken: set[ir.Node] = set()
     for rule in map(CompiledRule.of, p.rules()):
         for model in program.entries.values():
             for graph in list(model.graphs()):
                 site = Site(program, model, graph, program.target)
                 for node in graph:
-                    miss = _examine(rule, site, node)
-                    if miss is not None:
-                        misses.append(miss)
-    return sorted(misses, key=lambda m: (not m.declined, -len(m.matched_nodes) / max(m.pattern_nodes, 1)))
+                    miss = _examine(rule, site, node, taken)
+                    if miss is not None and (node not in misses or _distance(miss) < _distance(misses[node])):
+                        misses[node] = miss
+    return sorted((m for node, m in misses.items() if node not in taken), key=_distance)
+
+
+def _distance(miss: NearMiss) -> tuple[bool, float]:
+    return not miss.declined, -len(miss.matched_nodes) / max(miss.pattern_nodes, 1)
 
 
 class _Best:
@@ -79,7 +85,8 @@ class _Best:
             self.nodes, self.item, self.why = nodes, item, why()
 
 
-def _examine(rule: CompiledRule, site: Site, node: ir.Node) -> NearMiss | None:
+def _examine(rule: CompiledRule, site: Site, node: ir.Node, taken: set[ir.Node]) -> NearMiss | None:
+    """The miss of one rule at one node; None, with its nodes added to `taken`, if it fires there."""
     root = rule.pattern.roots[0]
     if not root.accepts(node.op_type) or not root.accepts_domain(node.domain):
         return None
@@ -96,6 +103,7 @@ def _examine(rule: CompiledRule, site: Site, node: ir.Node) -> NearMiss | None:
                 matched = tuple(label(n) for n in match.nodes)
                 declined = NearMiss(rule.rule.name, name, matched, decline.reason, count, name, True)
             continue
+        taken.update(match.nodes)
         return None
     if declined is not None:
         return declined
