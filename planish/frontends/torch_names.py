@@ -47,12 +47,20 @@ class Signature:
     ranges: dict[str, tuple[int, int | None]]
 
     def range_of(self, expression: Any) -> tuple[int, int | None]:
-        """Smallest and largest size of a dim that is a symbol of its own; (1, None) where nothing is known."""
-        if isinstance(expression, int) or not expression.is_Symbol:
+        """Smallest and largest size of a dim that depends on one symbol; (1, None) where nothing is known."""
+        if isinstance(expression, int) or len(expression.free_symbols) != 1:
             return 1, None
-        low, high = self.ranges.get(str(expression), (1, None))
+        (symbol,) = expression.free_symbols
+        low, high = self.ranges.get(str(symbol), (1, None))
+
+        def at(size: int) -> int | None:
+            return _bound(expression.subs(symbol, size))
+
+        # A derived dim such as 8 * Dim("w") grows with its symbol; one that does not is left unlimited.
+        if None in (one := at(1), two := at(2)) or (one or 0) >= (two or 0):
+            return 1, None
         # Torch's lower bound 2 says only how it traces, not what the module takes.
-        return (low if low > 2 else 1), high
+        return (at(low) or 1) if low > 2 else 1, None if high is None else at(high)
 
 
 def read_signature(exported: torch.export.ExportedProgram, call: Call, shapes: DynamicShapes) -> Signature:

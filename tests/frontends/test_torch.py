@@ -240,6 +240,7 @@ def test_unnamed_and_derived_dims() -> None:
     module = Function(lambda x: x.reshape(x.shape[0], -1, 8).sum(1))
     captured = capture(module, torch.randn(2, 16), {"x": {0: "a", 1: 8 * Dim("w", min=1, max=64)}})
     assert shapes(captured.program.inputs()) == ["x: float[a, 8*w]"]
+    assert captured.program.inputs()[0].ranges == (None, (1, 512))
     assert captured.check(run).relative_l2 < 1e-6
 
 
