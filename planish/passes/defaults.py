@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from planish.ir.target import Target
-from planish.passes import registry
 
 # Cleaning comes first, so that fusions see one form of a thing; fusions come largest first, since a small one
 # would take apart what a larger one looks for; and what they leave behind is cleaned at the end.
@@ -23,8 +22,8 @@ _FUSE = (
     "fuse-layer-norm",
     "fuse-rms-norm",
     "fuse-gelu",
-    "fuse-swiglu",
     "fuse-silu",
+    "fuse-swiglu",
     "fuse-matmul-add",
 )
 # Files often carry no types of inner values, and most rules ask for them; more follow once shapes are simplified.
@@ -33,6 +32,4 @@ _PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *_CLEAN, "infer-shapes"
 
 def default_pipeline(target: Target | str) -> str:
     """The pipeline string of a target's exact passes."""
-    wanted = _PIPELINES.get(Target.parse(target).name, (*_CLEAN,))
-    known = set(registry.names())
-    return ",".join(name for name in wanted if name in known)
+    return ",".join(_PIPELINES.get(Target.parse(target).name, _CLEAN))
