@@ -220,12 +220,13 @@ def _items(arrays: Mapping[str, Any]) -> list[tensorfile.Item]:
 
 def _write_report(exe: Executable, files: _Files) -> dict[str, Any] | None:
     """Writes report.json and report.html; returns the ledger for the manifest, near misses only counted."""
+    from planish.runtime.report_html import render_html
+
     if exe.report is None:
         return None
     data = exe.report.to_dict()
     files.write("report.json", json.dumps(data, indent=1, allow_nan=False).encode())
-    exe.report.to_html(files.path("report.html"))
-    files.add("report.html")
+    files.write("report.html", render_html(exe.report).encode())
     ledger = dict(data["ledger"])
     ledger["entries"] = [{**entry, "declined": len(entry["declined"])} for entry in ledger["entries"]]
     return ledger

@@ -265,7 +265,7 @@ assert not flush.is_flushing()
 def test_an_attention_kernel_refuses_an_empty_batch_in_plain_words() -> None:
     """The limit that docs/targets.md states; when this fails, the kernel takes empty batches, and the page is wrong."""
     text = """<ir_version: 11, opset_import: ["" : 23]>
-    g (float[b, h, s, 8] q) => (float[b, h, s, 8] y) { y = Attention(q, q, q) }"""
+    g (float[b, h, s, 8] q) => (float[b, h, s, 8] y, int64[4] n) { y = Attention(q, q, q)  n = Shape(y) }"""
     runner = compile_ort(model(text), Target.parse(ONE_THREAD))
     assert runner.run({"q": np.ones((1, 2, 3, 8), np.float32)})["y"].shape == (1, 2, 3, 8)
     with pytest.raises(InputError) as caught:
