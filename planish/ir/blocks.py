@@ -11,16 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from planish.ir.provenance import FROM_KEY, MAX_SOURCES, PASS_KEY, SCOPES_KEY
+
 if TYPE_CHECKING:  # a report is read where nothing else of the IR is needed
     import onnx_ir as ir
 
     from planish.ir.program import Program
 
-SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 #: The scope that torch writes for nodes which belong to no module.
 _NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
-ORIGIN_KEY = "planish.pass"
-SOURCES_KEY = "planish.from"
 #: Nodes that one listing holds at most, and letters of a name: a report must open whatever the model is.
 LISTED_NODES = 20_000
 NAME_LENGTH = 160
@@ -63,7 +62,7 @@ class Block:
 
 def op_name(node: ir.Node) -> str:
     """``Gelu`` for the standard domain, ``planish::SwiGLU`` for any other."""
-    return f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def module_path(node: ir.Node) -> tuple[str, ...] | None:
@@ -85,8 +84,8 @@ def module_path(node: ir.Node) -> tuple[str, ...] | None:
     if path is not None:
         return path
     # A node that a pass made from others belongs where they all did.
-    sources = node.metadata_props.get(SOURCES_KEY, "")
-    paths = [found for name in sources.split(",")[:8] if (found := _path_in_name(name)) is not None]
+    sources = node.metadata_props.get(FROM_KEY, "")
+    paths = [found for name in sources.split(",")[:MAX_SOURCES] if (found := _path_in_name(name)) is not None]
     if not paths:
         return None
     shared = 0
@@ -124,12 +123,12 @@ def graph_blocks(program: Program, *, limit: int = LISTED_NODES) -> list[Block]:
 
 
 def _listed(node: ir.Node) -> BlockNode:
-    sources = node.metadata_props.get(SOURCES_KEY, "")
+    sources = node.metadata_props.get(FROM_KEY, "")
     return BlockNode(
         (node.name or "")[:NAME_LENGTH],
         op_name(node)[:NAME_LENGTH],
-        (node.metadata_props.get(ORIGIN_KEY) or "")[:NAME_LENGTH] or None,
-        tuple(s[:NAME_LENGTH] for s in sources.split(",")[:8] if s),
+        (node.metadata_props.get(PASS_KEY) or "")[:NAME_LENGTH] or None,
+        tuple(s[:NAME_LENGTH] for s in sources.split(",")[:MAX_SOURCES] if s),
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_tensor
+
 #: Operator → operand positions whose elements pass through to its output 0.
 _THROUGH: dict[str, tuple[int, ...]] = {
     "Identity": (0,),
@@ -179,7 +181,7 @@ def _grid_side(node: ir.Node, value: ir.Value) -> int | None:
 
 def _scalar(value: ir.Value | None) -> int | None:
     """The constant behind a value of one element, as an int."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    tensor = constant_tensor(value)
     if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
         return None
     number = float(np.asarray(tensor.numpy()).reshape(-1)[0])

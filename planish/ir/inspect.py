@@ -11,6 +11,7 @@ from planish.ir.blocks import graph_blocks
 from planish.ir.errors import UnsupportedError, unknown
 from planish.ir.printer import op_counts
 from planish.ir.program import Program
+from planish.ir.provenance import PASS_KEY
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def inspect_program(program: Program, dims: Mapping[str, int] | None = None) -> 
     weights = program.weights
     for tensor in weights.values():
         dtypes[tensor.dtype.name.lower()] += tensor.nbytes
-    made = Counter(origin for node in program.nodes() if (origin := node.metadata_props.get("planish.pass")))
+    made = Counter(origin for node in program.nodes() if (origin := node.metadata_props.get(PASS_KEY)))
     blocks = [
         BlockSummary(block.name, block.count, dict(Counter(node.op for node in block.nodes).most_common()))
         for block in graph_blocks(program, limit=program.node_count())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from planish.ir.graphs import subgraphs_of
+
 
 def ensure_names(model: ir.Model) -> int:
     """Names unnamed nodes and values, and renames the later of two that share a name; returns how many changed.
@@ -42,13 +44,7 @@ class _Namer:
             changed += self._outputs(node, values)
         # Subgraphs after all outer values are named: a name inside must not hide one outside.
         for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.is_ref():
-                    continue
-                if attribute.type == ir.AttributeType.GRAPH:
-                    changed += self.graph(attribute.value, values, graph_is_main=False)
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    changed += sum(self.graph(g, values, graph_is_main=False) for g in attribute.value)
+            changed += sum(self.graph(inner, values, graph_is_main=False) for inner in subgraphs_of(node))
         return changed
 
     def _outputs(self, node: ir.Node, values: set[str]) -> int:

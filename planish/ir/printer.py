@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
+from planish.ir.blocks import op_name
 from planish.ir.errors import InputError
 from planish.ir.hashing import tensor_digest
 from planish.ir.infer import infer_shapes
@@ -95,5 +96,5 @@ def _given(name: str, digest: str, weights: Mapping[str, ir.TensorProtocol]) -> 
 def op_counts(model: ir.Model | Program) -> dict[str, int]:
     """Number of nodes by operator, most frequent first; operators of other domains as ``domain::Op``."""
     nodes = model.nodes() if isinstance(model, Program) else model.graph.all_nodes()
-    counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in nodes)
+    counts = Counter(map(op_name, nodes))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

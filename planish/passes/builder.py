@@ -12,6 +12,7 @@ import onnx_ir as ir
 from planish.ir.errors import PlanishError, did_you_mean
 from planish.ir.hashing import tensor_digest
 from planish.ir.program import Program
+from planish.ir.provenance import provenance
 from planish.passes.base import Decline
 from planish.passes.canonicalize.opset_tables import needs_opset
 
@@ -274,14 +275,7 @@ def _first_version(domain: str, op_type: str) -> int | None:
 def new_metadata(pass_name: str, replaced: Sequence[ir.Node], root: ir.Node) -> dict[str, str]:
     """Metadata of a new node: all of the root's, what only the others have, and where the node comes from."""
     merged: dict[str, str] = {}
-    sources: dict[str, None] = {}
     for node in (root, *replaced):
         for key, value in node.metadata_props.items():
             merged.setdefault(key, value)
-    for node in replaced:
-        origin = node.metadata_props.get("planish.from")
-        for name in origin.split(",") if origin else [node.name or node.op_type]:
-            sources.setdefault(name)
-    merged["planish.pass"] = pass_name
-    merged["planish.from"] = ",".join(list(sources)[:8])
-    return merged
+    return merged | provenance(pass_name, replaced)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from planish.ir.graphs import subgraphs_of
 from planish.passes.base import Decline
 
 # Lexicographic, so that nodes can be inserted anywhere without numbering the others anew.
@@ -33,16 +34,10 @@ class Order:
         return self._keys
 
     def _own(self, node: ir.Node, owner: ir.Node) -> None:
-        for attribute in node.attributes.values():
-            graphs: Sequence[ir.Graph] = ()
-            if attribute.type == ir.AttributeType.GRAPH:
-                graphs = [attribute.value]
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                graphs = attribute.value
-            for graph in graphs:
-                self._owners[graph] = owner
-                for inner in graph:
-                    self._own(inner, owner)
+        for graph in subgraphs_of(node):
+            self._owners[graph] = owner
+            for inner in graph:
+                self._own(inner, owner)
 
     def _here(self, node: ir.Node) -> ir.Node | None:
         """The node of this graph that `node` is, or is inside of."""

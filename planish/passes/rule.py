@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.errors import PlanishError, did_you_mean
+from planish.ir.graphs import constant_tensor, dims_of
 from planish.ir.program import Program
 from planish.ir.target import Target
 from planish.passes.pattern import CompiledPattern, NodePattern, OrPattern, OutPattern, VarPattern, compile_pattern
-from planish.passes.values import constant_array, constant_tensor
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Match:
 
     def constant(self, item: str | ir.Value | None) -> np.ndarray | None:
         """The contents of a variable or value that can not change at run time, else None. Do not write to it."""
-        return constant_array(self._value(item))
+        tensor = constant_tensor(self._value(item))
+        return None if tensor is None else tensor.numpy()
 
     def is_constant(self, item: str | ir.Value | None) -> bool:
         """Like ``constant(...) is not None``, without reading the contents."""
@@ -106,10 +107,7 @@ class Match:
 
     def shape(self, item: str | ir.Value | None) -> tuple[int | str | None, ...] | None:
         """Dimensions: ints, symbol names, None where unknown; None as a whole if the rank is unknown."""
-        value = self._value(item)
-        if value is None or value.shape is None:
-            return None
-        return tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        return dims_of(self._value(item))
 
     def rank(self, item: str | ir.Value | None) -> int | None:
         dims = self.shape(item)

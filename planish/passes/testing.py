@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.compare import compare_outputs, tolerance
-from planish.ir.errors import PlanishError
+from planish.ir.graphs import subgraphs_of
 from planish.ir.names import ensure_names
+from planish.ir.ops import import_functions
 from planish.ir.program import Program
 from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.instruments import Verify
@@ -124,7 +125,7 @@ def run_reference(program: Program, inputs: Mapping[str, Any]) -> dict[str, np.n
     import onnxruntime
 
     model = program.main.clone()
-    _add_function_bodies(model)
+    import_functions(model)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -189,13 +190,10 @@ def _sort(graph: ir.Graph) -> None:
 def _captured(node: ir.Node) -> list[ir.Value | None]:
     """Values that the subgraphs of a node take from outside."""
     found: list[ir.Value | None] = []
-    for attribute in node.attributes.values():
-        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
-        graphs = attribute.value if attribute.type == ir.AttributeType.GRAPHS else graphs
-        for graph in graphs:
-            for inner in graph.all_nodes():
-                found += inner.inputs
-            found += list(graph.outputs)
+    for graph in subgraphs_of(node):
+        for inner in graph.all_nodes():
+            found += inner.inputs
+        found += list(graph.outputs)
     return found
 
 
@@ -212,14 +210,6 @@ def _rename(graph: ir.Graph) -> dict[ir.Value, int]:
             if not value.is_graph_output() and value.name:
                 value.name = f"v{count}" if index == 0 else f"v{count}_{index}"
     return {v: n for v, n in constants.items() if v.graph is graph and not v.is_graph_output()}
-
-
-def _add_function_bodies(model: ir.Model) -> None:
-    try:
-        from planish.ir.ops import import_functions
-    except ImportError as error:
-        raise PlanishError("the dialect is not installed") from error
-    import_functions(model)
 
 
 __all__ = [

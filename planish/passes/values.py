@@ -1,4 +1,4 @@
-"""What the matcher asks of single values: are they constants, who reads them, how to name them in a message."""
+"""What the matcher asks of single values: are they a constant, who reads them, how to name them in a message."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_tensor
 from planish.passes.pattern import ConstPattern, OutPattern
 
 # How far a constant found in the graph may be from the number in the pattern, by its dtype.
@@ -19,24 +19,6 @@ _RELATIVE = {
     ir.DataType.BFLOAT16: 8e-3,
 }
 _SMALLEST = 1e-8  # a pattern's zero
-
-
-def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of a value that can not change: an initializer without override, or the output of a Constant."""
-    if value is None or value.is_graph_input():
-        return None
-    if value.const_value is not None:
-        return value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain:
-        return None
-    return ir.convenience.get_const_tensor(value)
-
-
-def constant_array(value: ir.Value | None) -> np.ndarray | None:
-    """The contents of :func:`constant_tensor` as an array (not copied), or None."""
-    tensor = constant_tensor(value)
-    return None if tensor is None else tensor.numpy()
 
 
 def users(value: ir.Value) -> Iterator[ir.Node]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from planish.ir.blocks import op_name
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -52,12 +54,8 @@ def ort_cpu_coverage(program: Program) -> Coverage | None:
     for model in program.entries.values():
         functions = {(f.domain, f.name) for f in model.functions.values()}
         for node in model.graph.all_nodes():
-            counts[_kind(node, model, kernels, functions)][_name(node)] += 1
+            counts[_kind(node, model, kernels, functions)][op_name(node)] += 1
     return Coverage(*(dict(counts[kind].most_common()) for kind in ("kernels", "functions", "missing")))
-
-
-def _name(node: ir.Node) -> str:
-    return f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
 
 
 def _kind(
@@ -66,11 +64,10 @@ def _kind(
     kernels: dict[tuple[str, str], list[tuple[int, int]]],
     functions: Iterable[tuple[str, str]],
 ) -> str:
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    version = node.version or model.opset_imports.get(domain, 1)
-    if any(low <= version <= high for low, high in kernels.get((domain, node.op_type), ())):
+    version = node.version or model.opset_imports.get(node.domain, 1)
+    if any(low <= version <= high for low, high in kernels.get((node.domain, node.op_type), ())):
         return "kernels"
-    if (node.domain, node.op_type) in functions or _has_body(domain, node.op_type, version):
+    if (node.domain, node.op_type) in functions or _has_body(node.domain, node.op_type, version):
         return "functions"
     return "missing"
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planish.ir.blocks import SCOPES_KEY, Block, BlockNode, graph_blocks, module_path
+from planish.ir.blocks import Block, BlockNode, graph_blocks, module_path
 from planish.ir.program import Program
+from planish.ir.provenance import SCOPES_KEY
 
 
 def program(paths: list[str | None], old: bool = False) -> Program:

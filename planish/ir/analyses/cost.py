@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from planish.ir.analyses.flops import MOVES, VIEWS, Unknown, node_flops
 from planish.ir.analyses.sizes import Sizes
+from planish.ir.blocks import op_name
 from planish.ir.ops import DIALECT, DIALECT_DOMAIN, OpCost, TensorInfo
 from planish.ir.program import Program
 
@@ -55,7 +56,7 @@ def cost(item: Program | ir.Model, *, dims: Mapping[str, int] | None = None, ent
     sizes = Sizes(model, dims)
     result = Cost(unresolved=sizes.unresolved, dims=dict(sizes.dims))
     for node in model.graph.all_nodes():
-        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        name = op_name(node)
         moved = _bytes(node, sizes)
         try:
             flops = _flops(node, sizes)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from planish.ir.analyses.sizes import Sizes
+from planish.ir.blocks import op_name
 
 
 def _words(text: str) -> frozenset[str]:
@@ -65,7 +66,7 @@ def node_flops(node: ir.Node, sizes: Sizes) -> int:
     Raises:
         Unknown: no rule for the operator, or a size that the rule needs is not known.
     """
-    name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    name = op_name(node)
     if name in VIEWS or name in MOVES:
         return 0
     rule = _RULES.get(name)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from planish.ir.analyses.cost import entry_of
 from planish.ir.analyses.sizes import Sizes
+from planish.ir.graphs import subgraphs_of
 from planish.ir.program import Program
 
 
@@ -88,7 +89,7 @@ def _curve(nodes: list[ir.Node], intervals: Mapping[str, Interval], sizes: Sizes
     curve, live = [], 0
     for position, node in enumerate(nodes):
         live += steps[position]
-        curve.append(live + max((_body_peak(g, sizes) for g in _subgraphs(node)), default=0))
+        curve.append(live + max((_body_peak(g, sizes) for g in subgraphs_of(node)), default=0))
     return curve
 
 
@@ -100,20 +101,8 @@ def _body_peak(graph: ir.Graph, sizes: Sizes) -> int:
 def _reads(node: ir.Node) -> list[ir.Value]:
     """Operands of a node, and what the graphs inside of it take from outside."""
     values = [v for v in node.inputs if v is not None]
-    for graph in _subgraphs(node):
+    for graph in subgraphs_of(node):
         for inner in graph:
             values += _reads(inner)
         values += list(graph.outputs)
     return values
-
-
-def _subgraphs(node: ir.Node) -> list[ir.Graph]:
-    graphs = []
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.value)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attribute.value)
-    return graphs

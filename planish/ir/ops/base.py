@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.errors import PlanishError
+from planish.ir.graphs import dims_of
 from planish.ir.schemas import DIALECT_DOMAIN, OpRecord
 
 #: Version of the opset ``planish``. It grows when the meaning of an operator changes.
@@ -35,8 +36,7 @@ class TensorInfo:
 
     @classmethod
     def of(cls, value: ir.Value) -> TensorInfo:
-        dims = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
-        return cls(value.dtype, dims)
+        return cls(value.dtype, dims_of(value))
 
     @property
     def sizes(self) -> tuple[int, ...]:

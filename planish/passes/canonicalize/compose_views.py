@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_array, dims_of, is_op
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
-from planish.passes.canonicalize.editing import Editor, apply_rules, constant_array, is_op
-from planish.passes.canonicalize.facts import dims_of, same_item
+from planish.passes.canonicalize.editing import Editor, apply_rules
+from planish.passes.canonicalize.facts import same_item
 from planish.passes.registry import register
 
 _D = ir.DataType

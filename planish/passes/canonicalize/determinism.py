@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from planish.passes.canonicalize.editing import constant_tensor, subgraphs_of
+from planish.ir.graphs import constant_tensor, subgraphs_of
 
 _RANDOM = frozenset(
     ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")

@@ -12,76 +12,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import subgraphs_of
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
+from planish.ir.provenance import provenance
 from planish.passes.base import Decline, PassResult
-
-PASS_KEY = "planish.pass"
-FROM_KEY = "planish.from"
-_MAX_SOURCES = 8
-
-
-def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs that are attributes of `node`."""
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.value
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.value
-
-
-def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of a value that no caller can change: an initializer that is not also an input, or a Constant."""
-    if value is None:
-        return None
-    if value.is_initializer():
-        return None if value.is_graph_input() else value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain:
-        return None
-    return constant_node_tensor(node)
-
-
-def constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
-    """The tensor of a Constant node; None for a sparse one, for a reference to an attribute of a function."""
-    if len(node.attributes) != 1:
-        return None
-    name, attribute = next(iter(node.attributes.items()))
-    if attribute.is_ref() or name not in _CONSTANT_DTYPES:
-        return None
-    if name == "value":
-        return attribute.as_tensor()
-    if name in ("value_string", "value_strings"):
-        items = [attribute.value] if name == "value_string" else list(attribute.value)
-        shape = ir.Shape([] if name == "value_string" else [len(items)])
-        return ir.StringTensor([s.encode() if isinstance(s, str) else s for s in items], shape=shape)
-    return ir.tensor(np.array(attribute.value, dtype=_CONSTANT_DTYPES[name]))
-
-
-_CONSTANT_DTYPES: dict[str, type | None] = {
-    "value": None,
-    "value_string": None,
-    "value_strings": None,
-    "value_int": np.int64,
-    "value_ints": np.int64,
-    "value_float": np.float32,
-    "value_floats": np.float32,
-}
-
-
-def constant_array(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | None:
-    """The contents of a constant of at most `limit` elements, or None."""
-    tensor = constant_tensor(value)
-    if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.size > limit:
-        return None
-    return np.asarray(tensor.numpy())
-
-
-def is_op(node: ir.Node | None, *op_types: str) -> bool:
-    """Whether `node` is one of these operators of the standard domain."""
-    return node is not None and not node.domain and node.op_type in op_types
 
 
 class Editor:
@@ -171,12 +106,11 @@ class Editor:
 
     def mark(self, node: ir.Node, sources: Sequence[ir.Node]) -> None:
         """Notes on `node` that this pass made it from `sources`, whose own metadata it takes over."""
+        made_from = provenance(self.name, sources)
         for source in sources:
             for key, text in source.metadata_props.items():
                 node.metadata_props.setdefault(key, text)
-        names = [s.name for s in sources if s.name][:_MAX_SOURCES]
-        node.metadata_props[PASS_KEY] = self.name
-        node.metadata_props[FROM_KEY] = ",".join(names)
+        node.metadata_props.update(made_from)
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Lets every user of `old` use `new`, and gives `new` the name of `old` where that is an output.

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from planish.ir.graphs import is_op, subgraphs_of
 from planish.ir.hashing import tensor_digest
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
 from planish.passes.canonicalize.determinism import Determinism
-from planish.passes.canonicalize.editing import Editor, is_op, subgraphs_of
+from planish.passes.canonicalize.editing import Editor
 from planish.passes.canonicalize.keys import node_key
 from planish.passes.registry import register
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 import onnx
 import onnx_ir as ir
 
+from planish.ir.graphs import subgraphs_of
 from planish.ir.program import Program
 from planish.passes.base import ExactPass, PassContext, PassResult
-from planish.passes.canonicalize.editing import Editor, detach, subgraphs_of
+from planish.passes.canonicalize.editing import Editor, detach
 from planish.passes.registry import register
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from planish.passes.canonicalize.editing import constant_array
+from planish.ir.graphs import constant_array, dims_of
 
 Item = int | str | None
 _MAX_ITEMS = 64
@@ -32,13 +32,6 @@ class Vector:
     def ints(self) -> tuple[int, ...] | None:
         """The items if all are numbers."""
         return self.items if all(isinstance(i, int) for i in self.items) else None  # type: ignore[return-value]
-
-
-def dims_of(value: ir.Value | None) -> tuple[Item, ...] | None:
-    """The shape of `value` as ints, names and Nones; None if the rank is unknown."""
-    if value is None or value.shape is None:
-        return None
-    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
 
 
 def same_item(a: Item, b: Item) -> bool:

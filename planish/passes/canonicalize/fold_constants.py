@@ -11,9 +11,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_tensor, is_op
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
-from planish.passes.canonicalize.editing import Editor, constant_tensor, is_op, walk
+from planish.passes.canonicalize.editing import Editor, walk
 from planish.passes.canonicalize.inlining import inline_branch
 from planish.passes.canonicalize.kernels import evaluate, has_kernel
 from planish.passes.registry import register

@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.ir import infer
+from planish.ir.graphs import dims_of
 from planish.ir.program import Program
 from planish.passes.base import ExactPass, PassContext, PassResult
 from planish.passes.registry import register
@@ -40,5 +41,4 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _known(value: ir.Value) -> tuple[object, object]:
-    dims = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return (str(value.type), dims)
+    return (str(value.type), dims_of(value))

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_node_tensor
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
-from planish.passes.canonicalize.editing import Editor, apply_rules, constant_node_tensor
+from planish.passes.canonicalize.editing import Editor, apply_rules
 from planish.passes.registry import register
 
 

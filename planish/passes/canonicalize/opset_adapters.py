@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import defs
 
-from planish.passes.canonicalize.editing import FROM_KEY, PASS_KEY
+from planish.ir.provenance import provenance
 from planish.passes.canonicalize.opset_tables import REDUCTIONS, STABLE
 
 
@@ -104,9 +104,7 @@ class Site:
         self.changed = True
 
     def _mark(self, made: ir.Node) -> None:
-        made.metadata_props.update(self.node.metadata_props)
-        made.metadata_props[PASS_KEY] = self.pass_name
-        made.metadata_props[FROM_KEY] = self.node.name or self.node.op_type
+        made.metadata_props.update(self.node.metadata_props | provenance(self.pass_name, [self.node]))
 
 
 def since(op_type: str, opset: int) -> int | None:

@@ -11,10 +11,10 @@ import onnx_ir as ir
 from planish.ir.errors import InputError, VerifyError
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
+from planish.ir.provenance import provenance
 from planish.ir.schemas import min_ir_version
 from planish.ir.verify import verify_model
 from planish.passes.base import ExactPass, PassContext, PassResult
-from planish.passes.canonicalize.editing import FROM_KEY, PASS_KEY
 from planish.passes.canonicalize.opset_adapters import TYPED, Blocked, Names, Site, raise_node, since
 from planish.passes.canonicalize.opset_tables import NEWEST, OLDEST
 from planish.passes.canonicalize.ranks import infer_ranks
@@ -132,8 +132,7 @@ class _Attempt:
                 continue
             if site.changed:
                 self.adapted += 1
-                node.metadata_props.setdefault(FROM_KEY, node.name or node.op_type)
-                node.metadata_props[PASS_KEY] = RaiseOpset.name
+                node.metadata_props.update(provenance(RaiseOpset.name, [node]))
 
     def _block(self, node: str, reason: str, first: int) -> None:
         self.blocked.append(Declined(RaiseOpset.name, node, reason))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from planish.ir.graphs import is_op
 from planish.ir.infer import infer_shapes
-from planish.passes.canonicalize.editing import is_op
 
 #: Rounds of inference; each needs all ranks before it, and one serves unless ranks are computed from ranks.
 _MAX_ROUNDS = 4

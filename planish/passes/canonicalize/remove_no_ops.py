@@ -9,11 +9,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_array, constant_tensor, dims_of
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
 from planish.passes.canonicalize.determinism import is_inference_dropout
-from planish.passes.canonicalize.editing import Editor, Rule, apply_rules, constant_array, constant_tensor
-from planish.passes.canonicalize.facts import Facts, dims_of, same_dims, same_item
+from planish.passes.canonicalize.editing import Editor, Rule, apply_rules
+from planish.passes.canonicalize.facts import Facts, same_dims, same_item
 from planish.passes.registry import register
 
 _INT32_MAX = 2**31 - 1

@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_tensor, dims_of, is_op, subgraphs_of
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
-from planish.passes.canonicalize.editing import Editor, constant_tensor, is_op, subgraphs_of
-from planish.passes.canonicalize.facts import SHAPE_OPS, Facts, Item, Vector, dims_of, same_item
+from planish.passes.canonicalize.editing import Editor
+from planish.passes.canonicalize.facts import SHAPE_OPS, Facts, Item, Vector, same_item
 from planish.passes.registry import register
 
 _MIN_OPSET = 15  # Shape has start and end

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_array, is_op
 from planish.passes.base import Decline
-from planish.passes.canonicalize.editing import constant_array, is_op
 from planish.passes.fusion.sizes import rank, reshaped, scalar, sizes, transposed_with
 
 _MOST_NODES = 64

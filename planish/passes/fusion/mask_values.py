@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from planish.passes.canonicalize.editing import constant_array
+from planish.ir.graphs import constant_array
 
 #: Close to the lowest float32, and above it: absorbs every score as that does, without its meaning in Attention.
 ALMOST_LOWEST = -3.3e38

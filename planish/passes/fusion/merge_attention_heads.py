@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from planish.ir.graphs import is_op
 from planish.passes.base import Decline
-from planish.passes.canonicalize.editing import is_op
 from planish.passes.fusion.sizes import contents, rank, sizes, transposed_with
 from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass, Rule

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from planish.ir.graphs import is_op
 from planish.passes.base import Decline
-from planish.passes.canonicalize.editing import is_op
 from planish.passes.fusion.sizes import contents, sizes
 from planish.passes.pattern import Var
 from planish.passes.registry import register

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from planish.passes.canonicalize.editing import constant_array, is_op
+from planish.ir.graphs import constant_array, is_op
 
 Term = int | str | tuple[ir.Value, int]
 _DEPTH = 12

@@ -13,10 +13,10 @@ from planish.frontends.onnx import load_onnx
 from planish.ir.errors import InputError
 from planish.ir.hashing import structural_hash
 from planish.ir.program import Program
+from planish.ir.provenance import FROM_KEY, PASS_KEY
 from planish.ir.serialize import inline, to_proto_without_weights
 from planish.passes.base import PassResult
 from planish.passes.canonicalize import opset_adapters
-from planish.passes.canonicalize.editing import FROM_KEY, PASS_KEY
 from planish.passes.canonicalize.opset_adapters import Site
 from planish.passes.canonicalize.raise_opset import RaiseOpset
 from planish.passes.defaults import default_pipeline
