@@ -100,7 +100,9 @@ def optimize_with(
 ) -> Executable:
     """:func:`optimize` with hooks for progress, instruments, the journal and reproducers."""
     started = time.monotonic()
-    target, budget = _implemented(Target.parse(target)), budget or Budget()
+    target, budget = _implemented(Target.parse(target)), budget if budget is not None else Budget()
+    if not isinstance(budget, Budget):
+        raise InputError(f"budget is a {type(budget).__name__}; give planish.Budget(error=..., seconds=...).")
     pipeline = resolve_pipeline(passes, target)
     hooks.progress("reading the model")
     program, check, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
@@ -120,22 +122,18 @@ def optimize_with(
 
 
 def resolve_pipeline(passes: str | Sequence[Pass] | None, target: Target) -> list[Pass]:
-    """The passes that `optimize` will run, checked to chain before anything else is done.
+    """The passes that `optimize` will run; what they require of the program is checked once there is one.
 
     Raises:
-        InputError: a pipeline string that does not parse, or a property that a pass requires and none ensures.
+        InputError: a pipeline string that does not parse, something that is no pass, or levels that do not chain.
     """
     from planish.passes.defaults import default_pipeline
-    from planish.passes.pipeline import parse_pipeline
+    from planish.passes.manager import check_levels
+    from planish.passes.pipeline import as_passes
 
-    if passes is None:
-        passes = default_pipeline(target)
-    if isinstance(passes, str):
-        return parse_pipeline(passes)
-    wrong = [p for p in passes if not isinstance(p, Pass)]
-    if wrong:
-        raise InputError(f"passes holds {wrong[0]!r}, which is no pass; give a pipeline string or pass instances.")
-    return list(passes)
+    pipeline = as_passes(default_pipeline(target) if passes is None else passes)
+    check_levels(pipeline)
+    return pipeline
 
 
 def _implemented(target: Target) -> Target:
@@ -181,7 +179,7 @@ def _calibrate(program: Program, given: Any) -> str:
     from planish.ir.inputs import synthesize
     from planish.ir.signature import as_batches
 
-    entry = next(iter(program.entries))
+    entry = program.default_entry
     if given is not None:
         program.calibration = Calibration(as_batches(given, program.inputs(entry)), entry=entry)
         return ""
@@ -235,12 +233,8 @@ def _without_gates(
     ledger = Ledger(measured=False, notes=["gates were off: error and gain were not measured"])
     group = PassGroup(program, pipeline, apply, _Reproducers(hooks.reproducers), lambda p: hooks.progress(str(p)))
     candidate = group.build()
-    ledger.entries = [*candidate.entries, LedgerEntry("all passes", "composition")]
-    ledger.entries[-1].nodes_before, ledger.entries[-1].nodes_after = (
-        program.node_count(),
-        candidate.program.node_count(),
-    )
-    ledger.entries[-1].verdict = "not measured"
+    counts = program.node_count(), candidate.program.node_count()
+    ledger.entries = [*candidate.entries, LedgerEntry("all passes", "composition", *counts, verdict="not measured")]
     return candidate.program, ledger
 
 

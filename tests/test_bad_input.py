@@ -232,6 +232,25 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
         planish.optimize(model)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"passes": 3}, "passes is a int"),
+        ({"passes": [3]}, "class int"),
+        ({"passes": [planish.Budget]}, "class type"),
+        ({"passes": "fuse-gellu"}, "Did you mean 'fuse-gelu'"),
+        ({"budget": {"error": 1e-3}}, "budget is a dict"),
+        ({"target": "ort-cpuu"}, "Did you mean 'ort-cpu'"),
+        ({"target": 3}, "target must be a string"),
+        ({"dynamic_shapes": {"x": {0: "batch"}}}, "dynamic_shapes is for torch modules"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(planish.PlanishError) as caught:
+        planish.optimize(proto(), **arguments)
+    assert words in str(caught.value) and caught.value.exit_code == 2
+
+
 def test_wrong_calibration_is_refused_before_any_pass() -> None:
     with pytest.raises(InputError, match="calibration batch 0: input 'n' is missing"):
         planish.optimize(proto(), calibration={"x": np.zeros((2, 8), "f")})

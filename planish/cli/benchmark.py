@@ -111,7 +111,7 @@ def _synthetic(path: str | Path, target: Target, dims: Mapping[str, int] | None)
     from planish.ir.inputs import synthesize
 
     program = open_program(path, target)
-    return synthesize(program, "main" if "main" in program.entries else next(iter(program.entries)), dims=dims)
+    return synthesize(program, program.default_entry, dims=dims)
 
 
 def _runs(executable: Executable, feeds: dict[str, Any]) -> Callable[[], object]:

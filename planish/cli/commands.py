@@ -173,8 +173,7 @@ def run_once(
     feeds = one_batch(inputs)
     if feeds is None:
         program = open_program(path, target)
-        chosen = entry or ("main" if "main" in program.entries else next(iter(program.entries)))
-        feeds = synthesize(program, chosen, dims=sizes)
+        feeds = synthesize(program, entry or program.default_entry, dims=sizes)
     started = time.perf_counter()
     outputs = executable.run(feeds, entry)
     seconds = time.perf_counter() - started

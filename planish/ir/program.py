@@ -51,6 +51,11 @@ class Program:
             return self.entries["main"]
         raise InputError(f"the program has the entries {', '.join(self.entries)}; name one of them.")
 
+    @property
+    def default_entry(self) -> str:
+        """The name of the entry that is looked at when none is named: ``"main"``, else the first."""
+        return "main" if "main" in self.entries else next(iter(self.entries))
+
     def entry(self, name: str) -> ir.Model:
         if name not in self.entries:
             raise unknown("entry", name, self.entries)

@@ -31,7 +31,8 @@ class DecisionJournal:
         resume: read the decisions that the file holds; otherwise it is begun anew.
 
     Raises:
-        InputError: `resume` and the file is not a journal of this schema.
+        InputError: the file is something else than a journal, or with `resume` than one of this schema.
+        OSError: the file can not be read or written.
     """
 
     def __init__(self, path: str | Path | None = None, resume: bool = False) -> None:
@@ -42,7 +43,8 @@ class DecisionJournal:
         if resume and self.path.exists():
             self._read(self.path)
         else:
-            self.path.write_text(json.dumps({"journal": "planish", "schema": SCHEMA}) + "\n")
+            self._require_journal(self.path)
+            self.path.write_text(json.dumps({"journal": "planish", "schema": SCHEMA}) + "\n", encoding="utf-8")
 
     def key(self, program: Program, passes: str, budget: Budget) -> str:
         """Identifies a decision: program (weights included), target, passes, and the limits they were held to."""
@@ -57,11 +59,19 @@ class DecisionJournal:
     def record(self, key: str, decision: Decision) -> None:
         if self.path is not None:
             self._known[key] = decision
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, **asdict(decision)}) + "\n")
 
+    @staticmethod
+    def _require_journal(path: Path) -> None:
+        """A file of the user's that is no journal is not overwritten."""
+        if path.exists() and path.stat().st_size:
+            with path.open("rb") as file:
+                if not file.read(64).startswith(b'{"journal": "planish"'):
+                    raise InputError(f"'{path}' is there already and is no planish journal; name another file.")
+
     def _read(self, path: Path) -> None:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         try:
             head = json.loads(lines[0])
             if head.get("journal") != "planish" or head.get("schema") != SCHEMA:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from planish.ir.errors import InputError, PlanishError
 from planish.ir.hashing import structural_hash
@@ -151,7 +151,8 @@ class PassManager(Pass):
         if not all(i.should_run(p, program) for i in instruments):
             return PassResult(False)
         _establish(p, program)
-        known = structural_hash(program) if _has_results(ctx) else None
+        # Only analyses that are cached need a hash of the weights to be told apart.
+        known = structural_hash(program) if len(ctx.analyses) else None
         for i in instruments:
             i.before(p, program)
         started = time.perf_counter()
@@ -187,12 +188,6 @@ def _establish(p: Pass, program: Program) -> None:
         wanted = find_property(name)
         if wanted.establish is not None and wanted.problem(program):
             wanted.establish(program)
-
-
-def _has_results(ctx: PassContext) -> bool:
-    """Whether analyses are cached at all; if not, no hash of the weights is needed to invalidate them."""
-    results: Any = getattr(ctx.analyses, "_results", True)
-    return bool(results)
 
 
 def _who_ensures(name: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from planish.passes.pattern import (
     ValuePattern,
     VarPattern,
     attribute_default,
+    attribute_matches,
 )
 from planish.passes.values import constant_problem, describe, describe_patterns, describe_values, users
 
@@ -246,7 +246,7 @@ class _Search:
         if found is None and not wanted.can_match_none:
             self._fail(pattern, node, lambda: f"{describe(node)} has no attribute '{name}'")
             return False
-        if found is not None and not _attribute_matches(wanted, found):
+        if found is not None and not attribute_matches(wanted, found):
             value = found.value
             self._fail(pattern, node, lambda: f"{describe(node)}: expected {name}={wanted}, found {value}")
             return False
@@ -323,10 +323,3 @@ def _plausible(pattern: Any, value: Any) -> bool:
         return node is not None and _same_op(pattern.node, node)
     producer = value.producer()
     return value.const_value is not None or (producer is not None and producer.op_type == "Constant")
-
-
-def _attribute_matches(wanted: Any, found: ir.Attr) -> bool:
-    expected = getattr(wanted, "_value", None)
-    if isinstance(expected, float) and found.type == ir.AttributeType.FLOAT:
-        return math.isclose(found.as_float(), expected, rel_tol=1e-6)  # attributes are stored as float32
-    return bool(wanted.matches(found))

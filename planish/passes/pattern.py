@@ -10,6 +10,7 @@ several outputs; outputs of different nodes must share a value, so that one can 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -291,6 +292,14 @@ def _slice(root: NodePattern) -> tuple[NodePattern, ...]:
 
 def _normal_domain(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
+
+
+def attribute_matches(wanted: Any, found: ir.Attr) -> bool:
+    """Whether an attribute of the graph is what the pattern asks for (one of ``NodePattern.attributes``)."""
+    expected = getattr(wanted, "_value", None)
+    if isinstance(expected, float) and found.type == ir.AttributeType.FLOAT:
+        return math.isclose(found.as_float(), expected, rel_tol=1e-6)  # attributes are stored as float32
+    return bool(wanted.matches(found))
 
 
 @functools.lru_cache(maxsize=4096)

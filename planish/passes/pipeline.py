@@ -11,7 +11,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from planish.ir.errors import InputError, PlanishError, did_you_mean
@@ -48,6 +48,8 @@ def as_passes(passes: str | Sequence[Pass | str]) -> list[Pass]:
     """
     if isinstance(passes, str):
         return parse_pipeline(passes)
+    if not isinstance(passes, Iterable):
+        raise InputError(f"passes is a {type(passes).__name__}; give a pipeline string, or a list of passes.")
     found: list[Pass] = []
     for item in passes:
         if isinstance(item, str):

@@ -101,7 +101,7 @@ class Report:
             error_budget: what approximate passes were allowed, in the units of the gate.
         """
         base_ms, new_ms = (speedup.baseline_ms, speedup.candidate_ms) if speedup else (None, None)
-        entry = "main" if "main" in after.entries else next(iter(after.entries))
+        entry = after.default_entry
         report = cls(
             model=model,
             target=str(after.target),

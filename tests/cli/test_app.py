@@ -133,6 +133,9 @@ def test_a_journal_is_kept_and_continued(model: Path, call: Any) -> None:
     code, _, err = call("optimize", "model.onnx", "--continue", "--journal", "other.jsonl")
     assert code == 2 and "other.jsonl" in err
     assert call("optimize", "model.onnx", "--journal", "no/such/folder")[0] == 2
+    Path("notes.txt").write_text("mine")
+    code, _, err = call("optimize", "model.onnx", "--journal", "notes.txt")
+    assert code == 2 and "no planish journal" in err and Path("notes.txt").read_text() == "mine"
 
 
 def test_an_existing_output_is_refused_before_any_work(model: Path, call: Any) -> None:

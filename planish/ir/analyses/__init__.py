@@ -21,6 +21,9 @@ class AnalysisCache:
     def __init__(self) -> None:
         self._results: dict[tuple[str, str], Any] = {}
 
+    def __len__(self) -> int:
+        return len(self._results)
+
     def get(self, name: str, program: Program, compute: Callable[[Program], T]) -> T:
         """Returns the cached result of `compute` on this program, or computes it."""
         key = (name, structural_hash(program))

@@ -76,9 +76,7 @@ def entry_of(item: Program | ir.Model, entry: str | None) -> ir.Model:
     """The model that an analysis of a program looks at."""
     if isinstance(item, ir.Model):
         return item
-    if entry is not None:
-        return item.entry(entry)
-    return item.entries["main"] if "main" in item.entries else next(iter(item.entries.values()))
+    return item.entry(item.default_entry if entry is None else entry)
 
 
 def _inlined(model: ir.Model) -> ir.Model:
