@@ -26,7 +26,6 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
 from planish.frontends import torch_check, torch_export, torch_inputs, torch_names, torch_shapes  # noqa: E402
 from planish.frontends.torch_legalize import legalize  # noqa: E402
 
-Run = Callable[[Program, dict[str, np.ndarray]], dict[str, np.ndarray]]
 Progress = Callable[[str], None]
 
 
@@ -42,7 +41,7 @@ class Captured:
     """
 
     program: Program
-    check: Callable[[Run], ErrorStats]
+    check: Callable[[torch_check.Run], ErrorStats]
     example: dict[str, np.ndarray]
 
 

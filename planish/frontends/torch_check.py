@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from planish.frontends.torch_errors import _first_line
+from planish.frontends.torch_errors import first_line
 from planish.frontends.torch_export import eval_mode, quiet
 from planish.frontends.torch_inputs import Call, resize
 from planish.frontends.torch_names import Signature
@@ -21,6 +21,7 @@ from planish.ir.ledger import ErrorStats
 from planish.ir.program import Program
 
 LIMIT = 1e-4
+#: Runs a program on arrays by input name; returns arrays by output name.
 Run = Callable[[Program, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -38,7 +39,7 @@ class EagerCheck:
         """Compares at the example inputs and, when shapes are dynamic, at a second shape.
 
         Args:
-            run: runs a program on arrays by input name, returns arrays by output name.
+            run: how to run a program.
             limit: largest relative L2 error of an output (for half precision, that precision's tolerance).
 
         Returns:
@@ -71,7 +72,7 @@ class EagerCheck:
             got = run(self.program, inputs)
         except Exception as error:
             raise InputError(
-                f"the program captured from {type(self.module).__name__} fails {place}: {_first_line(error)}{hint}."
+                f"the program captured from {type(self.module).__name__} fails {place}: {first_line(error)}{hint}."
             ) from error
         stats = compare_outputs(expected, got)
         bound = max(limit, tolerance(expected))
@@ -106,7 +107,7 @@ class EagerCheck:
             try:
                 return call, self._eager(call)
             except Exception as error:
-                failure = failure or f"{_sizes(self.signature, sizes)}: {_first_line(error)}"
+                failure = failure or f"{_sizes(self.signature, sizes)}: {first_line(error)}"
         if failure:
             raise InputError(
                 f"dynamic_shapes: {type(self.module).__name__} itself fails at every other size that was tried "

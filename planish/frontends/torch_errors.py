@@ -43,7 +43,7 @@ def translate(
             "of a tensor; compute it with torch.where or torch.cond, or move it out of forward."
         )
     if "dynamic_shapes" in text or "_check_dynamic_shapes" in text:
-        return InputError(f"dynamic_shapes do not fit {name}: {_first_line(chain[-1])}.")
+        return InputError(f"dynamic_shapes do not fit {name}: {first_line(chain[-1])}.")
     operator = _operator(text)
     if operator:
         path = _module_path(operator, exported)
@@ -59,10 +59,10 @@ def translate(
         )
     if "not a known type" in text or "unexpected type" in text.lower() or "pytree" in text:
         return InputError(
-            f"{name} can not be captured: {_first_line(chain[-1])}. Return tensors, or tuples, lists and dicts of them."
+            f"{name} can not be captured: {first_line(chain[-1])}. Return tensors, or tuples, lists and dicts of them."
         )
     return UnsupportedError(
-        f"{name} can not be captured: {stage} failed{where}: {type(chain[-1]).__name__}: {_first_line(chain[-1])}."
+        f"{name} can not be captured: {stage} failed{where}: {type(chain[-1]).__name__}: {first_line(chain[-1])}."
     )
 
 
@@ -70,7 +70,7 @@ def failed_eagerly(error: BaseException, module: torch.nn.Module) -> InputError:
     """The InputError for a module that raises on the example inputs by itself."""
     name, where = type(module).__name__, _where(_chain(error))
     return InputError(
-        f"{name}.forward fails on the example inputs{where}: {type(error).__name__}: {_first_line(error)}."
+        f"{name}.forward fails on the example inputs{where}: {type(error).__name__}: {first_line(error)}."
     )
 
 
@@ -83,7 +83,8 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _first_line(error: BaseException, limit: int = 240) -> str:
+def first_line(error: BaseException, limit: int = 240) -> str:
+    """The first line of an exception's text, cut to `limit` characters; its class where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = re.sub(r"\s+", " ", lines[0] if lines else type(error).__name__).rstrip(".:")
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -111,7 +112,7 @@ def _constraints(text: str) -> str:
     if "Suggested fixes:" in text:
         tail = text.split("Suggested fixes:")[1].strip("\n").split("\n\n")[0]
         fixes = list(dict.fromkeys(line.strip() for line in tail.splitlines() if line.strip()))
-    parts = "; ".join(found[:2]) or _first_line(Exception(text))
+    parts = "; ".join(found[:2]) or first_line(Exception(text))
     parts = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"'\1' dim \2", parts)
     return parts + (f"; torch suggests: {', '.join(fixes)}" if fixes else "")
 
@@ -136,12 +137,12 @@ def _module_path(operator: str, exported: Any) -> str:
         if node.op == "call_function" and operator in str(node.target):
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             path = stack[-1][0] if stack else ""
-            source = _source(node.meta.get("stack_trace"))
+            source = user_source(node.meta.get("stack_trace"))
             return (f" in module '{path}'" if path else "") + (f" at {source}" if source else "")
     return ""
 
 
-def _source(stack_trace: str | None) -> str:
+def user_source(stack_trace: str | None) -> str:
     """``file:line`` of the innermost frame outside of torch in a stack trace text."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
     for filename, line in reversed(frames):

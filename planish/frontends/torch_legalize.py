@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import is_op
+
 _ONES = "planish_rotary_ones"
 
 
@@ -24,7 +26,7 @@ def expand_rotary_caches(model: ir.Model) -> int:
     expanded: dict[object, ir.Value] = {}
     targets: dict[object, ir.Value] = {}
     for node in list(model.graph.all_nodes()):
-        if node.op_type != "RotaryEmbedding" or node.domain not in ("", "ai.onnx") or _has_positions(node):
+        if not is_op(node, "RotaryEmbedding") or _has_positions(node):
             continue
         x = node.inputs[0]
         caches = node.inputs[1:3]

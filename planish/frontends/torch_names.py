@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch.export.graph_signature import ConstantArgument, OutputKind, SymIntArgument, TensorArgument
 
-from planish.frontends.torch_errors import _source
+from planish.frontends.torch_errors import user_source
 from planish.frontends.torch_inputs import Call
 from planish.frontends.torch_shapes import DynamicShapes
 from planish.ir.errors import InputError, UnsupportedError
@@ -246,7 +246,7 @@ def share_weights(model: ir.Model) -> None:
 def shorten_metadata(model: ir.Model) -> None:
     """Replaces stack traces by the one source line that matters: they are larger than the graph itself."""
     for node in model.graph.all_nodes():
-        source = _source(node.metadata_props.get(_STACK))
+        source = user_source(node.metadata_props.get(_STACK))
         for key in _DROPPED:
             node.metadata_props.pop(key, None)
         if source:

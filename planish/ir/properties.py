@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from planish.ir.errors import PlanishError, did_you_mean
 from planish.ir.program import Program
+from planish.ir.schemas import DIALECT_DOMAIN
 
 _OPSET = re.compile(r"opset>=(\d{1,3})")
 
@@ -93,7 +94,7 @@ def _inlined_problem(program: Program) -> str:
         if not model.functions:
             continue
         for node in model.graph.all_nodes():
-            if node.op_identifier() in model.functions and node.domain != "planish":
+            if node.op_identifier() in model.functions and node.domain != DIALECT_DOMAIN:
                 return f"{node.op_type} '{node.name}' calls a function of the model"
     return ""
 

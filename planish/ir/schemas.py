@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 #: Domains that ONNX Runtime implements and that no Python package describes.
-OPAQUE_DOMAINS = ("com.microsoft", "com.ms.internal")
+OPAQUE_DOMAINS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
 DIALECT_DOMAIN = "planish"
 
 

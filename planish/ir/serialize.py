@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir import serde
 
 from planish.ir.errors import PlanishError
+from planish.ir.graphs import is_op
 
 #: Location of a weight that is nowhere on disk. ONNX Runtime takes it for injected initializers, and no file has it.
 MARKER = "planish:weights"
@@ -271,7 +272,7 @@ class _Serializer:
         return tensor.dtype != ir.DataType.STRING and tensor.nbytes > self.threshold
 
     def is_large_constant(self, node: ir.Node) -> bool:
-        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or "value" not in node.attributes:
+        if not is_op(node, "Constant") or "value" not in node.attributes:
             return False
         attribute = node.attributes["value"]
         return not attribute.is_ref() and self.is_large(attribute.value)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from planish.ir.graphs import constant_tensor, subgraphs_of
+from planish.ir.schemas import DIALECT_DOMAIN
 
 _RANDOM = frozenset(
     ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 )
 #: Domains whose operators have a specification without state, apart from the random ones above.
-_PURE_DOMAINS = ("", "planish", "ai.onnx.ml")
+_PURE_DOMAINS = ("", DIALECT_DOMAIN, "ai.onnx.ml")
 
 
 class Determinism:

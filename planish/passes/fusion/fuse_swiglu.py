@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from planish.ir.ops import import_functions
+from planish.ir.ops import DIALECT_DOMAIN, import_functions
 from planish.ir.program import Program
 from planish.passes.base import Decline, PassContext, PassResult
 from planish.passes.fusion.sizes import sizes
@@ -38,7 +38,7 @@ class FuseSwiglu(RewritePass):
             raise Decline("gate and up are not proved to have one shape, and SwiGLU does not broadcast")
 
     def rewrite(self, op: Any, match: Match, gate: ir.Value, up: ir.Value) -> Any:
-        return op.SwiGLU(gate, up, _domain="planish")
+        return op.SwiGLU(gate, up, _domain=DIALECT_DOMAIN)
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         result = super().apply(program, ctx)
