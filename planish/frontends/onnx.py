@@ -21,7 +21,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from planish.frontends import onnx_checks as checks
-from planish.frontends.onnx_normalize import normalize_proto
+from planish.frontends.onnx_normalize import normalize_proto, rename_shadowing
 from planish.frontends.onnx_tensors import Tensors, bind_external_tensors, detach_weights, open_tensors
 from planish.frontends.onnx_wire import split_weights
 from planish.ir.errors import InputError, did_you_mean
@@ -253,6 +253,8 @@ def _normalize(model: ir.Model) -> list[str]:
     model.ir_version = max(model.ir_version, min_ir_version(model))
     bodies = [model.graph, *(f.graph for f in model.functions.values())]
     for body in bodies:
+        if renamed := rename_shadowing(body):
+            notes.append(f"{renamed} values of subgraphs had the name of a value around them; they were renamed.")
         taken: set[str] = set()
         unnamed = []
         for node in body.all_nodes():

@@ -289,7 +289,7 @@ def run_checker(proto: onnx.ModelProto) -> None:
             tensor.ClearField("data_location")
             del tensor.dims[:]
             tensor.dims.append(0)
-    for info in proto.graph.input:
+    for info in (*proto.graph.input, *proto.graph.output):
         if info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape"):
             info.type.tensor_type.shape.SetInParent()  # the checker wants a shape, runtimes do not
     try:

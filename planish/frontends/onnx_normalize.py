@@ -31,6 +31,8 @@ def normalize_proto(proto: onnx.ModelProto) -> list[str]:
             if not _representable(info.type):
                 info.metadata_props.add(key=TYPE_KEY, value=info.type.SerializeToString().hex())
                 info.ClearField("type")
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            _clear_negative_sizes(info)
         for info in (*graph.output, *graph.value_info):
             if info.type.HasField("tensor_type") and not info.type.tensor_type.elem_type:
                 info.ClearField("type")  # a shape of nothing; the type is inferred
@@ -109,6 +111,51 @@ def _drop_duplicates(graph: onnx.GraphProto, notes: list[str]) -> None:
         if last[graph.initializer[index].name] != index:
             notes.append(f"Initializer '{graph.initializer[index].name}' was there twice; the last one counts.")
             del graph.initializer[index]
+
+
+def _clear_negative_sizes(info: onnx.ValueInfoProto) -> None:
+    """A size of -1 is how some converters write one that is unknown, and how runtimes read it."""
+    if info.type.HasField("tensor_type"):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.HasField("dim_value") and dim.dim_value < 0:
+                dim.ClearField("dim_value")
+
+
+def rename_shadowing(body: ir.Graph) -> int:
+    """Renames values of subgraphs that have the name of a value around them, in place; returns how many.
+
+    ONNX forbids such names and runtimes take the inner value; passes move nodes across scopes, so that names must
+    tell values apart.
+    """
+    taken = {name for graph in (body, *body.subgraphs()) for name in _names(graph)}
+    renamed = 0
+    todo: list[tuple[ir.Graph, tuple[set[str], ...]]] = [(body, ())]
+    while todo:
+        graph, outer = todo.pop()
+        for value in (*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)):
+            if value.name and any(value.name in names for names in outer):
+                stem, number = value.name, 1
+                while (name := f"{stem}_{number}") in taken:
+                    number += 1
+                value.name = name
+                taken.add(name)
+                renamed += 1
+        scopes = (*outer, _names(graph))
+        todo += [(sub, scopes) for node in graph for sub in _subgraphs(node)]
+    return renamed
+
+
+def _names(graph: ir.Graph) -> set[str]:
+    values = (*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs))
+    return {value.name for value in values if value.name}
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.value
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.value
 
 
 def _representable(kind: onnx.TypeProto) -> bool:

@@ -8,6 +8,7 @@ conflict the existing information stays.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 
@@ -111,8 +112,9 @@ def merge_type(value: ir.Value, proto: onnx.TypeProto) -> None:
         return
     if kind != "tensor_type":
         if value.type is None:
-            value.type = ir.serde.deserialize_type_proto_for_type(proto)
-            value.shape = ir.serde.deserialize_type_proto_for_shape(proto)
+            with contextlib.suppress(ir.serde.SerdeError):  # maps and opaque types, which onnx_ir has no class for
+                value.type = ir.serde.deserialize_type_proto_for_type(proto)
+                value.shape = ir.serde.deserialize_type_proto_for_shape(proto)
         return
     tensor = proto.tensor_type
     if value.type is None and tensor.elem_type:

@@ -63,7 +63,8 @@ def synthesize(
     for spec in specs:
         rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
         shape = concrete_shape(spec, uses[spec.name], sizes)
-        batch[spec.name] = _values(spec, shape, uses[spec.name], sizes, rng)
+        # NumPy gives a number where an array has no dimensions.
+        batch[spec.name] = np.asarray(_values(spec, shape, uses[spec.name], sizes, rng))
     return batch
 
 

@@ -27,6 +27,12 @@ _MULTI_DEVICE = 11  # first ir_version with device configurations
 PROTO_LIMIT = (1 << 31) - 1  #: protobuf's limit on one message, in bytes
 
 
+def restore_type(proto: onnx.ValueInfoProto, value: ir.Value) -> None:
+    """Writes the type of `value` that onnx_ir has no class for (a map, an opaque type), if it has one."""
+    if kept := value.metadata_props.get(TYPE_KEY):
+        proto.type.ParseFromString(bytes.fromhex(kept))
+
+
 def to_proto_without_weights(
     model: ir.Model, threshold: int = 1024
 ) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
@@ -256,8 +262,7 @@ class _Serializer:
 
     def value(self, proto: onnx.ValueInfoProto, value: ir.Value) -> None:
         serde.serialize_value_into(proto, value, name=self.name(value))
-        if kept := value.metadata_props.get(TYPE_KEY):
-            proto.type.ParseFromString(bytes.fromhex(kept))
+        restore_type(proto, value)
 
     def annotation(self, proto: onnx.GraphProto, value: ir.Value) -> None:
         if names := value.meta.get(_QUANTIZATION):

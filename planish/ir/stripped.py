@@ -12,6 +12,8 @@ from typing import Literal
 import onnx
 import onnx_ir as ir
 
+from planish.ir.serialize import restore_type
+
 #: Weights up to this size stay inline: shape inference reads shapes, axes and repeats from them.
 INLINE_BYTES = 1024
 
@@ -46,7 +48,7 @@ def _graph_into(proto: onnx.GraphProto, graph: ir.Graph, inline_bytes: int, larg
     names = set()
     for value in graph.inputs:
         names.add(value.name)
-        ir.serde.serialize_value_into(proto.input.add(), value)
+        _value_into(proto.input.add(), value)
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if tensor is None:
@@ -69,7 +71,12 @@ def _graph_into(proto: onnx.GraphProto, graph: ir.Graph, inline_bytes: int, larg
                 if value.name and value.type is not None and not value.is_graph_output():
                     ir.serde.serialize_value_into(proto.value_info.add(), value)
     for value in graph.outputs:
-        ir.serde.serialize_value_into(proto.output.add(), value)
+        _value_into(proto.output.add(), value)
+
+
+def _value_into(proto: onnx.ValueInfoProto, value: ir.Value) -> None:
+    ir.serde.serialize_value_into(proto, value)
+    restore_type(proto, value)
 
 
 def large_constant(node: ir.Node, limit: int) -> ir.TensorProtocol | None:

@@ -20,6 +20,7 @@ from planish.ir.errors import VerifyError
 from planish.ir.infer import infer_proto
 from planish.ir.program import Program
 from planish.ir.schemas import DIALECT_DOMAIN, OpRecord
+from planish.ir.serialize import TYPE_KEY
 from planish.ir.stripped import stripped_proto
 
 #: onnx expands an operator that is defined by a function without the defaults of its attributes, and then refuses
@@ -64,7 +65,7 @@ class _Checker:
     def run(self) -> None:
         graph = self.model.graph
         for value in (*graph.inputs, *graph.outputs):
-            if value.type is None:
+            if value.type is None and TYPE_KEY not in value.metadata_props:
                 raise self._error(f"'{value.name}' is an input or output of the graph and has no type")
         self._graph(graph, graph.opset_imports, set(), set(), None)
         for key, function in self.model.functions.items():

@@ -92,7 +92,8 @@ class Executable:
         """
         runner = self._runner(None)
         feeds = _bind(runner.inputs, args, named) if args else named
-        outputs = tuple(runner.run(feeds).values())
+        named_outputs = runner.run(feeds)
+        outputs = tuple([named_outputs[spec.name] for spec in runner.outputs])  # a graph may list an output twice
         return outputs[0] if len(outputs) == 1 else outputs
 
     def run(self, inputs: Mapping[str, Any], entry: str | None = None) -> dict[str, Any]:
