@@ -170,27 +170,24 @@ def test_arbitrary_external_data(
 
 def test_a_share_in_a_process_of_its_own() -> None:
     code = textwrap.dedent("""
-        import random, sys, time
+        import faulthandler, random, sys
         from tests.frontends.test_onnx_fuzz import SEEDS, mutate, outcome
         from pathlib import Path
         random.seed(int(sys.argv[1]))
         kinds = ["flip", "set", "insert", "delete", "truncate", "duplicate", "swap"]
-        start, count, loaded, slowest = time.perf_counter(), 0, 0, 0.0
-        while time.perf_counter() - start < 4:
+        loaded = 0
+        for _ in range(int(sys.argv[3])):
             edits = [(random.choice(kinds), random.randrange(1 << 16), random.randrange(256), random.randbytes(5))
                      for _ in range(random.randint(1, 4))]
-            before = time.perf_counter()
+            faulthandler.dump_traceback_later(20, exit=True)  # a hang says where
             loaded += outcome(mutate(random.choice(SEEDS), edits), Path(sys.argv[2])) is not None
-            slowest = max(slowest, time.perf_counter() - before)
-            count += 1
-        assert slowest < 2, slowest
-        print(count, loaded)
+        print(loaded)
     """)
     with tempfile.TemporaryDirectory() as folder:
         external_folder(Path(folder))
+        count = 1500
         done = subprocess.run(
-            [sys.executable, "-X", "faulthandler", "-c", code, "7", folder], capture_output=True, text=True, timeout=60
+            [sys.executable, "-X", "faulthandler", "-c", code, "7", folder, str(count)], capture_output=True, text=True
         )
     assert done.returncode == 0, done.stderr[-2000:]
-    count, loaded = map(int, done.stdout.split())
-    assert count > 100 and 0 < loaded < count
+    assert 0 < int(done.stdout) < count

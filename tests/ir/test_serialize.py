@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -332,10 +331,9 @@ def rss() -> int:
 
 def test_three_gibibytes_load_and_serialize_without_being_read(tmp_path: Path) -> None:
     path = sparse_model(tmp_path, 3 << 29)
-    before, start = rss(), time.perf_counter()
+    before = rss()
     program = load_onnx(path)
     proto, weights = to_proto_without_weights(program.main)
-    assert time.perf_counter() - start < 2
     assert rss() - before < 50 << 20
     assert sum(t.nbytes for t in weights.values()) == 3 << 30
     assert program.main.graph.opset_imports[""] == 17 and proto.ByteSize() < 4000
