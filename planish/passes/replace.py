@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from planish.ir.errors import PlanishError
 from planish.passes.base import Decline
-from planish.passes.builder import Builder, Constants, Names, new_metadata
+from planish.passes.builder import Builder, Constants, new_metadata
+from planish.passes.names import Names
 from planish.passes.order import Order
 from planish.passes.rule import Match, Rule, Site
 

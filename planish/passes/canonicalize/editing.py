@@ -17,6 +17,7 @@ from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.ir.provenance import provenance
 from planish.passes.base import Decline, PassResult
+from planish.passes.names import Names
 
 
 class Editor:
@@ -34,9 +35,8 @@ class Editor:
         self.fired = 0
         self.declined: list[Declined] = []
         self.revisit: list[ir.Node] = []
-        self._values: set[str] | None = None
-        self._nodes: set[str] = set()
-        self._counters: dict[str, int] = {}
+        #: Names that no node and no value of the program has, in any entry: entries may share an initializer.
+        self.names = Names(program)
 
     def result(self) -> PassResult:
         return PassResult(self.fired > 0, self.fired, self.declined)
@@ -45,38 +45,10 @@ class Editor:
         """Keeps the reason why the pass left `node` alone."""
         self.declined.append(Declined(self.name, node.name or f"unnamed {node.op_type}", reason))
 
-    def value_name(self, stem: str) -> str:
-        """A name no value of the program has, in any entry: an initializer may be shared between entries."""
-        if self._values is None:
-            self._collect_names()
-        assert self._values is not None
-        return self._fresh(stem, self._values)
-
-    def node_name(self, stem: str) -> str:
-        if self._values is None:
-            self._collect_names()
-        return self._fresh(stem, self._nodes)
-
-    def _fresh(self, stem: str, taken: set[str]) -> str:
-        name = stem
-        while name in taken:
-            number = self._counters[stem] = self._counters.get(stem, 0) + 1
-            name = f"{stem}_{number}"
-        taken.add(name)
-        return name
-
-    def _collect_names(self) -> None:
-        self._values = set()
-        for graph in self.program.graphs():
-            self._values.update(v.name or "" for v in (*graph.inputs, *graph.initializers.values()))
-            for node in graph:
-                self._nodes.add(node.name or "")
-                self._values.update(v.name or "" for v in node.outputs)
-
     def constant(self, graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, stem: str) -> ir.Value:
         """A new initializer of `graph`."""
         tensor = ir.tensor(array) if isinstance(array, np.ndarray) else array
-        value = ir.Value(name=self.value_name(stem), const_value=tensor)
+        value = ir.Value(name=self.names.fresh(stem), const_value=tensor)
         value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         graph.register_initializer(value)
         return value
@@ -93,10 +65,10 @@ class Editor:
     ) -> ir.Value:
         """Inserts a node of one output in front of `before`; the output takes type and shape from `like`."""
         node = ir.node(
-            op_type, list(inputs), attributes=dict(attributes or {}), name=self.node_name(f"{op_type}_planish")
+            op_type, list(inputs), attributes=dict(attributes or {}), name=self.names.fresh(f"{op_type}_planish")
         )
         value = node.outputs[0]
-        value.name = self.value_name(f"{like.name if like is not None else op_type}_planish")
+        value.name = self.names.fresh(f"{like.name if like is not None else op_type}_planish")
         if like is not None:
             value.type, value.shape = like.type, like.shape
         assert before.graph is not None
@@ -141,7 +113,7 @@ class Editor:
         assert graph is not None
         graph.outputs[:] = [new if v is old else v for v in graph.outputs]
         name = old.name
-        old.name = self.value_name(f"{name}_replaced")
+        old.name = self.names.fresh(f"{name}_replaced")
         new.name = name
         # The declared type of an output is the interface of the graph.
         new.type = old.type if old.type is not None else new.type

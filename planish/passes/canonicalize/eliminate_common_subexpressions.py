@@ -77,7 +77,7 @@ class _Merger:
                 raise Decline(f"'{a.name}' and '{b.name}' are equal, and each needs a node of its own graph to make it")
         for a, b in pairs:
             if not b.name and (a.uses() or a.is_graph_output()):
-                b.name = self.editor.value_name(f"{first.name}_output")
+                b.name = self.editor.names.fresh(f"{first.name}_output")
             self.editor.replace(a, b)
         self.editor.mark(first, [first, node])
         self.editor.remove(node)

@@ -111,7 +111,7 @@ class _Run:
         tensors = [constant_tensor(v) for v in node.inputs]
         key = (self.roots.get(graph, graph), *_key(node, tensors))
         if key not in self.made:
-            names = [self.editor.value_name(v.name or node.op_type) for v in node.outputs]
+            names = [self.editor.names.fresh(v.name or node.op_type) for v in node.outputs]
             self.made[key] = _Folded(names, self._evaluate(node, tensors), tensors)
         folded = self.made[key]
         for value, name, tensor in zip(node.outputs, folded.names, folded.tensors, strict=True):

@@ -30,15 +30,15 @@ def inline_branch(node: ir.Node, branch: str, editor: Editor) -> list[ir.Node]:
     graph.outputs.clear()
     for value in constants:
         del graph.initializers[value.name or ""]
-        value.name = editor.value_name(value.name or "constant")
+        value.name = editor.names.fresh(value.name or "constant")
         target.register_initializer(value)
     moved = list(graph)
     graph.remove(moved)
     for inner in moved:
-        inner.name = editor.node_name(inner.name or inner.op_type)
+        inner.name = editor.names.fresh(inner.name or inner.op_type)
         for value in inner.outputs:
             if value.name:
-                value.name = editor.value_name(value.name)
+                value.name = editor.names.fresh(value.name)
         editor.mark(inner, [inner, node])
     target.insert_before(node, moved)
     for old, new in zip(node.outputs, results, strict=True):
