@@ -85,12 +85,28 @@ class EagerCheck:
                 f"{again.relative_l2:.2g} relative L2 in output '{again.output}' (limit {bound:.2g}); "
                 "remove the random operators from forward."
             )
+        if self._fast_path_differs(call, got, bound):
+            raise InputError(
+                f"{type(self.module).__name__} gives other values on torch's fast path of nn.TransformerEncoder (zeros "
+                "where padded) than without it, as captured; build it with enable_nested_tensor=False, or call "
+                "torch.backends.mha.set_fastpath_enabled(False) first."
+            )
         name = stats.output or ""
         shapes = f"{_shape(expected.get(name))} expected, {_shape(got.get(name))} got"
         raise InputError(
             f"the program captured from {type(self.module).__name__} differs from the module {place}: output '{name}' "
             f"({shapes}) is off by {stats.relative_l2:.3g} relative L2 (limit {bound:.2g}){hint}."
         )
+
+    def _fast_path_differs(self, call: Call, got: dict[str, np.ndarray], bound: float) -> bool:
+        """Whether the program equals the module as soon as torch takes no fast path through its encoder layers."""
+        if not torch.backends.mha.get_fastpath_enabled():
+            return False
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return compare_outputs(self._eager(call), got).relative_l2 <= bound
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
 
     def _eager(self, call: Call) -> dict[str, Any]:
         copy = call.clone()

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch.export.graph_signature import SymIntArgument, TensorArgument
 
+from planish.frontends.torch_attention import write_out_attention
 from planish.frontends.torch_errors import failed_eagerly, translate
 from planish.frontends.torch_inputs import Call
 from planish.frontends.torch_shapes import DynamicShapes
@@ -135,12 +136,24 @@ def to_onnx(module: torch.nn.Module, exported: torch.export.ExportedProgram) -> 
 
     exported.run_decompositions = decompose  # type: ignore[method-assign]
     try:
-        with quiet():
-            program = torch.onnx.export(
-                exported, dynamo=True, opset_version=OPSET, verbose=False, verify=False, report=False, optimize=True
-            )
+        model = _convert(module, exported)
     except Exception as error:
-        raise translate(error, module, "the ONNX exporter", latest) from error
+        if latest is not exported:
+            raise translate(error, module, "the ONNX exporter", latest) from error
+        # An operator that only torch's decomposition takes apart: composite ones are in no table that could be asked.
+        simple = False
+        try:
+            model = _convert(module, exported)
+        except Exception as again:
+            raise translate(again, module, "the ONNX exporter", latest) from again
+    return model
+
+
+def _convert(module: torch.nn.Module, exported: torch.export.ExportedProgram) -> ir.Model:
+    with quiet():
+        program = torch.onnx.export(
+            exported, dynamo=True, opset_version=OPSET, verbose=False, verify=False, report=False, optimize=True
+        )
     if program is None:
         raise UnsupportedError(f"the ONNX exporter returned nothing for {type(module).__name__}.")
     model: ir.Model = program.model
@@ -158,10 +171,12 @@ def _simplify(graph_module: torch.fx.GraphModule) -> bool:
         name, _, overload = node.target.name().partition(".")
         if name in ("aten::to", "aten::detach_"):
             _simplify_to(graph_module.graph, node)
-        elif name == "aten::scaled_dot_product_attention":
-            _expand_shared_heads(graph_module.graph, node)
+        elif name == "aten::clamp":
+            _one_kind_of_bounds(node)
         elif name in _BITWISE and overload in ("Tensor", "Scalar"):
             node.target = getattr(getattr(torch.ops.aten, _BITWISE[name]), overload)
+    write_out_attention(graph_module.graph)
+    _leave_out_constants(graph_module.graph)
     return not writes and not any(isinstance(m, torch.fx.GraphModule) for m in graph_module.children())
 
 
@@ -180,20 +195,18 @@ def _simplify_to(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         node.args, node.kwargs = (source,), {"dtype": dtype}
 
 
-def _expand_shared_heads(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """Writes out the broadcast of one key-value head over all query heads, which the exporter does not know."""
-    query, key, value = node.args[:3]
-    heads = query.meta["val"].shape[1] if query.meta["val"].dim() == 4 else None
-    if heads is None or node.kwargs.get("enable_gqa") or key.meta["val"].shape[1] == heads:
+def _one_kind_of_bounds(node: torch.fx.Node) -> None:
+    """The exporter refuses an integer bound of a float tensor next to a float bound."""
+    if not node.meta["val"].dtype.is_floating_point:
         return
-    if not isinstance(heads, int) or any(x.meta["val"].dim() != 4 or x.meta["val"].shape[1] != 1 for x in (key, value)):
-        return
-    with graph.inserting_before(node):
-        for position, x in ((1, key), (2, value)):
-            size = [-1, heads, -1, -1]
-            wide = graph.call_function(torch.ops.aten.expand.default, (x, size))
-            wide.meta = {**x.meta, "val": x.meta["val"].expand(size)}
-            node.update_arg(position, wide)
+    node.args = tuple(float(x) if isinstance(x, int) else x for x in node.args)
+    node.kwargs = {key: float(x) if isinstance(x, int) else x for key, x in node.kwargs.items()}
+
+
+def _leave_out_constants(graph: torch.fx.Graph) -> None:
+    """Turns numbers and text among the outputs into None, which the exporter leaves out; it fails on the others."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    output.args = (tuple(x if isinstance(x, torch.fx.Node) else None for x in output.args[0]), *output.args[1:])
 
 
 def _outputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:

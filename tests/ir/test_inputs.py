@@ -202,6 +202,6 @@ def test_any_signature_gets_the_declared_shape_and_dtype(names: list[str], kind:
 
 
 def test_inputs_without_dimensions_are_arrays_too() -> None:
-    p = program("float[] a, int64[] b, bool[] c) => (float[] y", "d = Cast <to = 1> (b) y = Add (a, d)")
+    p = program("float a, int64 b, bool c) => (float y", "d = Cast <to = 1> (b) y = Add (a, d)")
     for value in synthesize(p).values():
         assert type(value) is np.ndarray and value.shape == ()

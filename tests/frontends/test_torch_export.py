@@ -1,0 +1,52 @@
+"""What the ONNX exporter does not take as it comes, and what is done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import planish
+from planish.ir.budget import Budget
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Any], *modules: nn.Module) -> None:
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(modules)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x, *self.parts)
+
+
+CASES: dict[str, tuple[Callable[..., Any], tuple[nn.Module, ...]]] = {
+    "composite operators that no table lists": (lambda x, n: n(x), (nn.BatchNorm1d(6),)),
+    "numpy_T": (lambda x: x @ x[0].T, ()),
+    "bounds of two kinds": (lambda x: x.clamp(-1, 0.5), ()),
+    "an integer bound by name": (lambda x: x.clamp(max=1, min=-0.25), ()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators(name: str) -> None:
+    function, modules = CASES[name]
+    module = Function(function, *modules).eval()
+    x = torch.randn(2, 6, 6)
+    exe = planish.optimize(module, example_inputs=(x,), dynamic_shapes={0: "b"}, passes="", budget=Budget(gates=False))
+    for batch in (2, 3):
+        x = torch.randn(batch, 6, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(exe(x), module(x))
+
+
+def test_numbers_among_the_outputs_are_left_out() -> None:
+    module = Function(lambda x: {"y": x + 1, "nothing": None, "count": 3, "name": "n", "pair": (x, 2.5)})
+    x = torch.randn(2, 3)
+    exe = planish.optimize(module, example_inputs=(x,), passes="", budget=Budget(gates=False))
+    outputs = exe.run({"x": x})
+    assert list(outputs) == ["y", "pair_0"]
+    torch.testing.assert_close(outputs["y"], x + 1)
+    torch.testing.assert_close(outputs["pair_0"], x)
