@@ -30,7 +30,6 @@ class Editor:
     """
 
     def __init__(self, program: Program, name: str) -> None:
-        self.program = program
         self.name = name
         self.fired = 0
         self.declined: list[Declined] = []
