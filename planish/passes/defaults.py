@@ -27,7 +27,9 @@ _FUSE = (
     "fuse-matmul-add",
 )
 # Files often carry no types of inner values, and most rules ask for them; more follow once shapes are simplified.
-_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *_CLEAN, "infer-shapes", *_FUSE, *_CLEAN)}
+_PIPELINES = {
+    "ort-cpu": ("raise-opset", "infer-shapes", *_CLEAN, "infer-shapes", *_FUSE, *_CLEAN, "lower-residual-add")
+}
 
 
 def default_pipeline(target: Target | str) -> str:
