@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
+from command_line import GELU, as_json, names, save
 
 import planish
-from planish.cli import commands, debugging, files, invoke
-from planish.ir.errors import InputError
-from planish.ir.ledger import ErrorStats, Ledger, LedgerEntry
-from planish.runtime.report import Report, Stats
-
-GELU = """<ir_version: 10, opset_import: ["" : 23]>
-g (float[batch, 8] x) => (float[batch, 8] y)
-<float[8] scale = {1, 2, 3, 4, 5, 6, 7, 8}, float root = {1.4142135}, float one = {1}, float half = {0.5}>
-{
-  a = Mul(x, scale)
-  i = Identity(a)
-  d = Div(i, root)
-  e = Erf(d)
-  s = Add(e, one)
-  m = Mul(i, s)
-  y = Mul(m, half)
-}"""
-
-
-def save(path: Path, text: str = GELU) -> Path:
-    path.write_bytes(ir.to_proto(ir.from_onnx_text(text)).SerializeToString())
-    return path
-
-
-@pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return save(tmp_path / "model.onnx")
-
-
-@pytest.fixture
-def artifact(model: Path) -> Path:
-    planish.optimize(model, budget=planish.Budget(gates=False)).export("artifact")
-    return model.parent / "artifact"
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*args: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = invoke([str(a) for a in args])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
-
-
-def as_json(out: str) -> dict[str, Any]:
-    """Stdout must be one strict JSON object and nothing else."""
-    found: dict[str, Any] = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
-    assert found["schema"] == 1
-    return found
-
-
-def names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
-
+from planish.cli import commands, invoke
+from planish.ir.ledger import ErrorStats
+from planish.runtime.report import Report
 
 # --- optimize --------------------------------------------------------------------------------------------------
 
@@ -150,27 +93,6 @@ def test_an_existing_output_is_refused_before_any_work(model: Path, call: Any) -
 def test_overwrite_replaces_an_artifact(artifact: Path, call: Any) -> None:
     assert call("optimize", "model.onnx", "--no-gates", "-o", artifact, "--overwrite")[0] == 0
     assert names(artifact.parent) == {"model.onnx", "artifact"}
-
-
-def report_with(**entry: Any) -> Report:
-    stats = Stats(1, {"Add": 1}, 0)
-    kind = entry.pop("kind", "exact")
-    return Report("m", "ort-cpu", "", stats, stats, Ledger([LedgerEntry("p", kind, **entry)]))
-
-
-@pytest.mark.parametrize(
-    ("entry", "named", "failed"),
-    [
-        ({"kept": True}, True, []),
-        ({"kept": False}, True, ["p"]),  # asked for by name, and not in the result
-        ({"kept": False, "verdict": "rolled back: slower"}, False, []),
-        ({"kept": False, "error_original": ErrorStats(1.0, 1.0, 0.0)}, False, ["p"]),
-        ({"kept": False, "reproducer": "folder"}, False, ["p"]),
-        ({"kept": False, "kind": "approximate", "error_original": ErrorStats(1.0, 1.0, 0.0)}, False, []),
-    ],
-)
-def test_what_makes_optimize_exit_with_one(entry: dict[str, Any], named: bool, failed: list[str]) -> None:
-    assert commands.failed_passes(report_with(**entry), named) == failed
 
 
 # --- run, verify, bench -----------------------------------------------------------------------------------------
@@ -288,43 +210,6 @@ def test_diff_of_a_model_and_its_artifact(artifact: Path, call: Any) -> None:
     assert code == 0 and "equal" in out
 
 
-# --- bisect ----------------------------------------------------------------------------------------------------------
-
-
-def checker(folder: Path, bad_op: str) -> str:
-    """A check that fails on models that hold `bad_op`."""
-    script = folder / "check.py"
-    script.write_text(
-        "import sys, onnx\n"
-        "ops = [n.op_type for n in onnx.load(sys.argv[1]).graph.node]\n"
-        f"print('this goes to stderr')\nsys.exit('{bad_op}' in ops)\n"
-    )
-    return f"{sys.executable} {script}"
-
-
-def test_bisect_finds_the_pass_with_a_command(model: Path, call: Any) -> None:
-    check = checker(model.parent, "Gelu")
-    code, out, err = call("bisect", "model.onnx", "--check", f"{check} {{model}}", "-o", "repro", "--json")
-    found = as_json(out)
-    assert code == 1 and found["culprit"] == "fuse-gelu" and "stderr" in err
-    assert {p.name for p in Path(found["reproducer"]).iterdir()} >= {"before.onnx", "pipeline.txt", "error.txt"}
-    code, out, _ = call("bisect", "model.onnx", "--check", f'{check} "$PLANISH_MODEL"')
-    assert code == 1 and "fuse-gelu" in out
-
-
-def test_bisect_says_when_nothing_breaks_or_all_is_broken(model: Path, call: Any) -> None:
-    code, out, _ = call("bisect", "model.onnx")
-    assert code == 0 and "holds after all passes" in out
-    code, out, _ = call("bisect", "model.onnx", "--check", "false")
-    assert code == 2 and "before any pass" in out
-
-
-@pytest.mark.parametrize(("command", "words"), [("exit 125", "125"), ("no-such-command", "127"), ("exit 200", "200")])
-def test_bisect_keeps_the_contract_on_exit_codes(model: Path, call: Any, command: str, words: str) -> None:
-    code, _, err = call("bisect", "model.onnx", "--check", command)
-    assert code == 2 and words in err
-
-
 # --- errors and exit codes -------------------------------------------------------------------------------------------
 
 
@@ -416,54 +301,6 @@ def test_help_imports_nothing_heavy() -> None:
     )
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
-
-
-# --- files ----------------------------------------------------------------------------------------------------
-
-
-def test_inputs_with_objects_are_never_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "x.npz"
-    np.savez(path, x=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(InputError, match="never loaded"):
-        files.load_inputs(path)
-
-
-@pytest.mark.parametrize("cut", [3, 30, 120])
-def test_damaged_inputs_are_refused(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "x.npz"
-    np.savez(path, x=np.ones(100))
-    path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(InputError, match=r"x\.npz"):
-        files.load_inputs(path)
-
-
-def test_outputs_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "y.npz"
-    with pytest.raises(InputError, match="not an array"):
-        files.save_outputs(path, {"a": np.ones(3), "b": [np.ones(2)]})
-    assert names(tmp_path) == set()
-    files.save_outputs(path, {"file": np.ones(3), "a/b": np.array(["x", "yy"], dtype=object)})
-    found = files.load_inputs(path)
-    assert found["a/b"].tolist() == ["x", "yy"] and found["file"].tolist() == [1.0, 1.0, 1.0]
-    with pytest.raises(InputError, match="can not write"):
-        files.save_outputs(tmp_path / "no" / "y.npz", {"a": np.ones(1)})
-
-
-def test_budgets_and_dims_parse() -> None:
-    budget = commands.parse_budget("error=1e-3, min_gain=1.02,seconds=30")
-    assert (budget.error, budget.min_gain, budget.seconds, budget.gates) == (1e-3, 1.02, 30.0, True)
-    assert commands.parse_budget(None, gates=False) == planish.Budget(gates=False)
-    assert commands.parse_dims(["batch=4", "seq = 8"]) == {"batch": 4, "seq": 8}
-
-
-def test_a_pass_that_does_not_import_is_listed_as_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planish.passes import registry
-
-    def get(name: str) -> Any:
-        raise InputError(f"pass '{name}' can not be loaded")
-
-    monkeypatch.setattr(registry, "get", get)
-    assert {item["kind"] for item in debugging.describe_passes()} == {"broken"}
 
 
 def test_the_sample_model_is_valid(model: Path) -> None:
