@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 _aten = torch.ops.aten
 _NAME = "aten::scaled_dot_product_attention"
 _KEPT = ("stack_trace", "nn_module_stack")
-Node = torch.fx.Node
 
 
 def write_out_attention(graph: torch.fx.Graph) -> None:
