@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import save
 
 import planish
 from planish.cli import invoke
+from tests.cli.command_line import save
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from command_line import GELU, as_json, names, save
 
 import planish
 from planish.cli import commands, invoke
 from planish.ir.ledger import ErrorStats
 from planish.runtime.report import Report
+from tests.cli.command_line import GELU, as_json, names, save
 
 # --- optimize --------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import as_json
 
 from planish.cli import debugging
 from planish.ir.errors import InputError
+from tests.cli.command_line import as_json
 
 
 def checker(folder: Path, bad_op: str) -> str:

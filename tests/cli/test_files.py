@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import names
 
 from planish.cli import files
 from planish.ir.errors import InputError
+from tests.cli.command_line import names
 
 
 def test_inputs_with_objects_are_never_loaded(tmp_path: Path) -> None:

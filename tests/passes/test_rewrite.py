@@ -18,8 +18,8 @@ from planish.passes.testing import (
     check_numerics,
     check_rewrite,
     check_untouched,
-    program_of,
 )
+from tests.passes.rules import NegNeg, of, text
 
 SQRT2 = math.sqrt(2)
 
@@ -35,16 +35,6 @@ class Gelu(RewritePass):
         return op.Gelu(x)
 
 
-class NegNeg(RewritePass):
-    name = "test-neg-neg"
-
-    def pattern(self, op: Any, x: Any) -> Any:
-        return op.Neg(op.Neg(x))
-
-    def rewrite(self, op: Any, x: Any) -> Any:
-        return x
-
-
 class NoIdentity(RewritePass):
     name = "test-no-identity"
 
@@ -55,17 +45,8 @@ class NoIdentity(RewritePass):
         return x
 
 
-def text(body: str, signature: str = "float[2,3] x) => (float[2,3] y", opset: int = 20, consts: str = "") -> str:
-    declared = f"<{consts}>" if consts else ""
-    return f'<ir_version: 10, opset_import: ["" : {opset}, "my" : 1]> g ({signature}) {declared} {{ {body} }}'
-
-
 GELU = "a = Div(x, s) b = Erf(a) c = Add(one, b) d = Mul(c, x) y = Mul(d, half)"
 GELU_CONSTS = "float s = {1.4142135}, float one = {1.0}, float[1] half = {0.5}"
-
-
-def of(body: str, **kwargs: Any) -> Program:
-    return program_of(text(body, **kwargs))
 
 
 # --- what a firing does -----------------------------------------------------------------------------------------

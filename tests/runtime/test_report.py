@@ -15,8 +15,6 @@ import pytest
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sample_report import chain, large_blocks, ratio, sample_ledger, sample_report
-
 from planish.ir.blocks import Block, BlockNode
 from planish.ir.errors import InputError
 from planish.ir.ledger import Declined, ErrorStats, Ledger, LedgerEntry
@@ -26,6 +24,7 @@ from planish.runtime.report_graph import graph_view
 from planish.runtime.report_html import render_html
 from planish.runtime.report_text import op_rows
 from planish.runtime.units import number, percent_change, printable, ratio_text, size
+from tests.runtime.sample_report import chain, large_blocks, ratio, sample_ledger, sample_report
 
 
 def _text(report: Report, width: int = 160) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from canonical_support import assert_same, model_of, ops, reasons, run_pass
 
 from planish.passes.canonicalize.compose_views import ComposeViews
+from tests.passes.canonicalize.canonical_support import assert_same, model_of, ops, reasons, run_pass
 
 VIEWS = ComposeViews()
 WEIGHTS = """<int64[2] m6 = {-1, 6}, int64[3] c32 = {0, 3, 2}, int64[1] a1 = {1}, int64[1] an = {-3},

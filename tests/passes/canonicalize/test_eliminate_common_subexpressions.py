@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from canonical_support import assert_same, interface, model_of, ops, reasons, run_pass
 
 from planish.ir.program import Program
 from planish.passes.canonicalize.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from tests.passes.canonicalize.canonical_support import assert_same, interface, model_of, ops, reasons, run_pass
 
 CSE = EliminateCommonSubexpressions()
 X = {"x": np.array([1, -2], np.float32)}

@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import onnx_ir as ir
-from canonical_support import assert_same, interface, model_of, ops, run_pass
 
 from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.canonicalize.eliminate_dead_code import EliminateDeadCode
+from tests.passes.canonicalize.canonical_support import assert_same, interface, model_of, ops, run_pass
 
 DCE = EliminateDeadCode()
 

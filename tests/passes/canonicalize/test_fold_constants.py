@@ -5,10 +5,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from canonical_support import assert_same, interface, model_of, ops, reasons, run_ort, run_pass
 
 from planish.ir.program import Program
 from planish.passes.canonicalize.fold_constants import FoldConstants
+from tests.passes.canonicalize.canonical_support import (
+    assert_same,
+    interface,
+    model_of,
+    ops,
+    reasons,
+    run_ort,
+    run_pass,
+)
 
 FOLD = FoldConstants()
 

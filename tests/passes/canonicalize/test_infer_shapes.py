@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from canonical_support import model_of, run_pass
-
 from planish.passes.canonicalize.infer_shapes import InferShapes
+from tests.passes.canonicalize.canonical_support import model_of, run_pass
 
 
 def test_learns_once():

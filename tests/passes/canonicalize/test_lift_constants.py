@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from canonical_support import assert_same, interface, model_of, ops, reasons, run_pass
 
 from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.canonicalize.lift_constants import LiftConstants
+from tests.passes.canonicalize.canonical_support import assert_same, interface, model_of, ops, reasons, run_pass
 
 
 def test_every_form_of_constant():

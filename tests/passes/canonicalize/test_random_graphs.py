@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from canonical_support import assert_same, run_pass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planish.ir.infer import infer_shapes
 from planish.ir.names import ensure_names
 from planish.passes import registry
+from tests.passes.canonicalize.canonical_support import assert_same, run_pass
 
 PASSES = (
     "infer-shapes",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from canonical_support import assert_same, interface, model_of, ops, reasons, run_pass
 
 from planish.passes.canonicalize.remove_no_ops import RemoveNoOps
+from tests.passes.canonicalize.canonical_support import assert_same, interface, model_of, ops, reasons, run_pass
 
 RULES = RemoveNoOps()
 WEIGHTS = """<float one = {1}, float[1] one1 = {1}, float[1,1,1,1] one4 = {1}, float zero = {0}, float ratio = {0.5},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from canonical_support import assert_same, model_of, ops, reasons, run_pass
 
 from planish.passes.canonicalize.eliminate_dead_code import EliminateDeadCode
 from planish.passes.canonicalize.simplify_shapes import SimplifyShapes
+from tests.passes.canonicalize.canonical_support import assert_same, model_of, ops, reasons, run_pass
 
 SHAPES = SimplifyShapes()
 SIZES = [(2, 3), (0, 3), (1, 1), (2, 0), (0, 0)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import old_exports
 import onnx_ir as ir
 import pytest
 
@@ -16,6 +15,7 @@ from planish.ir.printer import op_counts
 from planish.ir.program import Program
 from planish.passes.defaults import default_pipeline
 from planish.passes.testing import apply_pass, check_numerics
+from tests.passes.fusion import old_exports
 
 PIPELINE = default_pipeline("ort-cpu")
 _WATCHED = (
@@ -89,9 +89,8 @@ EXPORTED: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize("name", EXPORTED)
 def test_exported_architectures(name: str, attention: str) -> None:
     pytest.importorskip("transformers")
-    from architectures import ARCHITECTURES
-
     from planish.frontends.torch import capture
+    from tests.architectures import ARCHITECTURES
 
     architecture = ARCHITECTURES[name]
     module = architecture.build(True)
