@@ -17,6 +17,7 @@ from onnx import defs
 from planish.frontends.onnx_tensors import all_tensors, dims_of
 from planish.ir.errors import InputError, PlanishError, UnsupportedError, did_you_mean
 from planish.ir.external import tensor_bytes
+from planish.ir.schemas import DIALECT_DOMAIN, is_opaque
 
 MAX_NODES = 1_000_000  #: nodes of a model, subgraphs and functions included
 MAX_EXPANDED = 10_000_000  #: nodes once every function call is inlined
@@ -24,11 +25,6 @@ MAX_DEPTH = 32  #: nesting of subgraphs, and of function calls
 MAX_MESSAGE = 1000  # characters of an error
 MAX_NAME = 1 << 16  #: characters of a name
 
-# Domains whose operators ONNX Runtime has of its own, so they need no function in the model.
-RUNTIME_DOMAINS = frozenset(
-    {"com.microsoft", "com.microsoft.experimental", "com.microsoft.nchwc", "com.ms.internal.nhwc", "org.pytorch.aten"}
-)
-DIALECT_DOMAIN = "planish"
 # Operators of early drafts of ONNX that are in no schema and still run on ONNX Runtime.
 _LEGACY = frozenset({
     "Affine", "ATen", "Crop", "DynamicSlice", "GRUUnit", "GivenTensorFill", "ImageScaler", "LayerNormalization",
@@ -176,7 +172,7 @@ def check_operators(proto: onnx.ModelProto) -> None:
                 continue
             if domain in _ONNX_DOMAINS:
                 _check_onnx_operator(node, domain, versions)
-            elif domain not in RUNTIME_DOMAINS and domain != DIALECT_DOMAIN:
+            elif not is_opaque(domain) and domain != DIALECT_DOMAIN:
                 missing.setdefault(domain, set()).add(node.op_type)
     if missing:
         listed = "; ".join(f"{d}: {', '.join(sorted(ops)[:8])}" for d, ops in sorted(missing.items()))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from planish.ir.errors import InputError
+from planish.ir.errors import InputError, unknown
 from planish.ir.input_uses import Uses, patch_image_size
 from planish.ir.program import TensorSpec
 
@@ -18,6 +18,14 @@ _TOTAL_NAME = re.compile(r"total", re.IGNORECASE)
 _SEQUENCE_NAME = re.compile(r"seq|len|token|time|frame|step|word|^[lst]$", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"height|width|^[hw]$|image", re.IGNORECASE)
 _AUDIO_NAME = re.compile(r"waveform|input_values|audio|wav|samples", re.IGNORECASE)
+
+
+def require_dims(names: Iterable[str], specs: Iterable[TensorSpec]) -> None:
+    """Raises InputError (with a did-you-mean) for the first name that is in no dimension of the inputs."""
+    symbols = {d for spec in specs for d in spec.shape or () if isinstance(d, str)}
+    for name in names:
+        if name not in symbols and not any(re.search(rf"\b{re.escape(name)}\b", s) for s in symbols):
+            raise unknown("dimension", name, symbols)
 
 
 def symbol_sizes(

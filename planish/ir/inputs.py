@@ -6,15 +6,14 @@ images are normalized noise. Such inputs are good for timing and for comparing t
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from planish.ir.errors import InputError, UnsupportedError, unknown
-from planish.ir.input_sizes import concrete_shape, symbol_sizes
+from planish.ir.errors import InputError, UnsupportedError
+from planish.ir.input_sizes import concrete_shape, require_dims, symbol_sizes
 from planish.ir.input_uses import Uses, uses_of
 from planish.ir.program import Program, TensorSpec
 
@@ -50,10 +49,7 @@ def synthesize(
     specs = program.inputs(entry)
     model = program.entry(entry)
     values = {v.name: v for v in model.graph.inputs}
-    symbols = {d for spec in specs for d in spec.shape or () if isinstance(d, str)}
-    for name in dims or {}:
-        if name not in symbols and not any(re.search(rf"\b{re.escape(name)}\b", s) for s in symbols):
-            raise unknown("dimension", name, symbols)
+    require_dims(dims or (), specs)
     for spec in specs:
         if spec.dtype is None:
             raise UnsupportedError(f"input '{spec.name}' is no tensor; values for it can not be made up: give inputs.")

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from planish.ir.blocks import graph_blocks
-from planish.ir.errors import UnsupportedError, unknown
+from planish.ir.errors import UnsupportedError
+from planish.ir.input_sizes import require_dims
 from planish.ir.printer import op_counts
 from planish.ir.program import Program
 from planish.ir.provenance import PASS_KEY
@@ -106,10 +107,7 @@ def _add_costs(found: Inspection, program: Program, dims: Mapping[str, int] | No
     from planish.ir.analyses.cost import cost
     from planish.ir.analyses.liveness import liveness
 
-    symbols = {d for entry in program.entries for spec in program.inputs(entry) for d in spec.shape or ()}
-    for name in dims or {}:
-        if name not in symbols:
-            raise unknown("dimension", name, (d for d in symbols if isinstance(d, str)))
+    require_dims(dims or (), [spec for entry in program.entries for spec in program.inputs(entry)])
     try:
         costs = cost(program, dims=dims)
         live = liveness(program, dims=costs.dims)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-#: Domains that ONNX Runtime implements and that no Python package describes.
+#: Domains (with those below them) that ONNX Runtime implements and that no Python package describes.
 OPAQUE_DOMAINS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
 DIALECT_DOMAIN = "planish"
 
@@ -34,7 +34,7 @@ class OpRecord:
 
 def is_opaque(domain: str) -> bool:
     """Whether nodes of this domain are taken as they are."""
-    return domain.startswith(OPAQUE_DOMAINS)
+    return domain in OPAQUE_DOMAINS or domain.startswith(tuple(f"{name}." for name in OPAQUE_DOMAINS))
 
 
 @functools.lru_cache(maxsize=4096)

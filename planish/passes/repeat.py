@@ -18,7 +18,7 @@ from planish.passes.registry import register
 class Repeat(ExactPass):
     """Runs exact passes in order, again and again, until a round changes nothing.
 
-    Options:
+    Attributes:
         passes: a pipeline string of exact passes.
         rounds: the budget; a pipeline that still changes something after it is an error that names the passes.
     """

@@ -26,7 +26,7 @@ class FuseMatmulAdd(RewritePass):
     Products of more dimensions stay MatMul and Add: as Gemm they need reshapes, and then no bias fuses with the
     activation after it.
 
-    Options:
+    Attributes:
         limit: largest weight that is transposed, in bytes. One that several nodes read is left as it is.
     """
 
