@@ -75,6 +75,7 @@ def capture(
     """
     report = progress or (lambda stage: None)
     _check_module(module)
+    torch_export.register_caches()
     call = torch_inputs.bind(module, example_inputs, kwargs)
     shapes = torch_shapes.normalize(call, dynamic_shapes)
     report("torch.export")

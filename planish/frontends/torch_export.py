@@ -70,7 +70,6 @@ def export_program(module: torch.nn.Module, call: Call, shapes: DynamicShapes) -
         InputError: the module can not be captured: data-dependent control flow, a dynamic dim that the module
             fixes, an output of an unknown type; the line says where.
     """
-    _register_caches()
     try:
         with quiet(), _spread_forward(module, call):
             exported = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes.spec, strict=False)
@@ -253,7 +252,7 @@ def _buffer(name: str, signature: Any) -> str:
     return str(signature.inputs_to_buffers.get(name, name))
 
 
-def _register_caches() -> None:
+def register_caches() -> None:
     """Lets a transformers key-value cache be an input or an output (its tensors become inputs and outputs)."""
     import sys
 

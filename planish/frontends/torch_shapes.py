@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,16 @@ def normalize(call: Call, dynamic_shapes: Any) -> DynamicShapes:
     return DynamicShapes(spec, reader.names, reader.roots)
 
 
+def _as_children(structure: Any, leaves: Iterator[Any]) -> Any:
+    """Shapes of the leaves of a class of its own, such as a key-value cache, nested as its children are."""
+    if structure.is_leaf():
+        return next(leaves)
+    children = [_as_children(child, leaves) for child in structure.children()]
+    if structure.type is dict:
+        return dict(zip(structure.context, children, strict=True))
+    return tuple(children) if structure.type is tuple else children
+
+
 class _Everywhere(dict[int, Any]):
     """A {dim: name} that holds for every tensor that has the dim."""
 
@@ -104,13 +114,14 @@ class _Reader:
             inner = {k: spec if isinstance(spec, _Everywhere) else (spec or {}).get(k) for k in value}
             return {key: self.read(v, inner[key], f"{where}.{key}") for key, v in value.items()}
         leaves, structure = pytree.tree_flatten(value)
-        if structure.is_leaf() or spec is None or isinstance(spec, _Everywhere):
-            for leaf in leaves if not structure.is_leaf() else ():
-                self._tensor(leaf, None, where)
+        if structure.is_leaf():
             return None
+        if spec is None or isinstance(spec, _Everywhere):
+            spec = [spec] * len(leaves)
         if not isinstance(spec, tuple | list) or len(spec) != len(leaves):
             raise InputError(f"dynamic_shapes['{where}'] must be a list of {len(leaves)} entries, one a tensor.")
-        return [self.read(v, s, f"{where}[{i}]") for i, (v, s) in enumerate(zip(leaves, spec, strict=True))]
+        read = [self.read(v, s, f"{where}[{i}]") for i, (v, s) in enumerate(zip(leaves, spec, strict=True))]
+        return _as_children(structure, iter(read))
 
     def _tensor(self, tensor: torch.Tensor, spec: Any, where: str) -> dict[int, Any] | None:
         number = self._numbers[id(tensor)].pop(0)

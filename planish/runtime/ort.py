@@ -287,13 +287,18 @@ def _load_error(error: Exception, model: ir.Model | None) -> PlanishError:
     text = _one_line(error)
     if match := _KERNEL.search(text):
         op, version, name = match.groups()
-        operands = _operands(model, name, op)
-        remedy = "; convert the model to float32" if any(kind in operands for kind in ("bfloat16", "double")) else ""
+        place = f" at node '{name}'{_operands(model, name, op)}" if name else ""  # one inside of a function has no name
         return UnsupportedError(
-            f"ONNX Runtime {ort.__version__} has no CPU kernel for {op} (opset {version}) at node "
-            f"'{name}'{operands}{remedy}."
+            f"ONNX Runtime {ort.__version__} has no CPU kernel for {op} (opset {version}){place}{_remedy(model)}."
         )
     return UnsupportedError(f"ONNX Runtime {ort.__version__} does not take the model: {text}")
+
+
+def _remedy(model: ir.Model | None) -> str:
+    """What to do about a model of a dtype that few kernels take."""
+    values = () if model is None else (*model.graph.inputs, *model.graph.initializers.values())
+    odd = sorted({v.dtype.name.lower() for v in values if v.dtype is not None} & {"bfloat16", "double"})
+    return f"; the model is {odd[0]}: convert it to float32" if odd else ""
 
 
 def _operands(model: ir.Model | None, name: str, op: str) -> str:

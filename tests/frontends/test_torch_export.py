@@ -50,3 +50,37 @@ def test_numbers_among_the_outputs_are_left_out() -> None:
     assert list(outputs) == ["y", "pair_0"]
     torch.testing.assert_close(outputs["y"], x + 1)
     torch.testing.assert_close(outputs["pair_0"], x)
+
+
+def test_a_key_value_cache_as_input() -> None:
+    """A class that torch.export knows as a tree: its tensors are inputs, and dynamic where all inputs are."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    def feeds(batch: int) -> dict[str, Any]:
+        cache = transformers.DynamicCache(config=config)
+        for layer in range(2):
+            cache.update(torch.randn(batch, 2, 5, 4), torch.randn(batch, 2, 5, 4), layer)
+        return {"input_ids": torch.randint(0, 50, (batch, 1)), "past_key_values": cache}
+
+    exe = planish.optimize(
+        model, example_inputs=feeds(2), dynamic_shapes={0: "batch"}, passes="", budget=Budget(gates=False)
+    )
+    assert [spec.shape for spec in exe.inputs] == [("batch", 1), *[("batch", 2, 5, 4)] * 4]
+    given = feeds(3)
+    layers = given["past_key_values"].layers
+    tensors = [layer.keys.clone() for layer in layers] + [layer.values.clone() for layer in layers]
+    got = exe(given["input_ids"], *tensors)
+    with torch.no_grad():
+        expected = model(**given)
+    torch.testing.assert_close(got[0], expected.logits, rtol=1e-4, atol=1e-5)

@@ -111,3 +111,17 @@ def test_a_number_is_refused_after_an_array_of_its_shape_too() -> None:
     assert runner.run({"x": np.array(2, np.float32)})["y"] == -2
     with pytest.raises(InputError, match="give a numpy array"):
         runner.run({"x": np.float32(2)})
+
+
+def test_a_dtype_without_kernels_says_what_to_convert_to() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Gelu", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, [2])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9))
+    with pytest.raises(
+        InputError, match=r"no CPU kernel for Erf \(opset 13\); the model is double: convert it to float32"
+    ):
+        compile_ort(model, Target.parse("ort-cpu:threads=1"))
