@@ -73,7 +73,7 @@ def measure(source: str, gates: bool, path: str) -> dict[str, Any]:
 
     budget = planish.Budget(gates=gates)
     if source == "module":
-        import planish.frontends.torch  # noqa: F401
+        import planish.frontends.torch
 
         model, inputs = bert(), examples()
         names = {0: "batch", 1: "sequence"}
