@@ -117,6 +117,7 @@ def optimize_with(
     best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
     ledger.synthetic = program.calibration is not None and program.calibration.synthetic
     hooks.progress("preparing the executable")
+    ledger.notes += bench.runner(best).notes
     report = _report(model, program, best, pipeline, ledger, time.monotonic() - started, budget)
     return Executable(best, {"main": bench.runner(best)}, report=report, pipeline=report.pipeline)
 

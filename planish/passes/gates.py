@@ -30,6 +30,8 @@ DEFAULT_APPROXIMATE_ERROR = 1e-2
 DEFAULT_SECONDS = 12.0
 #: A program counts as slower from here on: two sessions of one and the same graph differ by up to a percent.
 SLOWER = 0.99
+#: And by this much at least: a program of microseconds differs by one between sessions.
+NOTICEABLE_MS = 0.002
 
 _UNRUNNABLE = ErrorStats(float("inf"), float("inf"), -1.0)
 
@@ -294,4 +296,6 @@ class Gates:
 
 
 def _slower(ratio: Ratio) -> bool:
-    return ratio.slower and ratio.median < SLOWER
+    lost = (ratio.candidate_ms or 0.0) - (ratio.baseline_ms or 0.0)
+    known = ratio.baseline_ms is not None and ratio.candidate_ms is not None
+    return ratio.slower and ratio.median < SLOWER and not (known and lost < NOTICEABLE_MS)

@@ -60,11 +60,15 @@ def compile_ort(
     large = sum(tensor.nbytes for tensor in weights.values()) > _LARGE
     if large:
         memory.trim()  # what sessions that are gone have left behind
+    wanted = settings.graph_optimization_level
     session = create_session(proto.SerializeToString(), settings, model)
     if large:
         memory.trim()
         memory.drop_pages(weights.values())
-    return OrtRunner(session, inputs, outputs, flush_denormals=_flushes(settings), keep_alive=kept)
+    runner = OrtRunner(session, inputs, outputs, flush_denormals=_flushes(settings), keep_alive=kept)
+    if settings.graph_optimization_level != wanted:
+        runner.notes.append("ONNX Runtime's own fusions break this model; it runs with its basic optimizations only.")
+    return runner
 
 
 def create_session(model: bytes, settings: ort.SessionOptions, named: ir.Model | None = None) -> ort.InferenceSession:

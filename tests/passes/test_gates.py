@@ -69,6 +69,7 @@ class FakeBench:
     interrupt_at: int = -1
     noise: Callable[[], float] = lambda: 0.0
     forgotten: int = 0
+    milliseconds: float | None = None
     times_again: dict[str, float] = field(default_factory=dict)
 
     def run(self, program: Program) -> list[dict[str, Any]]:
@@ -93,7 +94,10 @@ class FakeBench:
 
     def speedup(self, baseline: Program, candidate: Program, *, seconds: float, threshold: float) -> Ratio:
         ratio = self.seconds(baseline) / self.seconds(candidate)
-        return Ratio(ratio, ratio - self.width, ratio + self.width, 9)
+        times = {}
+        if self.milliseconds is not None:
+            times = {"baseline_ms": self.milliseconds, "candidate_ms": self.milliseconds / ratio}
+        return Ratio(ratio, ratio - self.width, ratio + self.width, 9, **times)
 
 
 def gated(
@@ -175,6 +179,12 @@ def test_a_program_is_slower_only_if_a_second_session_is_slower_too() -> None:
 
 def test_half_a_percent_is_not_slower() -> None:
     assert gated(exact("b"), FakeBench(times={"b": 1.005}, width=0.001))[0] == ["b"]
+
+
+@pytest.mark.parametrize(("milliseconds", "kept"), [(0.010, ["b"]), (1.0, [])])
+def test_a_microsecond_is_not_slower(milliseconds: float, kept: list[str]) -> None:
+    bench = FakeBench(times={"b": 1.1}, milliseconds=milliseconds)
+    assert gated(exact("b"), bench)[0] == kept
 
 
 def test_an_exact_pass_without_gain_stays_unless_a_gain_was_asked_for() -> None:

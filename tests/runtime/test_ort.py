@@ -301,3 +301,23 @@ def test_other_targets_are_refused() -> None:
     program = Program.single(model('<ir_version: 9, opset_import: ["" : 20]> g (float x) => (float y) { y = Abs(x) }'))
     with pytest.raises(UnsupportedError, match="use 'ort-cpu'"):
         compile_ort(program.main, Target.parse("ort-cuda"))
+
+
+def test_a_model_that_the_runtimes_own_fusions_break_runs_and_says_so() -> None:
+    # Two Gelus, exact and approximate, that share the product with one half.
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    g (float[B, 4] x) => (float[B, 4] y)
+    <float half = {0.5}, float one = {1}, float root = {1.4142135}, float three = {3}, float c = {0.044715},
+     float rate = {0.7978845}>
+    {
+      h = Mul(x, half)
+      d = Div(x, root) e = Erf(d) e1 = Add(e, one) a = Mul(h, e1)
+      p = Pow(x, three) q = Mul(p, c) s = Add(x, q) r = Mul(s, rate) t = Tanh(r) t1 = Add(t, one) b = Mul(h, t1)
+      y = Add(a, b)
+    }"""
+    runner = compile_ort(model(text), TARGET)
+    plain = compile_ort(model(text), TARGET, optimize=False)
+    x = np.linspace(-2, 2, 8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_allclose(runner.run({"x": x})["y"], plain.run({"x": x})["y"], rtol=1e-5, atol=1e-6)
+    assert runner.notes == ["ONNX Runtime's own fusions break this model; it runs with its basic optimizations only."]
+    assert not plain.notes
