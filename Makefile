@@ -3,6 +3,8 @@
 #   make test                  linters, types, all tests
 #   make conformance           the ONNX backend test suite, plain and optimized
 #   make bench-architectures   the table of the README
+#   make bench-optimize        what an optimization itself costs, in time and memory
+#   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
 VENV ?= .venv
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint conformance bench-architectures clean
+.PHONY: demo test lint conformance bench-architectures bench-optimize bench-startup clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -33,6 +35,12 @@ conformance: $(STAMP)
 
 bench-architectures: $(STAMP)
 	@$(BIN)/python benchmarks/architectures.py
+
+bench-optimize: $(STAMP)
+	@$(BIN)/python benchmarks/optimize_cost.py
+
+bench-startup: $(STAMP)
+	@$(BIN)/python benchmarks/startup.py
 
 # The environment is made again only when the requirements change.
 $(STAMP): pyproject.toml constraints.txt
