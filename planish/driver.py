@@ -25,7 +25,7 @@ from planish.runtime.report import Report
 if TYPE_CHECKING:
     from planish.passes.instruments import Instrument
 
-__all__ = ["Hooks", "Interrupted", "optimize", "optimize_with"]
+__all__ = ["Hooks", "Interrupted", "optimize"]
 
 
 @dataclass
@@ -55,6 +55,7 @@ def optimize(
     passes: str | Sequence[Pass] | None = None,
     calibration: Any = None,
     budget: Budget | None = None,
+    hooks: Hooks | None = None,
 ) -> Executable:
     """Optimizes a model for a target; every change is held to a measured error and a measured gain.
 
@@ -67,6 +68,7 @@ def optimize(
         calibration: inputs to measure with: a dict by input name, a tuple in input order, or a list of these.
             None: the example inputs; without these, inputs made from the specs, marked as synthetic.
         budget: limits of the gates; None for the defaults of :class:`planish.Budget`.
+        hooks: progress, instruments, the journal and reproducers.
 
     Returns:
         An executable; ``exe.report`` says what was done, what it cost and what it gained.
@@ -75,30 +77,7 @@ def optimize(
         InputError: something given is wrong; the message says what, where, and what to do.
         Interrupted: Ctrl-C; a ``KeyboardInterrupt`` that carries the best program so far.
     """
-    return optimize_with(
-        Hooks(),
-        model,
-        target,
-        example_inputs=example_inputs,
-        dynamic_shapes=dynamic_shapes,
-        passes=passes,
-        calibration=calibration,
-        budget=budget,
-    )
-
-
-def optimize_with(
-    hooks: Hooks,
-    model: Any,
-    target: str | Target = "ort-cpu",
-    *,
-    example_inputs: Any = None,
-    dynamic_shapes: Any = None,
-    passes: str | Sequence[Pass] | None = None,
-    calibration: Any = None,
-    budget: Budget | None = None,
-) -> Executable:
-    """:func:`optimize` with hooks for progress, instruments, the journal and reproducers."""
+    hooks = hooks or Hooks()
     started = time.monotonic()
     target, budget = _implemented(Target.parse(target)), budget if budget is not None else Budget()
     if not isinstance(budget, Budget):

@@ -91,7 +91,7 @@ def optimize(
     from pathlib import Path
 
     from planish.cli import commands, debugging, files, printing
-    from planish.driver import Hooks, Interrupted, optimize_with
+    from planish.driver import Hooks, Interrupted, optimize
     from planish.passes.gates import DEFAULT_SECONDS
     from planish.runtime.artifact_writer import check_target
 
@@ -109,7 +109,7 @@ def optimize(
             journal=commands.journal(journal, resume),
         )
         try:
-            exe, stopped = optimize_with(hooks, model, wanted, passes=passes, calibration=data, budget=limits), False
+            exe, stopped = optimize(model, wanted, passes=passes, calibration=data, budget=limits, hooks=hooks), False
         except Interrupted as interrupt:
             saved = commands.salvage(model, interrupt, wanted, passes, synthetic=data is None)
             if saved is None or output is None:
