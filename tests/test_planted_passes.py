@@ -16,7 +16,7 @@ import pytest
 import planish
 from planish.ir.program import Program
 from planish.passes import registry
-from planish.passes.base import ExactPass, PassContext, PassResult
+from planish.passes.base import ApproximatePass, ExactPass, PassContext, PassResult
 from planish.passes.registry import register
 
 pytestmark = pytest.mark.no_verify  # the gates themselves must catch what the fixture would
@@ -163,3 +163,26 @@ def test_a_reproducer_reproduces(planted: Path, capsys: Any) -> None:
     folder = Path(str(exe.report.ledger["planted-numerics"].reproducer))
     again = planish.optimize(folder / "before.onnx", passes=(folder / "pipeline.txt").read_text().strip())
     assert again.report.ledger["planted-numerics"].verdict.startswith("rolled back: error")
+
+
+@dataclass(frozen=True)
+class Halve(ApproximatePass):
+    """Scales a weight by a half: cheap, and far beyond any default budget."""
+
+    name: ClassVar[str] = "planted-approximate"
+    gives_up: ClassVar[str] = "half of the scale"
+
+    def apply(self, program: Program, ctx: PassContext) -> PassResult:
+        scale = program.main.graph.initializers["scale"]
+        assert scale.const_value is not None
+        scale.const_value = ir.tensor(scale.const_value.numpy() / 2, name="scale")
+        return PassResult(True, 1)
+
+
+def test_an_approximate_pass_over_its_budget_is_rolled_back_on_the_runtime() -> None:
+    exe = planish.optimize(model(), passes=[Halve()], budget=planish.Budget(error=1e-3, seconds=1))
+    entry = exe.report.ledger["planted-approximate"]
+    assert not entry.kept
+    assert entry.verdict.startswith("rolled back: error ") and "> 1.0e-03" in entry.verdict
+    x, scale = np.ones((1, 8), np.float32), np.arange(1, 9, dtype=np.float32)
+    np.testing.assert_allclose(exe(x), np.tanh(scale)[None] + scale, rtol=1e-6)

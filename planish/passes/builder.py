@@ -14,8 +14,8 @@ from planish.ir.hashing import tensor_digest
 from planish.ir.program import Program
 from planish.ir.provenance import provenance
 from planish.passes.base import Decline
-from planish.passes.canonicalize.opset_tables import needs_opset
 from planish.passes.names import Names
+from planish.passes.opset import needs_opset
 
 _ONLY = {"tensor(bool)": ir.DataType.BOOL, "tensor(int64)": ir.DataType.INT64}  # what predicates and Shape return
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})

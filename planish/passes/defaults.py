@@ -6,7 +6,7 @@ from planish.ir.target import Target
 
 # Cleaning comes first, so that fusions see one form of a thing; fusions come largest first, since a small one
 # would take apart what a larger one looks for; and what they leave behind is cleaned at the end.
-_CLEAN = (
+CLEAN = (
     "lift-constants",
     "fold-constants",
     "remove-no-ops",
@@ -27,11 +27,9 @@ _FUSE = (
     "fuse-matmul-add",
 )
 # Files often carry no types of inner values, and most rules ask for them; more follow once shapes are simplified.
-_PIPELINES = {
-    "ort-cpu": ("raise-opset", "infer-shapes", *_CLEAN, "infer-shapes", *_FUSE, *_CLEAN, "lower-residual-add")
-}
+_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *CLEAN, "infer-shapes", *_FUSE, *CLEAN, "lower-residual-add")}
 
 
 def default_pipeline(target: Target | str) -> str:
     """The pipeline string of a target's exact passes."""
-    return ",".join(_PIPELINES.get(Target.parse(target).name, _CLEAN))
+    return ",".join(_PIPELINES.get(Target.parse(target).name, CLEAN))

@@ -21,9 +21,9 @@ from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.passes.base import Decline, PassContext, PassResult
 from planish.passes.builder import Builder, Constants
-from planish.passes.canonicalize.opset_tables import needs_opset
 from planish.passes.matcher import Matcher
 from planish.passes.names import Names
+from planish.passes.opset import needs_opset
 from planish.passes.replace import Replacer
 from planish.passes.rule import CompiledRule, Match, Rule, Site, as_values
 from planish.passes.values import users

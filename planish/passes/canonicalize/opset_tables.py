@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-#: The newest opset that the tables and adapters were checked for: the one of the IR core.
-NEWEST = 23
-#: The oldest opset that it is worth raising a model to.
-OLDEST = 13
-
 # First version from which all versions to NEWEST keep the meaning: a later one merely widens types, or adds inputs or
 # attributes whose default is the old behaviour.
 _STABLE_FROM = {
@@ -37,9 +32,3 @@ _STABLE_FROM = {
 }
 STABLE = {name: version for version, names in _STABLE_FROM.items() for name in names.split()}
 REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
-
-
-def needs_opset(wanted: int, present: int) -> str:
-    """Why a rule does not act on a model of an older opset than it is for."""
-    hint = " (raise-opset comes first)" if wanted <= NEWEST else ""
-    return f"needs opset {wanted}, the model has {present}{hint}"

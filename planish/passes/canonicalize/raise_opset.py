@@ -16,8 +16,8 @@ from planish.ir.schemas import min_ir_version
 from planish.ir.verify import verify_model
 from planish.passes.base import ExactPass, PassContext, PassResult
 from planish.passes.canonicalize.opset_adapters import TYPED, Blocked, Names, Site, raise_node, since
-from planish.passes.canonicalize.opset_tables import NEWEST, OLDEST
 from planish.passes.canonicalize.ranks import infer_ranks
+from planish.passes.opset import NEWEST, OLDEST
 from planish.passes.registry import register
 
 

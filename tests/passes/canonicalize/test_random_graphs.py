@@ -10,18 +10,10 @@ from hypothesis import strategies as st
 from planish.ir.infer import infer_shapes
 from planish.ir.names import ensure_names
 from planish.passes import registry
+from planish.passes.defaults import CLEAN
 from tests.passes.canonicalize.canonical_support import assert_same, run_pass
 
-PASSES = (
-    "infer-shapes",
-    "lift-constants",
-    "fold-constants",
-    "remove-no-ops",
-    "simplify-shapes",
-    "compose-views",
-    "eliminate-common-subexpressions",
-    "eliminate-dead-code",
-)
+PASSES = ("infer-shapes", *CLEAN)
 UNARY = ("Neg", "Abs", "Relu", "Identity", "Floor")
 BINARY = ("Add", "Sub", "Mul", "Max")
 
