@@ -4,6 +4,7 @@
 #   make conformance           the ONNX backend test suite, plain and optimized
 #   make bench-architectures   the table of the README
 #   make bench-optimize        what an optimization itself costs, in time and memory
+#   make bench-fusion          whole models, causal attention and the optimizer's cost against every peer
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint conformance bench-architectures bench-optimize bench-startup clean
+.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-startup clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -38,6 +39,9 @@ bench-architectures: $(STAMP)
 
 bench-optimize: $(STAMP)
 	@$(BIN)/python benchmarks/optimize_cost.py
+
+bench-fusion: $(STAMP)
+	@$(BIN)/python benchmarks/fusion.py
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py

@@ -1,0 +1,213 @@
+"""Fused graphs against every peer, in one interleaved run: whole models, causal attention, the optimizer's cost.
+
+    python benchmarks/fusion.py [--only models causal cost] [--rows BERT ResNet-50] [--peers planish openvino]
+                                [--seconds 20] [--threads 1] [--small] [--json FILE]
+
+Each model is exported once with ``torch.onnx.export`` (dynamic batch and length), and all peers that take ONNX read
+that file. Every peer of a row is a process of its own, so that the threads, allocators and floating-point modes of one
+do not touch another; all of them are built and warm before the first sample. Then one after the other is asked for a
+run, in rounds of shuffled order. Ratios are taken within a round, against plain ONNX Runtime with all its
+optimizations; the interval is a bootstrap of the median (95 %). One thread is timed in processor time, more threads in
+wall time, on a machine of your own. Outputs are compared with eager torch in float32, those of planish and of plain
+ONNX Runtime at a dozen other batches and lengths too. A peer that fails, or is wrong, is shown as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.fusion_peers import PEERS, Job  # noqa: E402
+from benchmarks.fusion_rows import ROWS, Row, slug  # noqa: E402
+from benchmarks.fusion_workers import HERE, Workers, entry, environment, error, finite, pair  # noqa: E402
+
+TABLES = ("models", "causal", "cost")
+SHOWN = [peer for peer in PEERS if peer not in ("ort", "broken")]
+#: Those that planish promises not to be slower than.
+HELD_AGAINST = ("ort", "ort_fusions", "compile")
+PACKAGES = ("onnxruntime", "torch", "transformers", "onnxscript", "openvino", "onnx")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(folder: Path, *arguments: str) -> str:
+    """Runs ``fusion_models.py``; its last line if it failed."""
+    folder.mkdir(parents=True)
+    what, *rest = arguments
+    command = [sys.executable, str(HERE / "fusion_models.py"), what, str(folder), *rest]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(1))
+    lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+    return "" if done.returncode == 0 else lines[-1]
+
+
+def measure(row: Row, folder: Path, peers: list[str], given: argparse.Namespace) -> dict[str, Any]:
+    """One row: `folder` holds the model's file."""
+    place = folder / slug(row.name)
+    timed = place / "timed.npz"
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    more = {"row": row.name, "small": given.small, "threads": given.threads, "model_type": row.model_type, **about}
+    model = str(folder / "model.onnx")
+    # Eager is the reference even where it is not timed.
+    jobs = {
+        peer: Job(peer=peer, model=model, timed=str(timed), folder=str(place / peer), **more)
+        for peer in dict.fromkeys(("eager", *peers))
+    }
+    with Workers(jobs) as workers:
+        workers.build()
+        expected = workers.outputs("eager", timed)
+        distances = {peer: error(expected, workers.outputs(peer, timed)) for peer in peers}
+        entries = {peer: entry(workers, peer, distances[peer]) for peer in peers}
+        times = workers.time([peer for peer in peers if entries[peer]["status"] == "ok"], given.seconds)
+        for peer in peers:
+            entries[peer] |= workers.processes[peer].failure or {}
+        pair(entries, times, "ort")
+        lengths = check(workers, row, place, [peer for peer in ("planish", "ort") if peer in times], given.small)
+    rounds = max(map(len, times.values()), default=0)
+    return {
+        "row": row.name,
+        "transformer": row.transformer,
+        "batch": row.batch,
+        "length": row.small if given.small else row.length,
+        "rounds": rounds,
+        "peers": entries,
+        "lengths": lengths,
+    }
+
+
+def check(workers: Workers, row: Row, place: Path, peers: list[str], small: bool) -> dict[str, dict[str, Any]]:
+    """The artifact at other batches and lengths, against eager: relative L2 by ``<batch>x<length>``, and the worst."""
+    result: dict[str, dict[str, Any]] = {peer: {"relative_l2": {}, "worst": 0.0} for peer in peers}
+    for batch, length in row.pairs(small):
+        feeds = place / f"{batch}x{length}.npz"
+        expected = workers.outputs("eager", feeds)
+        for peer in peers:
+            distance = error(expected, workers.outputs(peer, feeds))
+            found = result[peer]
+            found["relative_l2"][f"{batch}x{length}"] = finite(distance)
+            # What could not be run or compared is no small error.
+            distance = math.inf if distance is None else distance
+            found["worst"] = finite(max(distance, math.inf if found["worst"] is None else found["worst"]))
+            if (failure := workers.processes[peer].failure) is not None:
+                found.setdefault("failure", failure | {"at": f"{batch}x{length}"})
+    return result
+
+
+def models(rows: list[Row], peers: list[str], folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows' results; a model's file is there as long as rows need it."""
+    results = []
+    for name in dict.fromkeys(row.model for row in rows):
+        same = [row for row in rows if row.model == name]
+        place = folder / slug(name)
+        say(f"exporting {name}")
+        failure = write(place, "rows", "small" if given.small else "full", *(row.name for row in same))
+        for row in same:
+            started = time.monotonic()
+            if failure:
+                entries = {peer: {"status": "failed", "reason": f"export: {failure}"} for peer in peers}
+                results.append({"row": row.name, "transformer": row.transformer, "peers": entries, "lengths": {}})
+            else:
+                say(f"[{len(results) + 1}/{len(rows)}] {row.name}")
+                results.append(measure(row, place, peers, given))
+            results[-1]["seconds"] = time.monotonic() - started
+        shutil.rmtree(place)
+    return results
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows come to.
+
+    Returns:
+        `geomean`: planish against plain ORT over the transformer rows; `slower`: [row, peer, ratio] where planish is
+        slower beyond the interval; `invalid`: [row, why] where planish failed or is wrong.
+    """
+    gains, slower, invalid = [], [], []
+    for row in rows:
+        mine = row["peers"].get("planish")
+        if mine is None:
+            continue
+        if mine["status"] != "ok":
+            invalid.append([row["row"], f"{mine['status']}: {mine.get('reason', '')}"])
+        elif row["lengths"].get("planish", {}).get("worst", 0.0) is None:
+            invalid.append([row["row"], "not every length"])
+        if row["transformer"] and "ratio" in mine:
+            gains.append(mine["ratio"]["median"])
+        for peer in HELD_AGAINST:
+            against = row["peers"].get(peer, {}).get("planish_against")
+            if against is not None and against["high"] < 1:
+                slower.append([row["row"], peer, against])
+    geomean = math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
+    return {"geomean": geomean, "transformer_rows": len(gains), "slower": slower, "invalid": invalid}
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def chosen(names: list[str] | None) -> list[Row]:
+    """Rows whose name starts with one of `names`; all without any."""
+    if not names:
+        return list(ROWS.values())
+    found = [row for row in ROWS.values() if any(row.name.lower().startswith(name.lower()) for name in names)]
+    if not found:
+        raise SystemExit(f"no row starts with {' or '.join(names)}; rows: {', '.join(ROWS)}")
+    return found
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="tables")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"beginnings of: {', '.join(ROWS)}")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=SHOWN, help="besides plain ORT")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing per row; at least 7 rounds are taken")
+    parser.add_argument("--threads", type=int, default=1, help="1 (the default) is timed in processor time")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark itself")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "fusion.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from benchmarks import fusion_tables as tables
+
+    given = parse(arguments)
+    peers = list(dict.fromkeys(("ort", *given.peers)))
+    result: dict[str, Any] = {
+        "about": {
+            "machine": platform.processor() or platform.machine(),
+            "threads": given.threads,
+            "seconds": given.seconds,
+            "small": given.small,
+            "versions": versions(),
+        }
+    }
+    with tempfile.TemporaryDirectory(prefix="planish-fusion-") as name:
+        if "models" in given.only:
+            result["rows"] = models(chosen(given.rows), peers, Path(name), given)
+            result["summary"] = summary(result["rows"])
+    given.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    tables.show(result)
+    return 1 if result.get("summary", {}).get("invalid") else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
