@@ -32,12 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.fusion_peers import PEERS, Job  # noqa: E402
 from benchmarks.fusion_rows import ROWS, Row, slug  # noqa: E402
+from benchmarks.fusion_summary import summary  # noqa: E402
 from benchmarks.fusion_workers import HERE, Workers, entry, environment, error, finite, pair  # noqa: E402
 
 TABLES = ("models", "causal", "cost")
 SHOWN = [peer for peer in PEERS if peer not in ("ort", "broken")]
-#: Those that planish promises not to be slower than.
-HELD_AGAINST = ("ort", "ort_fusions", "compile")
+CAUSAL, CAUSAL_SMALL = (512, 1024, 2048), (48,)
+LADDER, LADDER_SMALL = (4, 12, 48, 96), (1, 2)
 PACKAGES = ("onnxruntime", "torch", "transformers", "onnxscript", "openvino", "onnx")
 
 
@@ -128,30 +129,38 @@ def models(rows: list[Row], peers: list[str], folder: Path, given: argparse.Name
     return results
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows come to.
+def causal(folder: Path, peers: list[str], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Causal attention by itself, a result per length."""
+    from benchmarks.fusion_causal import measure as measure_causal
 
-    Returns:
-        `geomean`: planish against plain ORT over the transformer rows; `slower`: [row, peer, ratio] where planish is
-        slower beyond the interval; `invalid`: [row, why] where planish failed or is wrong.
-    """
-    gains, slower, invalid = [], [], []
-    for row in rows:
-        mine = row["peers"].get("planish")
-        if mine is None:
-            continue
-        if mine["status"] != "ok":
-            invalid.append([row["row"], f"{mine['status']}: {mine.get('reason', '')}"])
-        elif row["lengths"].get("planish", {}).get("worst", 0.0) is None:
-            invalid.append([row["row"], "not every length"])
-        if row["transformer"] and "ratio" in mine:
-            gains.append(mine["ratio"]["median"])
-        for peer in HELD_AGAINST:
-            against = row["peers"].get(peer, {}).get("planish_against")
-            if against is not None and against["high"] < 1:
-                slower.append([row["row"], peer, against])
-    geomean = math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
-    return {"geomean": geomean, "transformer_rows": len(gains), "slower": slower, "invalid": invalid}
+    results = []
+    for length in CAUSAL_SMALL if given.small else CAUSAL:
+        say(f"causal attention, {length}")
+        place = folder / f"causal-{length}"
+        place.mkdir()
+        results.append(measure_causal(length, place, given.seconds, given.threads, peers))
+    return results
+
+
+def cost(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `planish.optimize` costs, by the number of layers: a result per rung of the ladder."""
+    results: list[dict[str, Any]] = []
+    for layers in LADDER_SMALL if given.small else LADDER:
+        say(f"optimizing {layers} layers")
+        place = folder / f"ladder-{layers}"
+        failure = write(place, "ladder", str(layers))
+        result: dict[str, Any] = {"layers": layers, "status": "failed", "reason": f"export: {failure}"}
+        if not failure:
+            job = Job("planish", str(place / "model.onnx"), str(place / "timed.npz"), str(place / "planish"))
+            with Workers({"planish": job}) as workers:
+                workers.build()
+                found = entry(workers, "planish", None)
+            about = found.get("about", {})
+            result = {"layers": layers, "status": found["status"], "reason": found.get("reason", "")}
+            result |= {key: about.get(key) for key in ("optimize_seconds", "optimize_processor_seconds")}
+            result |= {key: about.get(key) for key in ("nodes_before", "nodes_after")}
+        results.append(result)
+    return results
 
 
 def versions() -> dict[str, str]:
@@ -203,10 +212,14 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="planish-fusion-") as name:
         if "models" in given.only:
             result["rows"] = models(chosen(given.rows), peers, Path(name), given)
-            result["summary"] = summary(result["rows"])
+        if "causal" in given.only:
+            result["causal"] = causal(Path(name), peers, given)
+        if "cost" in given.only:
+            result["cost"] = cost(Path(name), given)
+    result["summary"] = summary(result)
     given.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     tables.show(result)
-    return 1 if result.get("summary", {}).get("invalid") else 0
+    return 1 if result["summary"]["invalid"] else 0
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from benchmarks.fusion_rows import ROWS, Row, slug  # noqa: E402
-from tests.architectures import ARCHITECTURES, text  # noqa: E402
+from benchmarks.fusion_rows import ROWS, Row, slug
+from tests.architectures import ARCHITECTURES, text
 
 Feeds = dict[str, np.ndarray]
 

@@ -7,9 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: Relative L2 that an exact pass may cost on these models.
-LIMIT = 1e-5
-
 
 def show(result: dict[str, Any]) -> None:
     """Prints the tables of a result that are there."""
@@ -17,7 +14,11 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=max(console.width, 170)) if not console.is_terminal else console
     if "rows" in result:
         models(console, result)
-        totals(console, result["summary"])
+    if "causal" in result:
+        causal(console, result)
+    if "cost" in result:
+        cost(console, result["cost"])
+    totals(console, result["summary"])
 
 
 def interval(ratio: dict[str, Any]) -> str:
@@ -59,11 +60,59 @@ def models(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
 
 
+def causal(console: Console, result: dict[str, Any]) -> None:
+    """The table of causal attention."""
+    rows = result["causal"]
+    title = "causal attention, 12 heads of 64, batch 1: ms, and planish's ratio to it"
+    table = Table(title=title, caption="flushed: with session.set_denormal_as_zero; one process each")
+    table.add_column("form")
+    for row in rows:
+        table.add_column(f"{row['length']}", justify="right")
+    for name in rows[0]["peers"]:
+        table.add_row(name, *(form(row["peers"][name]) for row in rows))
+    worst = ["failed" if row["lengths"] is None else small(row["lengths"]) for row in rows]
+    if "planish" in rows[0]["peers"]:
+        table.add_row("planish error", *(small(row["peers"]["planish"]["relative_l2"]) for row in rows))
+        table.add_row("at other lengths", *worst)
+    console.print(table)
+
+
+def form(item: dict[str, Any]) -> str:
+    if item["status"] != "ok":
+        return cell(item)
+    ratio = item.get("planish_against")
+    return f"{item['ms']:.2f}" + (f"  {interval(ratio)}" if ratio is not None else "")
+
+
+def cost(console: Console, rungs: list[dict[str, Any]]) -> None:
+    """The table of the optimizer's cost."""
+    table = Table(title="planish.optimize of a BERT with hidden size 64, gates off")
+    for column in ("layers", "seconds", "processor seconds", "the same per layer", "nodes before", "nodes after"):
+        table.add_column(column, justify="right")
+    for rung in rungs:
+        if rung["status"] != "ok":
+            table.add_row(str(rung["layers"]), cell(rung))
+            continue
+        used = rung["optimize_processor_seconds"]
+        times = (f"{rung['optimize_seconds']:.2f}", f"{used:.2f}", f"{used / rung['layers']:.4f}")
+        table.add_row(str(rung["layers"]), *times, str(rung["nodes_before"]), str(rung["nodes_after"]))
+    console.print(table)
+
+
 def totals(console: Console, summary: dict[str, Any]) -> None:
+    """What it all comes to, in lines."""
+    lines = []
     if summary["geomean"] is not None:
         text = f"planish / plain ORT, geometric mean of {summary['transformer_rows']} transformer rows"
-        console.print(f"{text}: {summary['geomean']:.3f}", highlight=False)
-    for row, peer, ratio in summary["slower"]:
-        console.print(f"slower than {peer} on {row}: {interval(ratio)}", highlight=False, markup=False)
-    for row, reason in summary["invalid"]:
-        console.print(f"planish is not valid on {row}: {reason}", highlight=False, markup=False)
+        lines.append(f"{text}: {summary['geomean']:.3f}")
+    for length, found in summary["causal"].items():
+        for which, why in (("default", ""), ("any", ", flushed or not")):
+            if found[which] is not None:
+                name, ratio = found[which]
+                lines.append(f"causal {length}: planish / fastest plain form{why} ({name}): {interval(ratio)}")
+    if summary["linear"] is not None:
+        lines.append(f"cost of a further layer, end of the ladder / before: {summary['linear']:.2f}")
+    lines += [f"planish is slower than {peer} on {row}: {interval(ratio)}" for row, peer, ratio in summary["slower"]]
+    lines += [f"planish is not valid on {where}: {why}" for where, why in summary["invalid"]]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
