@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,59 +109,54 @@ def check(workers: Workers, row: Row, place: Path, peers: list[str], small: bool
     return result
 
 
-def models(rows: list[Row], peers: list[str], folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows' results; a model's file is there as long as rows need it."""
-    results = []
+def models(rows: list[Row], peers: list[str], folder: Path, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows' results, one by one; a model's file is there as long as rows need it."""
+    done = 0
     for name in dict.fromkeys(row.model for row in rows):
         same = [row for row in rows if row.model == name]
         place = folder / slug(name)
         say(f"exporting {name}")
         failure = write(place, "rows", "small" if given.small else "full", *(row.name for row in same))
         for row in same:
-            started = time.monotonic()
+            done += 1
+            say(f"[{done}/{len(rows)}] {row.name}")
             if failure:
                 entries = {peer: {"status": "failed", "reason": f"export: {failure}"} for peer in peers}
-                results.append({"row": row.name, "transformer": row.transformer, "peers": entries, "lengths": {}})
-            else:
-                say(f"[{len(results) + 1}/{len(rows)}] {row.name}")
-                results.append(measure(row, place, peers, given))
-            results[-1]["seconds"] = time.monotonic() - started
+                yield {"row": row.name, "transformer": row.transformer, "peers": entries, "lengths": {}}
+                continue
+            started = time.monotonic()
+            yield measure(row, place, peers, given) | {"seconds": time.monotonic() - started}
         shutil.rmtree(place)
-    return results
 
 
-def causal(folder: Path, peers: list[str], given: argparse.Namespace) -> list[dict[str, Any]]:
+def causal(folder: Path, peers: list[str], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Causal attention by itself, a result per length."""
     from benchmarks.fusion_causal import measure as measure_causal
 
-    results = []
     for length in CAUSAL_SMALL if given.small else CAUSAL:
         say(f"causal attention, {length}")
         place = folder / f"causal-{length}"
         place.mkdir()
-        results.append(measure_causal(length, place, given.seconds, given.threads, peers))
-    return results
+        yield measure_causal(length, place, given.seconds, given.threads, peers)
 
 
-def cost(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
+def cost(folder: Path, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What `planish.optimize` costs, by the number of layers: a result per rung of the ladder."""
-    results: list[dict[str, Any]] = []
     for layers in LADDER_SMALL if given.small else LADDER:
         say(f"optimizing {layers} layers")
         place = folder / f"ladder-{layers}"
         failure = write(place, "ladder", str(layers))
-        result: dict[str, Any] = {"layers": layers, "status": "failed", "reason": f"export: {failure}"}
-        if not failure:
-            job = Job("planish", str(place / "model.onnx"), str(place / "timed.npz"), str(place / "planish"))
-            with Workers({"planish": job}) as workers:
-                workers.build()
-                found = entry(workers, "planish", None)
-            about = found.get("about", {})
-            result = {"layers": layers, "status": found["status"], "reason": found.get("reason", "")}
-            result |= {key: about.get(key) for key in ("optimize_seconds", "optimize_processor_seconds")}
-            result |= {key: about.get(key) for key in ("nodes_before", "nodes_after")}
-        results.append(result)
-    return results
+        if failure:
+            yield {"layers": layers, "status": "failed", "reason": f"export: {failure}"}
+            continue
+        job = Job("planish", str(place / "model.onnx"), str(place / "timed.npz"), str(place / "planish"))
+        with Workers({"planish": job}) as workers:
+            workers.build()
+            found = entry(workers, "planish", None)
+        about = found.get("about", {})
+        keys = ("optimize_seconds", "optimize_processor_seconds", "nodes_before", "nodes_after")
+        result = {"layers": layers, "status": found["status"], "reason": found.get("reason", "")}
+        yield result | {key: about.get(key) for key in keys}
 
 
 def versions() -> dict[str, str]:
@@ -199,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks import fusion_tables as tables
 
     given = parse(arguments)
+    rows = chosen(given.rows)
     peers = list(dict.fromkeys(("ort", *given.peers)))
     result: dict[str, Any] = {
         "about": {
@@ -210,14 +207,18 @@ def main(arguments: list[str] | None = None) -> int:
         }
     }
     with tempfile.TemporaryDirectory(prefix="planish-fusion-") as name:
-        if "models" in given.only:
-            result["rows"] = models(chosen(given.rows), peers, Path(name), given)
-        if "causal" in given.only:
-            result["causal"] = causal(Path(name), peers, given)
-        if "cost" in given.only:
-            result["cost"] = cost(Path(name), given)
-    result["summary"] = summary(result)
-    given.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        folder = Path(name)
+        parts = {
+            "rows": models(rows, peers, folder, given) if "models" in given.only else None,
+            "causal": causal(folder, peers, given) if "causal" in given.only else None,
+            "cost": cost(folder, given) if "cost" in given.only else None,
+        }
+        for part, results in parts.items():
+            for item in results or ():
+                result.setdefault(part, []).append(item)
+                result["summary"] = summary(result)
+                # After each, so that what is measured is there if the rest is stopped.
+                given.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     tables.show(result)
     return 1 if result["summary"]["invalid"] else 0
 
