@@ -80,7 +80,7 @@ def test_every_length(name: str, attention: str, tmp_path: Path) -> None:
     model.config._attn_implementation = attention
     module = Flat(model).eval()
     path = tmp_path / "model.onnx"
-    dims = {i: torch.export.Dim.DYNAMIC for i in TEXT}
+    dims = dict.fromkeys(TEXT, torch.export.Dim.DYNAMIC)
     example = tuple(inputs(2, 24, "right").values())
     torch.onnx.export(
         module, example, path, dynamo=True, input_names=["input_ids", "attention_mask"],
