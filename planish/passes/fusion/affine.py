@@ -88,7 +88,8 @@ def fold(op: Any, match: Match, scale: np.ndarray, shift: np.ndarray | None) -> 
     attributes = dict(node.attributes)
     if bias is not None and node.op_type == "Gemm":
         attributes.pop("beta", None)
-    return getattr(op, node.op_type)(match["x"], weight, b, **attributes)
+    operands = [match["x"], weight, *([] if b is None else [b])]
+    return getattr(op, node.op_type)(*operands, **attributes)
 
 
 def _weight(match: Match, op: Any, node: ir.Node, scale: np.ndarray) -> ir.Value:

@@ -115,4 +115,4 @@ def _rebuilt(op: Any, match: Match, conv: ir.Node, weight: np.ndarray, added: np
         raise Decline(f"folded weights do not fit {old.dtype.name.lower()}")
     w = op.initializer(arrays[0], name=f"{old.name}_folded")
     b = None if match["b"] is None and not added.any() else op.initializer(arrays[1], name="folded_bias")
-    return op.Conv(match["x"], w, b, **dict(conv.attributes))
+    return op.Conv(match["x"], w, *([] if b is None else [b]), **dict(conv.attributes))
