@@ -15,9 +15,13 @@ CLEAN = (
     "eliminate-common-subexpressions",
     "eliminate-dead-code",
 )
+# With Attention the sizes around it are known, which the shape arithmetic of older exporters hides.
+_VIEWS = ("infer-shapes", "simplify-shapes", "remove-no-ops", "compose-views", "eliminate-dead-code")
 _FUSE = (
+    "fuse-rotary-embedding",
     "fuse-attention",
     "share-kv-heads",
+    *_VIEWS,
     "merge-attention-heads",
     "fuse-layer-norm",
     "fuse-rms-norm",
@@ -25,9 +29,18 @@ _FUSE = (
     "fuse-silu",
     "fuse-swiglu",
     "fuse-matmul-add",
+    "fold-batch-norm",
+    "fold-scale-shift",
 )
 # Files often carry no types of inner values, and most rules ask for them; more follow once shapes are simplified.
-_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *CLEAN, "infer-shapes", *_FUSE, *CLEAN, "lower-residual-add")}
+_LOWER = (
+    "lower-feed-forward",
+    "compose-views",
+    "eliminate-dead-code",
+    "lower-residual-add",
+    "lower-flash-attention",
+)
+_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *CLEAN, "infer-shapes", *_FUSE, *CLEAN, *_LOWER)}
 
 
 def default_pipeline(target: Target | str) -> str:

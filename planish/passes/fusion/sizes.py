@@ -7,6 +7,9 @@ graphs of older exporters are full of.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 
 from planish.ir.graphs import constant_array, is_op
@@ -94,3 +97,18 @@ def scalar(value: ir.Value | None) -> float | None:
     if array is None or array.size != 1 or array.dtype.kind == "b":
         return None
     return float(array.ravel()[0])
+
+
+def size_vector(op: Any, term: Term, value: ir.Value, axis: int, graph: ir.Graph) -> Any:
+    """A vector of one item: the size `term` that `value` has at `axis`, an array if it is a number.
+
+    It is read off an input of the graph where one has it, so that layers share it.
+    """
+    if isinstance(term, int):
+        return np.array([term], dtype=np.int64)
+    for candidate in graph.inputs:
+        dims = sizes(candidate) or ()
+        if isinstance(term, str) and term in dims:
+            value, axis = candidate, dims.index(term)
+            break
+    return op.Shape(value, start=axis, end=axis + 1)
