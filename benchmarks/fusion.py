@@ -37,7 +37,8 @@ from benchmarks.fusion_summary import summary  # noqa: E402
 from benchmarks.fusion_workers import HERE, Workers, entry, environment, error, finite, pair  # noqa: E402
 
 TABLES = ("models", "causal", "cost")
-SHOWN = [peer for peer in PEERS if peer not in ("ort", "broken")]
+#: Peers that are measured unless others are asked for.
+SHOWN = [peer for peer in PEERS if peer not in ("ort", "compile_frozen", "broken")]
 CAUSAL, CAUSAL_SMALL = (512, 1024, 2048), (48,)
 LADDER, LADDER_SMALL = (4, 12, 48, 96), (1, 2)
 PACKAGES = ("onnxruntime", "torch", "transformers", "onnxscript", "openvino", "onnx")

@@ -153,7 +153,8 @@ def measure(length: int, folder: Path, seconds: float, threads: int, peers: list
             np.savez(folder / "other.npz", **given)  # type: ignore[arg-type]
             distance = error({"arr_0": reference(given)}, workers.outputs("planish", folder / "other.npz"))
             worst = max(worst, float("inf") if distance is None else distance)
-    return {"length": length, "peers": entries, "lengths": finite(worst), "fastest": fastest(entries)}
+    lengths = finite(worst) if "planish" in times else None
+    return {"length": length, "peers": entries, "lengths": lengths, "fastest": fastest(entries)}
 
 
 def fastest(entries: dict[str, dict[str, Any]]) -> dict[str, str | None]:

@@ -180,6 +180,15 @@ def compiled(job: Job) -> Built:
     return module(job, torch.compile)
 
 
+def frozen(job: Job) -> Built:
+    """torch.compile with the weights as constants, which lets it pack them."""
+    import torch
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    return module(job, torch.compile)
+
+
 def openvino(job: Job) -> Built:
     try:
         import openvino
@@ -214,6 +223,7 @@ PEERS: dict[str, Callable[[Job], Built]] = {
     "ort_fusions": ort_fusions,
     "eager": eager,
     "compile": compiled,
+    "compile_frozen": frozen,
     "openvino": openvino,
     "broken": broken,
 }
@@ -231,7 +241,7 @@ class Worker:
     def build(self) -> dict[str, Any]:
         from planish.runtime.measure import SAMPLE_SECONDS, SHORT_SECONDS
 
-        if self.job.peer in ("eager", "compile"):
+        if self.job.peer in ("eager", "compile", "compile_frozen"):
             import torch
 
             torch.set_num_threads(self.job.threads)

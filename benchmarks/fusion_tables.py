@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+#: What ONNX Runtime says before each of its messages.
+_PREFIX = re.compile(r"(\w+: )?\[ONNXRuntimeError\] : \d+ : \w+ : ")
+#: A table that is written to a file is as wide as it needs to be.
+_WIDTH = 200
+
 
 def show(result: dict[str, Any]) -> None:
     """Prints the tables of a result that are there."""
     console = Console()
-    console = Console(width=max(console.width, 170)) if not console.is_terminal else console
+    console = console if console.is_terminal else Console(width=_WIDTH)
     if "rows" in result:
         models(console, result)
     if "causal" in result:
@@ -30,8 +36,8 @@ def cell(item: dict[str, Any] | None) -> str:
     if item is None:
         return ""
     if item["status"] in ("failed", "wrong"):
-        reason = " ".join(str(item.get("reason", "")).split())
-        return f"{item['status']}: {reason[:48]}"
+        reason = _PREFIX.sub("", " ".join(str(item.get("reason", "")).split()))
+        return f"{item['status']}: {reason[:64]}"
     if item["status"] != "ok":
         return str(item["status"])
     return interval(item["ratio"]) if "ratio" in item else f"{item['ms']:.2f} ms"
