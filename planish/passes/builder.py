@@ -89,6 +89,32 @@ class Builder:
         self.constants.append(value)
         return value
 
+    def graph(self, build: Callable[[], Sequence[ir.Value]], name: str) -> ir.Graph:
+        """A branch or body without inputs: the nodes that `build` adds, and the values that it returns.
+
+        What else `build` reads is captured from around it. A value that is not made inside gets an Identity.
+        """
+        outer, self.nodes = self.nodes, []
+        try:
+            made = list(build())
+            inside = {value for node in self.nodes for value in node.outputs}
+            for index, value in enumerate(made):
+                if value not in inside or value in made[:index]:
+                    copy = self.Identity(value)
+                    copy.type, copy.shape = value.type, value.shape
+                    made[index] = copy
+            values = [v for node in self.nodes for v in node.outputs if v.name is None]
+            nodes = [node for node in self.nodes if node.name is None]
+            graph = ir.Graph([], made, nodes=self.nodes, name=name)
+            # The graph has named them by itself; their names follow when all is put in its place.
+            for node in nodes:
+                node.name = None
+            for value in values:
+                value.name = None
+            return graph
+        finally:
+            self.nodes = outer
+
     def _call(
         self,
         op_type: str,

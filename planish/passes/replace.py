@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from planish.ir.errors import PlanishError
+from planish.ir.graphs import subgraphs_of
 from planish.passes.base import Decline
 from planish.passes.builder import Builder, Constants, new_metadata
 from planish.passes.names import Names
@@ -46,15 +47,15 @@ class Replacer:
         pairs = list(zip(match.outputs, values, strict=True))
         plan = Plan(rule, match, builder, pairs, list(builder.nodes), match.root)
         if len(pairs) > 1:
-            needed = [v for n in builder.nodes for v in n.inputs if v is not None] + list(values)
+            needed = [v for n in with_inner(builder.nodes) for v in n.inputs if v is not None] + list(values)
             plan.anchor, plan.late = self.order.place(match.nodes, match.outputs, needed)
         self._add_identities(plan)
         return plan
 
     def _require_sane(self, rule: Rule, match: Match, builder: Builder, values: Sequence[ir.Value]) -> None:
-        new = set(builder.nodes)
+        new = set(with_inner(builder.nodes))
         removed = set(match.nodes) if rule.remove_nodes else {match.root}
-        for value in [v for n in builder.nodes for v in n.inputs if v is not None] + list(values):
+        for value in [v for n in with_inner(builder.nodes) for v in n.inputs if v is not None] + list(values):
             producer = value.producer()
             if producer in removed:
                 raise PlanishError(
@@ -95,7 +96,7 @@ class Replacer:
         metadata = new_metadata(self.pass_name, match.nodes, match.root)
         label = plan.rule.name.replace("-", "_")
         finals = {value for _, value in plan.pairs}
-        for node in plan.new_nodes:
+        for node in with_inner(plan.new_nodes):
             node.name = self.names.fresh(node.name or f"{label}_{node.op_type}")
             node.metadata_props.update(metadata)
             for value in node.outputs:
@@ -126,7 +127,7 @@ class Replacer:
                 placed[value] = self.constants.place(self.site.model, value.const_value, value.name or "constant")
             return placed[value]
 
-        for node in plan.new_nodes:
+        for node in with_inner(plan.new_nodes):
             for index, value in enumerate(node.inputs):
                 if value is not None:
                     node.replace_input_with(index, real(value))
@@ -159,6 +160,14 @@ class Replacer:
                 graph.remove(node, safe=True)
                 removed += 1
         return removed
+
+
+def with_inner(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """Nodes, and those in the graphs inside of them."""
+    for node in nodes:
+        yield node
+        for graph in subgraphs_of(node):
+            yield from with_inner(graph)
 
 
 def _consumers_first(nodes: Sequence[ir.Node]) -> list[ir.Node]:
