@@ -29,6 +29,8 @@ _FUSE = (
     "fuse-silu",
     "fuse-swiglu",
     "fuse-matmul-add",
+    "unflatten-gemm",
+    "unpack-qkv",
     "fold-batch-norm",
     "fold-scale-shift",
 )
