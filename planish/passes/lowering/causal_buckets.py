@@ -84,6 +84,25 @@ def mask_parts(op: Any, mask: ir.Value, parts: Sequence[Block]) -> list[ir.Value
     return found
 
 
+def causal_parts(op: Any, parts: Sequence[Block], length: Bound, key_length: Bound) -> list[ir.Value]:
+    """The masks of the blocks, (queries, keys) of bool, where query i sees the keys up to i."""
+    found = []
+    for block in parts:
+        queries = _range(op, block.start, length if block.end is None else block.end, 1)
+        keys = _range(op, 0, key_length if block.keys is None else block.keys, 0)
+        part = op.GreaterOrEqual(queries, keys)
+        part.shape = ir.Shape([None, None])
+        found.append(part)
+    return found
+
+
+def _range(op: Any, start: Bound, end: Bound, axis: int) -> ir.Value:
+    """Positions from `start` to `end`, with another axis of size 1 at `axis`."""
+    bounds = [np.int64(b) if isinstance(b, int) else op.Squeeze(b, [0]) for b in (start, end)]
+    counted: ir.Value = op.Unsqueeze(op.Range(*bounds, np.int64(1)), [axis])
+    return counted
+
+
 def attend(op: Any, node: ir.Node, masks: Sequence[ir.Value], parts: Sequence[Block]) -> ir.Value:
     """The output of the Attention `node`, block by block; `masks` are the blocks' own."""
     query, key, value = node.inputs[:3]

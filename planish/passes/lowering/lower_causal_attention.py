@@ -20,9 +20,11 @@ from planish.passes.lowering.causal_buckets import (
     Bound,
     attend,
     blocks,
+    causal_parts,
     choose,
     least_length,
     mask_parts,
+    vector,
 )
 from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass
@@ -71,29 +73,20 @@ class LowerCausalAttention(RewritePass):
 
     def rewrite(self, op: Any, match: Match) -> ir.Value:
         node, graph = match.root, match.graph
-        length, key_length = _lengths(node)
-        causal = _bound(node, length, key_length)
-        cases = self._cases(length)
-        queries = size_vector(op, length, _operand(node, 0), _axis(node), graph)
-        mask = _mask(op, node, (length, key_length), graph)
+        lengths = _lengths(node)
+        causal = _bound(node, *lengths)
+        cases = self._cases(lengths[0])
+        bounds = [_read_length(op, node, index, term, graph) for index, term in enumerate(lengths)]
         offset = _offset(op, causal.offset, node, graph)
-        conditions = []
-        if mask.dtype != ir.DataType.BOOL and not causal.first:
-            conditions.append(_every_row_keeps_a_key(op, mask))
-        for value, axis in causal.same:
-            index = 0 if axis == -2 else 1
-            wanted = size_vector(op, (length, key_length)[index], _operand(node, index), _axis(node), graph)
-            at = (rank(value) or 0) + axis
-            conditions.append(op.Equal(op.Shape(value, start=at, end=at + 1), wanted))
-        size: Bound = length if isinstance(length, int) else queries
+        conditions = _conditions(op, node, causal, bounds)
         plans: list[tuple[ir.Value | None, list[Block]]] = []
         for count, least in cases:
             needed = list(conditions)
-            if not isinstance(length, int):
-                needed.append(op.GreaterOrEqual(queries, np.array([least], dtype=np.int64)))
+            if isinstance(bounds[0], ir.Value):
+                needed.append(op.GreaterOrEqual(bounds[0], np.array([least], dtype=np.int64)))
             condition = functools.reduce(op.And, needed) if needed else None
-            plans.append((condition, blocks(op, size, count, offset)))
-        return _assemble(op, node, mask, plans)
+            plans.append((condition, blocks(op, bounds[0], count, offset)))
+        return _assemble(op, node, plans, bounds)
 
     def _cases(self, length: Term) -> list[tuple[int, int]]:
         """(number of blocks, fewest queries), most first; of a known length only the one for it."""
@@ -132,18 +125,10 @@ def _lengths(node: ir.Node) -> tuple[Term, Term]:
 
 def _bound(node: ir.Node, length: Term, key_length: Term) -> Causal:
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    is_causal = bool(node.attributes.get_int("is_causal", 0))
-    if mask is not None:
-        dims = _mask_sizes(mask)
-        if dims is None or len(dims) < 2:
-            raise Decline("the rank of its mask is unknown or below 2")
-        # The kernel does not broadcast these, so they can only differ where nothing can run.
-        if dims[-2:] != (length, key_length):
-            raise Decline(f"its mask is {_shown(dims[-2:])} and queries and keys are {_shown((length, key_length))}")
-    if is_causal:
-        if mask is not None and mask.dtype != ir.DataType.BOOL:
-            raise Decline("it is causal beside a mask of numbers")
-        return Causal(Offset(), first=mask is None)
+    if node.attributes.get_int("is_causal", 0):
+        if mask is not None:
+            raise Decline("it is causal and has a mask too")
+        return Causal(Offset(), first=True)
     if mask is None:
         raise Decline("every query sees every key")
     found = mask_allows(mask)
@@ -168,30 +153,6 @@ def _shown(terms: Sequence[Term]) -> str:
     return " by ".join("?" if isinstance(term, tuple) else str(term) for term in terms)
 
 
-def _mask(op: Any, node: ir.Node, lengths: tuple[Term, Term], graph: ir.Graph) -> ir.Value:
-    """The mask of the node; of one with `is_causal` a mask that says so, shared by all that are as long."""
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    if not node.attributes.get_int("is_causal", 0):
-        assert mask is not None
-        return mask
-    axis = _axis(node)
-    if all(isinstance(n, int) for n in lengths):
-        causal = op.initializer(np.tri(*lengths).astype(bool))  # type: ignore[arg-type]
-    else:
-        ranges = []
-        for index, (term, at) in enumerate(zip(lengths, ([1], [0]), strict=True)):
-            size = size_vector(op, term, _operand(node, index), axis, graph)
-            count = np.array(term, dtype=np.int64) if isinstance(term, int) else op.Squeeze(size, [0])
-            ranges.append(op.Unsqueeze(op.Range(np.int64(0), count, np.int64(1)), at))
-        causal = op.GreaterOrEqual(*ranges)
-        causal.shape = ir.Shape([n if isinstance(n, int | str) else None for n in lengths])
-    if mask is None:
-        return causal  # type: ignore[no-any-return]
-    both: ir.Value = op.And(mask, causal)
-    both.shape = mask.shape
-    return both
-
-
 def _offset(op: Any, offset: Offset, node: ir.Node, graph: ir.Graph) -> Bound:
     if not offset.lengths:
         return offset.number
@@ -209,6 +170,25 @@ def _offset(op: Any, offset: Offset, node: ir.Node, graph: ir.Graph) -> Bound:
     return result
 
 
+def _read_length(op: Any, node: ir.Node, index: int, length: Term, graph: ir.Graph) -> Bound:
+    if isinstance(length, int):
+        return length
+    read: ir.Value = size_vector(op, length, _operand(node, index), _axis(node), graph)
+    return read
+
+
+def _conditions(op: Any, node: ir.Node, causal: Causal, lengths: Sequence[Bound]) -> list[ir.Value]:
+    """What must hold at run time, besides the length, for blocks to compute the same."""
+    needed = []
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is not None and mask.dtype != ir.DataType.BOOL and not causal.first:
+        needed.append(_every_row_keeps_a_key(op, mask))
+    for value, axis in causal.same:
+        at = (rank(value) or 0) + axis
+        needed.append(op.Equal(op.Shape(value, start=at, end=at + 1), vector(lengths[axis + 2])))
+    return needed
+
+
 def _every_row_keeps_a_key(op: Any, mask: ir.Value) -> ir.Value:
     """Whether each row of a float mask has a key that is not masked; true of no rows."""
     highest = op.ReduceMax(mask, np.array([-1], dtype=np.int64), keepdims=0)
@@ -218,26 +198,29 @@ def _every_row_keeps_a_key(op: Any, mask: ir.Value) -> ir.Value:
     return kept
 
 
-def _assemble(op: Any, node: ir.Node, mask: ir.Value, plans: Sequence[tuple[ir.Value | None, list[Block]]]) -> ir.Value:
-    """One Attention, or blocks, by the conditions. The parts of the mask are chosen apart, once for all layers."""
-    if plans[0][0] is None:
-        part = plans[0][1]
-        return attend(op, node, mask_parts(op, mask, part), part)
-    most = max(len(part) for _, part in plans)
-    unused = op.initializer(np.zeros((0,) * (rank(mask) or 0), dtype=mask.dtype.numpy()))  # type: ignore[union-attr]
+def _assemble(
+    op: Any, node: ir.Node, plans: Sequence[tuple[ir.Value | None, list[Block]]], lengths: Sequence[Bound]
+) -> ir.Value:
+    """One Attention, or blocks, by the conditions. Masks of blocks are chosen apart, once for all layers."""
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
 
-    def parts_of(part: list[Block]) -> list[ir.Value]:
-        return [*mask_parts(op, mask, part), *[unused] * (most - len(part))]
+    def masks_of(part: list[Block]) -> list[ir.Value]:
+        return causal_parts(op, part, *lengths) if mask is None else mask_parts(op, mask, part)
+
+    if plans[0][0] is None:
+        return attend(op, node, masks_of(plans[0][1]), plans[0][1])
+    most = max(len(part) for _, part in plans)
+    dims, dtype = ((0, 0), np.bool_) if mask is None else ((0,) * (rank(mask) or 0), mask.dtype.numpy())  # type: ignore
+    unused = op.initializer(np.zeros(dims, dtype=dtype))
+
+    def padded(part: list[Block]) -> list[ir.Value]:
+        return [*masks_of(part), *[unused] * (most - len(part))]
 
     def whole() -> list[ir.Value]:
         again = op.Attention(*node.inputs, **dict(node.attributes))
         again.type, again.shape = node.outputs[0].type, node.outputs[0].shape
         return [again]
 
-    masks = choose(op, [*((c, lambda p=p: parts_of(p)) for c, p in plans), (None, lambda: [unused] * most)], most)
-    made = choose(
-        op,
-        [*((c, lambda p=p: [attend(op, node, masks[: len(p)], p)]) for c, p in plans), (None, whole)],
-        1,
-    )
-    return made[0]
+    masks = choose(op, [*((c, lambda p=p: padded(p)) for c, p in plans), (None, lambda: [unused] * most)], most)
+    blocked = [(c, lambda p=p: [attend(op, node, masks[: len(p)], p)]) for c, p in plans]
+    return choose(op, [*blocked, (None, whole)], 1)[0]
