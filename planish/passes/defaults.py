@@ -38,9 +38,15 @@ _FUSE = (
 _LOWER = (
     "lower-feed-forward",
     "compose-views",
+    "cancel-transposes",
+    "compose-views",
     "eliminate-dead-code",
     "lower-residual-add",
     "lower-flash-attention",
+    # All layers share the masks of its blocks, and the conditions.
+    "lower-causal-attention",
+    "eliminate-common-subexpressions",
+    "eliminate-dead-code",
 )
 _PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *CLEAN, "infer-shapes", *_FUSE, *CLEAN, *_LOWER)}
 

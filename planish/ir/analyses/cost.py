@@ -10,6 +10,7 @@ import onnx_ir as ir
 from planish.ir.analyses.flops import MOVES, VIEWS, Unknown, node_flops
 from planish.ir.analyses.sizes import Sizes
 from planish.ir.blocks import op_name
+from planish.ir.graphs import is_op, subgraphs_of
 from planish.ir.ops import DIALECT, DIALECT_DOMAIN, OpCost, TensorInfo
 from planish.ir.program import Program
 
@@ -25,7 +26,8 @@ class Cost:
         flops: floating point operations; a multiply and an add are two.
         bytes: bytes read and written if every node reads its operands from memory and writes its results there;
             views (Reshape, Squeeze, …) cost nothing, a Gather reads only what it returns.
-        nodes: node name → its cost. Bodies of control flow count once.
+        nodes: node name → its cost, in all bodies of control flow. In sums the body of a loop counts once, and of an
+            If the branch that costs more.
         by_op: operator → sum over its nodes, most operations first.
         unknown: operator → number of nodes of which only bytes are counted.
         unresolved: values whose size could not be told; they count as 0 bytes.
@@ -55,21 +57,39 @@ def cost(item: Program | ir.Model, *, dims: Mapping[str, int] | None = None, ent
     model = _inlined(entry_of(item, entry))
     sizes = Sizes(model, dims)
     result = Cost(unresolved=sizes.unresolved, dims=dict(sizes.dims))
+    costs: dict[ir.Node, OpCost] = {}
+    unknown: set[ir.Node] = set()
     for node in model.graph.all_nodes():
-        name = op_name(node)
-        moved = _bytes(node, sizes)
         try:
             flops = _flops(node, sizes)
         except Unknown:
             flops = 0
+            unknown.add(node)
+        costs[node] = result.nodes[node.name or ""] = OpCost(flops, _bytes(node, sizes))
+    for node in _run(model.graph, costs):
+        name, own = op_name(node), costs[node]
+        if node in unknown:
             result.unknown[name] = result.unknown.get(name, 0) + 1
-        result.flops += flops
-        result.bytes += moved
-        result.nodes[node.name or ""] = OpCost(flops, moved)
+        result.flops += own.flops
+        result.bytes += own.bytes
         known = result.by_op.get(name, OpCost(0, 0))
-        result.by_op[name] = OpCost(known.flops + flops, known.bytes + moved)
+        result.by_op[name] = OpCost(known.flops + own.flops, known.bytes + own.bytes)
     result.by_op = dict(sorted(result.by_op.items(), key=lambda pair: (-pair[1].flops, -pair[1].bytes, pair[0])))
     return result
+
+
+def _run(graph: ir.Graph, costs: Mapping[ir.Node, OpCost]) -> list[ir.Node]:
+    """The nodes that run: of an If those of the branch that costs more, of a loop those of the body, once."""
+    found: list[ir.Node] = []
+    for node in graph:
+        found.append(node)
+        bodies = [_run(body, costs) for body in subgraphs_of(node)]
+        if is_op(node, "If") and bodies:
+            sums = [(sum(costs[n].flops for n in body), sum(costs[n].bytes for n in body)) for body in bodies]
+            bodies = [bodies[sums.index(max(sums))]]
+        for body in bodies:
+            found += body
+    return found
 
 
 def entry_of(item: Program | ir.Model, entry: str | None) -> ir.Model:

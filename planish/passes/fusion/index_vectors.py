@@ -157,6 +157,13 @@ def _expand(node: ir.Node, depth: int) -> Index | None:
     return source if through(node.inputs[0], node.outputs[0], source.axis) else None
 
 
+def _tile(node: ir.Node, depth: int) -> Index | None:
+    source, repeats = index_vector(node.inputs[0], depth), contents(node.inputs[1])
+    if source is None or source.axis is None:
+        return source
+    return source if repeats is not None and repeats[source.axis] == 1 else None
+
+
 def _sum(node: ir.Node, depth: int) -> Index | None:
     a, b = (index_vector(v, depth) for v in node.inputs)
     if a is None or b is None or (a.axis is not None and b.axis is not None):
@@ -296,6 +303,7 @@ _READERS = {
     "Reshape": _moved,
     "Transpose": _moved,
     "Expand": _expand,
+    "Tile": _tile,
     "Add": _sum,
     "Sub": _sum,
     "Slice": _slice,
