@@ -16,14 +16,13 @@ import onnx
 import onnx_ir as ir
 
 from planish.ir.schemas import DIALECT_DOMAIN
+from planish.ir.size_names import SizeNames, is_made_up
 from planish.ir.stripped import INLINE_BYTES, large_constant, stripped_proto
 
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 4
 #: Elements of computed vectors up to which propagation takes less than about a second.
 _VECTOR_ELEMENTS = 2_000_000
-#: How onnx names the sizes that it can not express.
-_MADE_UP = "unk__"
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -56,12 +55,15 @@ def _from_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> None:
 
 
 def _infer_standard(model: ir.Model) -> None:
+    proto = stripped_proto(model)
+    names = SizeNames(model, proto)
     try:
-        inferred = infer_proto(stripped_proto(model), strict=False)
+        inferred = infer_proto(proto, strict=False)
     except Exception as error:  # onnx raises several types; the model keeps what it has
         logger.debug("onnx inference refused the model: %s", error)
         return
-    _merge_graph(model.graph, inferred.graph)
+    _merge_graph(model.graph, inferred.graph, names)
+    names.apply(model)
 
 
 def infer_proto(proto: onnx.ModelProto, *, strict: bool) -> onnx.ModelProto:
@@ -89,23 +91,23 @@ def _vector_elements(graph: onnx.GraphProto) -> int:
     return own + sum(map(_vector_elements, inner))
 
 
-def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto, names: SizeNames) -> None:
     infos = {info.name: info.type for info in (*proto.value_info, *proto.output)}
     nodes = {node.output[0]: node for node in proto.node if node.output}
     for node in graph:
         for value in node.outputs:
             info = infos.get(value.name or "")
             if info is not None:
-                merge_type(value, info)
+                _merge_type(value, info, names)
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref() and node.outputs:
                 other = nodes.get(node.outputs[0].name or "")
                 for item in other.attribute if other is not None else ():
                     if item.name == attribute.name:
-                        _merge_graph(attribute.value, item.g)
+                        _merge_graph(attribute.value, item.g, names)
 
 
-def merge_type(value: ir.Value, proto: onnx.TypeProto) -> None:
+def _merge_type(value: ir.Value, proto: onnx.TypeProto, names: SizeNames) -> None:
     """Adds to `value` what `proto` knows more."""
     kind = proto.WhichOneof("value")
     if kind is None:
@@ -120,10 +122,14 @@ def merge_type(value: ir.Value, proto: onnx.TypeProto) -> None:
     if value.type is None and tensor.elem_type:
         value.type = ir.TensorType(ir.DataType(tensor.elem_type))
     if tensor.HasField("shape"):
-        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+        dims = [d.dim_value if d.HasField("dim_value") else names.renamed(d.dim_param or None) for d in tensor.shape.dim]
         if value.is_graph_output():
             # A name that nobody gave has no place in the interface.
-            dims = [None if isinstance(d, str) and d.startswith(_MADE_UP) else d for d in dims]
+            dims = [None if is_made_up(d) else d for d in dims]
+        old = value.shape
+        if old is not None and len(old) == len(dims):
+            for a, b in zip(old, dims, strict=True):
+                names.same(a if isinstance(a, int) else a.value, b)
         merge_shape(value, dims)
 
 
@@ -146,7 +152,7 @@ def merge_shape(value: ir.Value, dims: Iterable[int | str | None]) -> bool:
 def _better(old: int | str | None, new: int | str | None) -> int | str | None:
     if isinstance(old, int) or new is None:
         return old
-    if isinstance(new, int) or old is None or (old.startswith(_MADE_UP) and not new.startswith(_MADE_UP)):
+    if isinstance(new, int) or old is None or (is_made_up(old) and not is_made_up(new)):
         return new
     return old
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ class SimplifyShapes(ExactPass):
 
     * A vector of sizes that are all known becomes a constant.
     * A single symbolic size is read by one ``Shape(x, start=i, end=i+1)`` from the input of the graph that has a
-      size of this name, so that equal sizes have one producer.
+      size of this name, or else from the first value read, so that equal sizes have one producer.
     * A Reshape to computed sizes gets a constant target of numbers, 0 (copied) and at most one -1, where that is
       right for every size, also for an empty batch.
     """
@@ -61,6 +62,8 @@ class _Simplifier:
             if node.domain:
                 continue
             found = self.facts.visit(node) if node.op_type in SHAPE_OPS else None
+            if node.op_type == "Shape":
+                self._settle(node.inputs[0])
             try:
                 if found is not None and self._replace(node, found):
                     self.editor.fired += 1
@@ -68,6 +71,12 @@ class _Simplifier:
                     self.editor.fired += self._reshape(node)
             except Decline as decline:
                 self.editor.decline(node, decline.reason)
+
+    def _settle(self, value: ir.Value | None) -> None:
+        """Lets sizes that no input has be read from the first value whose sizes are read."""
+        for axis, dim in enumerate(dims_of(value) or ()):
+            if isinstance(dim, str) and value is not None:
+                self.homes.setdefault(dim, (value, axis))
 
     def _replace(self, node: ir.Node, found: Vector) -> bool:
         old = node.outputs[0]
@@ -133,7 +142,9 @@ class _Simplifier:
             raise Decline("the sizes that the tensor is reshaped to are not known")
         source, output = dims_of(node.inputs[0]), dims_of(node.outputs[0])
         keeps_zeros = bool(node.attributes.get_int("allowzero", 0))
-        sizes, keeps_zeros = _target(source, target.items, output, keeps_zeros)
+        items = _inferred(source, target.items, keeps_zeros)
+        sizes, keeps_zeros = _target(source, items, output, keeps_zeros)
+        _name(node.outputs[0], source, items, keeps_zeros)
         assert node.graph is not None
         new = self.editor.constant(node.graph, np.array(sizes, np.int64), f"{node.name}_sizes")
         node.replace_input_with(1, new)
@@ -155,6 +166,41 @@ def _reads(node: ir.Node, home: ir.Value, axis: int, scalar: bool) -> bool:
         and attributes.get_int("start", 0) == axis
         and attributes.get_int("end", None) == axis + 1
     )
+
+
+def _inferred(source: tuple[Item, ...] | None, items: tuple[Item, ...], keeps_zeros: bool) -> tuple[Item, ...]:
+    """`items` with a -1 replaced by the size that it stands for, if the others leave one number or one name of it."""
+    if source is None or items.count(-1) != 1 or None in source or (keeps_zeros and 0 in items):
+        return items
+    others = [source[i] if item == 0 and i < len(source) else item for i, item in enumerate(items) if item != -1]
+    rest = [i for i in source if isinstance(i, str)]
+    for item in others:
+        if isinstance(item, str):
+            if item not in rest:
+                return items
+            rest.remove(item)
+    known = [[i for i in sizes if isinstance(i, int)] for sizes in (source, others)]
+    total, given = math.prod(known[0]), math.prod(known[1])
+    if None in others or given < 1 or total < 1 or total % given:
+        return items
+    found: list[Item] = [*rest, *([total // given] if total > given or not rest else [])]
+    # A size of zero among the others is refused at run time, so that the -1 has this size wherever there is a result.
+    return tuple(found[0] if item == -1 else item for item in items) if len(found) == 1 else items
+
+
+def _name(value: ir.Value, source: tuple[Item, ...] | None, items: tuple[Item, ...], keeps_zeros: bool) -> None:
+    """Lets a result that is no output of the graph have the names of the sizes it is reshaped to."""
+    old = dims_of(value)
+    if value.is_graph_output() or (old is not None and len(old) != len(items)):
+        return
+    new: list[Item] = []
+    for axis, item in enumerate(items):
+        if item == 0 and not keeps_zeros:
+            item = source[axis] if source is not None and axis < len(source) else None
+        before = old[axis] if old is not None else None
+        new.append(before if item is None or item == -1 or isinstance(before, int) else item)
+    if tuple(new) != old:
+        value.shape = ir.Shape(new)
 
 
 def _target(

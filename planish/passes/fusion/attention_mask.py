@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import is_op
 from planish.passes.base import Decline
 from planish.passes.fusion.attention_match import Attention, Mask
 from planish.passes.fusion.mask_values import ALMOST_LOWEST, bounds
@@ -132,4 +133,8 @@ def _length(op: Any, length: Term, value: ir.Value, axis: int, graph: ir.Graph) 
         if isinstance(length, str) and length in dims:
             value, axis = candidate, dims.index(length)
             break
+    node = value.producer()
+    perm = node.attributes.get_ints("perm", None) if is_op(node, "Transpose") else None  # type: ignore[union-attr]
+    if perm is not None:
+        value, axis = node.inputs[0], perm[axis]  # type: ignore
     return op.Shape(value, start=axis, end=axis + 1)

@@ -38,7 +38,10 @@ def test_heads_of_attention():
         ("n, d8", "N,8", [-1, 8]),
         ("b1, s1, d8", "B,S,8", [0, 0, 8]),
         ("b1, s1, h, d", "B,S,4,2", [0, 0, 4, 2]),
-        ("b1, m1, d8", "B,K,8", [0, -1, 8]),  # the -1 was in the model
+        ("b1, m1, d8", "B,K,8", [0, 0, 8]),  # the -1 can only be S
+        ("m1, s1, d8", "K,S,8", [0, 0, 8]),
+        ("b1, s1, h, m1", "B,S,4,2", [0, 0, 4, 2]),
+        ("m1, d8", "N,8", [-1, 8]),
     ],
 )
 @pytest.mark.parametrize("allowzero", [0, 1])
@@ -52,7 +55,7 @@ def test_targets(target, shape, expected, allowzero):
     node = model.graph[-1]
     assert node.inputs[1].const_value.numpy().tolist() == expected
     # Without allowzero, the model itself reads a computed 0 as a copy, and fails.
-    sizes = SIZES if (allowzero and "m1" not in target) or -1 not in expected else [(2, 3), (1, 1), (5, 2)]
+    sizes = SIZES if "m1" not in target and (allowzero or -1 not in expected) else [(2, 3), (1, 1), (5, 2)]
     assert_same(before, model, *feeds(*sizes))
 
 

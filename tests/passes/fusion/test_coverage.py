@@ -5,6 +5,7 @@ The exports are captured by the torch and transformers that are installed, so a 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from planish.ir.program import Program
 from planish.passes.defaults import default_pipeline
 from planish.passes.testing import apply_pass, check_numerics
 from tests.passes.fusion import old_exports
+from tests.passes.fusion.exporting import Flat, with_attention
 
 PIPELINE = default_pipeline("ort-cpu")
 _WATCHED = (
@@ -64,8 +66,16 @@ def watched(program: Program) -> dict[str, int]:
     return {name: count for name, count in op_counts(program).items() if name in _WATCHED}
 
 
+def beside_attention(program: Program) -> set[str]:
+    """Operators that Attention reads from or is read by."""
+    nodes = [n for n in program.main.graph if n.op_type in ("Attention", "MultiHeadAttention")]
+    before = [v.producer() for n in nodes for v in n.inputs if v is not None]
+    after = [user for n in nodes for v in n.outputs for user in v.consumers()]
+    return {n.op_type for n in (*before, *after) if n is not None}
+
+
 _TEXT = {"Attention": 2, "LayerNormalization": 5, "Gelu": 2}
-_LLAMA = {"Attention": 2, "RMSNormalization": 5, "planish::SwiGLU": 2, "Transpose": 0}
+_LLAMA = {"Attention": 2, "RMSNormalization": 5, "planish::SwiGLU": 2}
 EXPORTED: dict[str, dict[str, int]] = {
     "BERT": _TEXT,
     "DistilBERT": _TEXT,
@@ -93,12 +103,42 @@ def test_exported_architectures(name: str, attention: str) -> None:
     from tests.architectures import ARCHITECTURES
 
     architecture = ARCHITECTURES[name]
-    module = architecture.build(True)
-    for part in module.modules():
-        if hasattr(getattr(part, "config", None), "_attn_implementation"):
-            part.config._attn_implementation = attention
+    module = with_attention(architecture.build(True), attention)
     program = capture(module, architecture.example(module), architecture.dynamic_shapes, "ort-cpu").program
     apply_pass(PIPELINE, program)
     counts = watched(program)
     assert {k: counts.get(k, 0) for k in EXPORTED[name]} == EXPORTED[name]
+    assert "Transpose" not in beside_attention(program)
     assert "Softmax" not in counts and "Erf" not in counts
+
+
+TORCHSCRIPT: dict[str, tuple[int, int]] = {"BERT": (2, 5), "MiniLM": (6, 13), "ViT": (2, 5), "GPT-2": (2, 5)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("opset", [11, 14, 17])
+@pytest.mark.parametrize("name", TORCHSCRIPT)
+def test_files_of_the_old_exporter(name: str, opset: int, attention: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from planish.frontends.onnx import load_onnx
+    from tests.architectures import ARCHITECTURES
+
+    if opset < 14 and (attention == "sdpa" or name == "GPT-2"):
+        pytest.skip("the exporter has this from opset 14 on")
+    architecture = ARCHITECTURES[name]
+    module = with_attention(architecture.build(True), attention)
+    examples = architecture.example(module)
+    path = tmp_path / "old.onnx"
+    torch.onnx.export(
+        Flat(module, list(examples)), tuple(examples.values()), path, dynamo=False, opset_version=opset,
+        input_names=list(examples), dynamic_axes=architecture.dynamic_shapes,
+    )  # fmt: skip
+    other = {k: v.numpy() for k, v in architecture.other(module).items()}
+    program = check_numerics(PIPELINE, load_onnx(path, "ort-cpu"), other)
+    counts = watched(program)
+    assert (counts["Attention"], counts["LayerNormalization"]) == TORCHSCRIPT[name]
+    assert "Softmax" not in counts and "Erf" not in counts
+    assert "Transpose" not in beside_attention(program)
