@@ -15,13 +15,16 @@ def model(
     widths: tuple[int, int, int] = (6, 6, 6),
     dtype: str = "float",
     extra: str = "",
+    constants: str = "",
+    setup: str = "",
     domains: str = "",
 ) -> str:
     q, k, v = widths
     heads = f"{dtype}[B, S, {q}] q, {dtype}[B, {keys}, {k}] k, {dtype}[B, {keys}, {v}] v"
     return f"""
     <ir_version: 10, opset_import: ["" : 23{domains}]>
-    f ({heads}{extra}) => ({dtype}[B, S, {v * 2 if "q_num_heads = 4" in call else v}] y) {{ y = {call} }}
+    f ({heads}{extra}) => ({dtype}[B, S, {v * 2 if "q_num_heads = 4" in call else v}] y)
+    {constants} {{ {setup} y = {call} }}
     """
 
 
@@ -52,6 +55,66 @@ def test_scale_and_values_of_another_depth() -> None:
     assert (node.op_type, node.attributes.get_float("scale")) == ("MultiHeadAttention", pytest.approx(0.3))
 
 
+MASKED = "Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v, m)"
+MASKS = {
+    "bool[S, 9] m": lambda b, s: np.ones((s, 9), bool),
+    "bool[B, 1, S, 9] m": lambda b, s: np.ones((b, 1, s, 9), bool),
+    "float[B, 1, S, 9] m": lambda b, s: np.zeros((b, 1, s, 9), np.float32),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 7)])
+@pytest.mark.parametrize("hidden", ["nothing", "a key", "a row"])
+def test_a_mask_is_looked_at_when_the_model_runs(mask: str, size: tuple[int, int], hidden: str) -> None:
+    inputs = feed(*size)
+    inputs["m"] = MASKS[mask](*size)
+    low = False if inputs["m"].dtype == bool else -np.inf
+    if hidden == "a key":
+        inputs["m"][..., 0, 3] = low
+    elif hidden == "a row":
+        inputs["m"][..., 0, :] = low
+    program = check_numerics(PASS, model(MASKED, extra=f", {mask}"), inputs)
+    (chosen,) = [n for n in program.main.graph if n.op_type == "If"]
+    assert [n.op_type for n in chosen.attributes.get_graph("then_branch")] == ["MultiHeadAttention"]
+    assert [n.op_type for n in chosen.attributes.get_graph("else_branch")] == ["Attention"]
+
+
+def test_the_condition_reads_the_mask_before_it_is_expanded() -> None:
+    source = model(
+        MASKED,
+        setup="t = Constant<value_ints = [1, 1, 5, 9]>()  e = Unsqueeze(p, a)  m = Expand(e, t)",
+        constants="<int64[2] a = {1, 2}>",
+        extra=", bool[B, 9] p",
+    )
+    inputs = feed(2, 5) | {"p": np.ones((2, 9), bool)}
+    program = check_numerics(PASS, source, inputs)
+    (reshape,) = [n for n in program.main.graph if n.op_type == "Reshape"]
+    assert reshape.inputs[0] is program.main.graph.inputs[3]
+    inputs["p"][1, 4:] = False
+    check_numerics(PASS, source, inputs)
+
+
+def test_layers_share_the_condition() -> None:
+    source = """<ir_version: 10, opset_import: ["" : 23]>
+    f (float[B, 9, 6] q, bool[B, 1, 9, 9] m) => (float[B, 9, 6] y)
+    {
+      h = Attention<q_num_heads = 2, kv_num_heads = 2>(q, q, q, m)
+      y = Attention<q_num_heads = 2, kv_num_heads = 2>(h, h, h, m)
+    }"""
+    program = program_of(source)
+    assert apply_pass(f"{PASS},eliminate-common-subexpressions,eliminate-dead-code", program).modified
+    ops = [n.op_type for n in program.main.graph]
+    assert (ops.count("If"), ops.count("ReduceMin")) == (2, 1)
+
+
+@pytest.mark.parametrize("keys", [1, 7, 8, 9, 30])
+def test_symbolic_lengths_are_compared_when_the_model_runs(keys: int) -> None:
+    symbolic = "lower-flash-attention{from_length=8, symbolic=True}"
+    program = check_numerics(symbolic, model(keys="T"), feed(2, 5, keys))
+    assert "If" in [n.op_type for n in program.main.graph]
+
+
 @pytest.mark.parametrize("length", [1024, 1111])
 def test_numerics_where_the_default_length_is_reached(length: int) -> None:
     program = check_numerics("lower-flash-attention", model(keys=str(length)), feed(1, 33, length))
@@ -68,11 +131,28 @@ def test_a_second_run_finds_nothing() -> None:
     ("source", "reason"),
     [
         (model(keys="7"), "it has 7 keys, and the flash kernel pays from 8 on"),
-        (model(keys="T"), "the number of keys is T, and short ones are faster as they are"),
+        (
+            model(keys="T"),
+            "the number of keys is T, and short ones are faster as they are (if they are long, say symbolic",
+        ),
         (model(dtype="float16"), "it is not float32"),
         (
-            model("Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v, m)", extra=", bool[S, 9] m"),
-            "it has a mask",
+            model(
+                "Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v, m)",
+                constants="<bool[1, 9] m = {1,1,1,1,1,1,1,1,0}>",
+            ),
+            "its mask 'm' is a constant",
+        ),
+        (
+            model(
+                "Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v, m)",
+                setup="""i = Constant<value = int64[9, 1] {0,1,2,3,4,5,6,7,8}>()
+                j = Constant<value = int64[1, 9] {0,1,2,3,4,5,6,7,8}>()
+                c = GreaterOrEqual(i, j)
+                m = And(c, p)""",
+                extra=", bool[1, 9] p",
+            ),
+            "its mask 'm' is causal",
         ),
         (model("Attention<q_num_heads = 2, kv_num_heads = 2, is_causal = 1>(q, k, v)"), "it is causal"),
         (model("Attention<q_num_heads = 2, kv_num_heads = 2, softcap = 5.0>(q, k, v)"), "its scores are capped"),
