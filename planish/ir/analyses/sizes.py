@@ -58,12 +58,19 @@ class Sizes:
         """onnx's inference once more, with numbers for the symbols: it sees through reshapes then."""
         try:
             proto = stripped_proto(model)
-            for item in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
-                self._substitute(item.type)
+            self._substitute_all(proto.graph)
             proto = infer_proto(proto, strict=False)
         except Exception:  # what onnx refuses is resolved from the declared shapes alone
             return
         self._collect(model.graph, proto.graph)
+
+    def _substitute_all(self, graph: onnx.GraphProto) -> None:
+        for item in (*graph.input, *graph.value_info, *graph.output):
+            self._substitute(item.type)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    self._substitute_all(attribute.g)
 
     def _substitute(self, proto: onnx.TypeProto) -> None:
         if not proto.HasField("tensor_type"):
@@ -86,6 +93,11 @@ class Sizes:
                 if item.tensor_type.elem_type and all(d.HasField("dim_value") for d in dims):
                     dtype = ir.DataType(item.tensor_type.elem_type)
                     self._known[value] = TensorInfo(dtype, tuple(d.dim_value for d in dims))
+        for node, other in zip(graph, proto.node, strict=False):
+            bodies = {a.name: a.g for a in other.attribute if a.HasField("g")}
+            for name, attribute in node.attributes.items():
+                if name in bodies and attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+                    self._collect(attribute.value, bodies[name])
 
     def _resolve(self, value: ir.Value) -> None:
         if value in self._known:

@@ -171,3 +171,17 @@ def test_chains_of_products(widths: list[int], batch: int) -> None:
     assert result.flops == sum(2 * batch * a * b for a, b in pairs)
     assert result.bytes == 4 * sum(batch * a + a * b + batch * b for a, b in pairs)
     assert math.isclose(sum(c.flops for c in result.nodes.values()), result.flops)
+
+
+def test_of_a_condition_the_dearer_branch_counts() -> None:
+    m = model(
+        "bool flag, float[8, 8] x) => (float[8, 8] y",
+        """
+        y = If (flag) <
+          then_branch = yes () => (float[8, 8] p) { [small] p = Neg (x) },
+          else_branch = no () => (float[8, 8] q) { [large] q = MatMul (x, x) }
+        >""",
+    )
+    found = cost(m)
+    assert found.flops == 2 * 8 * 64 and set(found.by_op) >= {"MatMul", "If"} and "Neg" not in found.by_op
+    assert {"small", "large"} <= set(found.nodes)

@@ -58,6 +58,63 @@ def test_branches_add_their_own_peak_and_keep_what_they_read() -> None:
     assert live.peak_node == "choose"
 
 
+def test_elementwise_nodes_write_over_what_nothing_reads_again() -> None:
+    m = parse_model(
+        f"""{HEAD}
+        g (float[100] x) => (float[100] y) {{
+          [a] a = Neg (x)
+          [b] b = Exp (a)
+          [c] c = Tanh (b)
+          [d] d = Add (b, c)
+          [y] y = Mul (d, x)
+        }}
+        """
+    )
+    live = liveness(m)
+    # x is the caller's, b is read again by d, and y is an output; b takes the memory of a, and d that of b.
+    assert live.shared == {"b": "a", "d": "b"}
+    assert live.curve == [800, 800, 1200, 1200, 1200]
+    assert live.intervals["a"] == Interval(0, 1, 400)
+
+
+def test_views_take_no_memory_and_keep_that_of_their_operand() -> None:
+    m = parse_model(
+        f"""{HEAD}
+        g (float[10, 10] x) => (float[10, 10] y) <int64[1] s = {{100}}, int64[2] t = {{10, 10}}> {{
+          [a] a = Transpose (x)
+          [v] v = Reshape (a, s)
+          [b] b = Exp (x)
+          [w] w = Reshape (v, t)
+          [y] y = Sub (w, b)
+        }}
+        """
+    )
+    live = liveness(m)
+    assert live.shared == {"v": "a", "w": "v"}
+    assert live.curve == [800, 800, 1200, 1200, 1600]
+
+
+def test_what_broadcasts_or_changes_its_size_is_not_written_over() -> None:
+    m = parse_model(
+        f"""{HEAD}
+        g (float[10, 10] x, float[10] r) => (float[10, 10] y) {{
+          [a] a = Neg (r)
+          [b] b = Add (x, a)
+          [c] c = Cast <to = 11> (b)
+          [d] d = Cast <to = 1> (c)
+          [y] y = Neg (d)
+        }}
+        """
+    )
+    assert liveness(m).shared == {}
+
+
+def test_sizes_of_symbols_change_the_peak() -> None:
+    m = parse_model(f"{HEAD}\ng (float[B, S] x) => (float[B, S] y) {{ a = Neg (x)  b = Exp (a)  y = Neg (b) }}")
+    assert liveness(m, dims={"B": 2, "S": 8}).peak_bytes == 3 * 64
+    assert liveness(m, dims={"B": 1, "S": 1}).peak_bytes == 3 * 4
+
+
 def test_graph_without_nodes() -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4]))
     m = ir.Model(ir.Graph([x], [x], nodes=[], opset_imports={"": 23}, name="g"), ir_version=10)
