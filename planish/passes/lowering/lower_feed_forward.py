@@ -68,7 +68,13 @@ class LowerFeedForward(RewritePass):
         weights = [*(leaf.weight for leaf in block.leaves.values()), match["w"]]
         _require_channels([w.const_value.shape.numpy() for w in weights], self.min_channels)
         image = op.Unsqueeze(x, _ADDED[dims]) if _ADDED[dims] else x
-        inner = block.build(op, op.Transpose(image, perm=_TO_FIRST), match["h"])
+        pixels = op.Transpose(image, perm=_TO_FIRST)
+        if x.shape is not None:
+            whole = list(x.shape)
+            for axis in _ADDED[dims]:
+                whole.insert(axis, 1)
+            pixels.shape = ir.Shape([whole[axis] for axis in _TO_FIRST])
+        inner = block.build(op, pixels, match["h"])
         bias = match["bias"] if "bias" in match.values else None
         result = op.Transpose(_convolution(op, inner, match["w"], bias), perm=_TO_LAST)
         return op.Squeeze(result, _ADDED[dims]) if _ADDED[dims] else result
@@ -136,7 +142,10 @@ class _Block:
         for node in self.inner:
             inputs = [new.get(v, v) for v in node.inputs]  # type: ignore[arg-type]
             call = getattr(op, node.op_type)
-            new[node.outputs[0]] = call(*inputs, _domain=node.domain, **dict(node.attributes))
+            made = call(*inputs, _domain=node.domain, **dict(node.attributes))
+            shape = next(new[v].shape for v in node.inputs if v in new)
+            made.shape = None if shape is None else shape.copy()
+            new[node.outputs[0]] = made
         return new[result]
 
 
@@ -219,4 +228,7 @@ def _convolution(op: Any, image: ir.Value, weight: ir.Value, bias: ir.Value | No
     kernel = np.ascontiguousarray(tensor.numpy().T)[:, :, None, None]
     operands = [image, op.initializer(kernel, name=f"{weight.name}_pointwise"), *([] if bias is None else [bias])]
     result: ir.Value = op.Conv(*operands, kernel_shape=[1, 1])
+    if image.shape is not None:
+        # ONNX Runtime multiplies a gate inside of its layout only if both are seen to have one shape.
+        result.shape = ir.Shape([image.shape[0], kernel.shape[0], *image.shape[2:]])
     return result

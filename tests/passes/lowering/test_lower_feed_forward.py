@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import TensorProto
 
@@ -66,6 +70,21 @@ def test_gates(dims: tuple[int, int]) -> None:
     assert ops(program).count("Conv") == 3 and "MatMul" not in ops(program)
     program = check_numerics(f"fuse-swiglu,{NAME}", built, {"x": normal(*dims, 64)})
     assert ops(program).count("Conv") == 3 and "SwiGLU" in ops(program)
+
+
+def test_the_runtime_multiplies_a_gate_in_its_layout(tmp_path: Path) -> None:
+    # It does so only where it sees one shape on both sides: else the block leaves the layout and enters it again.
+    weights = {"w": normal(64, 128) / 8, "w3": normal(64, 128, seed=7) / 8, "w2": WEIGHTS["w2"]}
+    program = program_of(model(GATED, weights, ["B", "S", 64]))
+    apply_pass(NAME, program)
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    proto = ir.to_proto(program.main).SerializeToString()
+    session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    session.run(None, {"x": normal(2, 5, 64)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    reordered = {e["name"] for e in events if "Reorder" in e.get("args", {}).get("op_name", "")}
+    assert len({name for name in reordered if name.endswith("_kernel_time")}) <= 2
 
 
 def test_quick_gelu() -> None:
