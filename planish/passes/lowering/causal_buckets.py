@@ -137,18 +137,15 @@ def like(made: ir.Value, source: ir.Value, changed: dict[int, int | None]) -> ir
 Make = Callable[[], Sequence[ir.Value]]
 
 
-def choose(op: Any, cases: Sequence[tuple[ir.Value | None, Make]], count: int) -> list[ir.Value]:
-    """The `count` outputs of the first case whose condition holds; the last case has none."""
-    condition, make = cases[0]
+def choose(op: Any, condition: ir.Value | None, then: Make, otherwise: Make) -> list[ir.Value]:
+    """What `then` makes where the condition holds at run time (None: always), else what `otherwise` makes."""
     if condition is None:
-        return list(make())
-    then = op.graph(make, "then")
-    other = op.graph(lambda: choose(op, cases[1:], count), "otherwise")
-    made = op.If(condition, then_branch=then, else_branch=other, _outputs=count)
-    values = [made] if count == 1 else list(made)
-    for value, one, two in zip(values, then.outputs, other.outputs, strict=True):
-        value.type = one.type
-        if one.shape is not None and two.shape is not None and len(one.shape) == len(two.shape):
-            same = [a if a == b else ir.SymbolicDim(None) for a, b in zip(one.shape, two.shape, strict=True)]
-            value.shape = ir.Shape(same)
+        return list(then())
+    one, two = op.graph(then, "then"), op.graph(otherwise, "otherwise")
+    made = op.If(condition, then_branch=one, else_branch=two, _outputs=len(one.outputs))
+    values = [made] if len(one.outputs) == 1 else list(made)
+    for value, a, b in zip(values, one.outputs, two.outputs, strict=True):
+        value.type = a.type
+        if a.shape is not None and b.shape is not None and len(a.shape) == len(b.shape):
+            value.shape = ir.Shape([m if m == n else None for m, n in zip(a.shape, b.shape, strict=True)])
     return values

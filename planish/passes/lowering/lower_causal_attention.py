@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from planish.passes.fusion.sizes import Term, contents, rank, size_vector, sizes
 from planish.passes.lowering.causal_buckets import (
     Block,
     Bound,
+    Make,
     attend,
     blocks,
     causal_parts,
@@ -73,25 +74,25 @@ class LowerCausalAttention(RewritePass):
 
     def rewrite(self, op: Any, match: Match) -> ir.Value:
         node, graph = match.root, match.graph
-        lengths = _lengths(node)
-        causal = _bound(node, *lengths)
-        cases = self._cases(lengths[0])
-        bounds = [_read_length(op, node, index, term, graph) for index, term in enumerate(lengths)]
+        terms = _lengths(node)
+        causal = _bound(node, *terms)
+        cases = self._cases(terms[0])
+        lengths = [_read_length(op, node, index, term, graph) for index, term in enumerate(terms)]
         offset = _offset(op, causal.offset, node, graph)
-        conditions = _conditions(op, node, causal, bounds)
-        plans: list[tuple[ir.Value | None, list[Block]]] = []
-        for count, least in cases:
-            needed = list(conditions)
-            if isinstance(bounds[0], ir.Value):
-                needed.append(op.GreaterOrEqual(bounds[0], np.array([least], dtype=np.int64)))
-            condition = functools.reduce(op.And, needed) if needed else None
-            plans.append((condition, blocks(op, bounds[0], count, offset)))
-        return _assemble(op, node, plans, bounds)
+        needed = _conditions(op, node, causal, lengths)
+        by_length: list[ir.Value] = []
+        if isinstance(lengths[0], ir.Value):
+            by_length = [op.GreaterOrEqual(lengths[0], np.array([least], dtype=np.int64)) for _, least in cases]
+            needed.append(by_length[0])
+        condition = functools.reduce(op.And, needed) if needed else None
+        counts = [count for count, _ in cases]
+        many = by_length[-1] if len(counts) > 1 else None
+        return _Blocked(op, node, lengths, offset, counts, condition, many).output()
 
     def _cases(self, length: Term) -> list[tuple[int, int]]:
-        """(number of blocks, fewest queries), most first; of a known length only the one for it."""
+        """(number of blocks, fewest queries), fewest first; of a known length only the one for it."""
         many = max(self.from_length, _MANY_FROM)
-        counts = [(self.buckets, self.from_length)] if self.buckets else [(_MANY, many), (_FEW, self.from_length)]
+        counts = [(self.buckets, self.from_length)] if self.buckets else [(_FEW, self.from_length), (_MANY, many)]
         if any(count < 2 for count, _ in counts):
             raise Decline(f"buckets is {self.buckets}; it takes 2 or more, or 0")
         cases = [(count, max(least, least_length(count))) for count, least in counts]
@@ -99,8 +100,8 @@ class LowerCausalAttention(RewritePass):
             return cases
         fitting = [case for case in cases if case[1] <= length]
         if not fitting:
-            raise Decline(f"it has {length} queries, and blocks pay from {cases[-1][1]} on")
-        return fitting[:1]
+            raise Decline(f"it has {length} queries, and blocks pay from {cases[0][1]} on")
+        return fitting[-1:]
 
 
 def _operand(node: ir.Node, index: int) -> ir.Value:
@@ -198,29 +199,53 @@ def _every_row_keeps_a_key(op: Any, mask: ir.Value) -> ir.Value:
     return kept
 
 
-def _assemble(
-    op: Any, node: ir.Node, plans: Sequence[tuple[ir.Value | None, list[Block]]], lengths: Sequence[Bound]
-) -> ir.Value:
-    """One Attention, or blocks, by the conditions. Masks of blocks are chosen apart, once for all layers."""
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
+@dataclass
+class _Blocked:
+    """Attention `node` in blocks where `condition` holds (None: always), in the more of them where `many` does."""
 
-    def masks_of(part: list[Block]) -> list[ir.Value]:
-        return causal_parts(op, part, *lengths) if mask is None else mask_parts(op, mask, part)
+    op: Any
+    node: ir.Node
+    lengths: Sequence[Bound]
+    offset: Bound
+    counts: Sequence[int]
+    condition: ir.Value | None
+    many: ir.Value | None
 
-    if plans[0][0] is None:
-        return attend(op, node, masks_of(plans[0][1]), plans[0][1])
-    most = max(len(part) for _, part in plans)
-    dims, dtype = ((0, 0), np.bool_) if mask is None else ((0,) * (rank(mask) or 0), mask.dtype.numpy())  # type: ignore
-    unused = op.initializer(np.zeros(dims, dtype=dtype))
+    def output(self) -> ir.Value:
+        # Masks of blocks are chosen apart from the attention, once for all layers.
+        masks = self._choose(self._masks, self._no_masks)
+        return self._choose(lambda count: [self._attend(count, masks)], self._whole)[0]
 
-    def padded(part: list[Block]) -> list[ir.Value]:
-        return [*masks_of(part), *[unused] * (most - len(part))]
+    def _choose(self, make: Callable[[int], list[ir.Value]], otherwise: Make) -> list[ir.Value]:
+        few, many = self.counts[0], self.counts[-1]
+        split = lambda: choose(self.op, self.many, lambda: make(many), lambda: make(few))  # noqa: E731
+        return choose(self.op, self.condition, split, otherwise)
 
-    def whole() -> list[ir.Value]:
-        again = op.Attention(*node.inputs, **dict(node.attributes))
-        again.type, again.shape = node.outputs[0].type, node.outputs[0].shape
+    def _parts(self, count: int) -> list[Block]:
+        return blocks(self.op, self.lengths[0], count, self.offset)
+
+    @property
+    def _mask(self) -> ir.Value | None:
+        return self.node.inputs[3] if len(self.node.inputs) > 3 else None
+
+    def _masks(self, count: int) -> list[ir.Value]:
+        parts = self._parts(count)
+        if self._mask is None:
+            made = causal_parts(self.op, parts, *self.lengths)
+        else:
+            made = mask_parts(self.op, self._mask, parts)
+        return [*made, *self._no_masks()[count:]]
+
+    def _no_masks(self) -> list[ir.Value]:
+        mask = self._mask
+        dims, dtype = ((0, 0), ir.DataType.BOOL) if mask is None else ((0,) * (rank(mask) or 0), mask.dtype)
+        assert dtype is not None
+        return [self.op.initializer(np.zeros(dims, dtype=dtype.numpy()))] * max(self.counts)
+
+    def _attend(self, count: int, masks: list[ir.Value]) -> ir.Value:
+        return attend(self.op, self.node, masks[:count], self._parts(count))
+
+    def _whole(self) -> list[ir.Value]:
+        again = self.op.Attention(*self.node.inputs, **dict(self.node.attributes))
+        again.type, again.shape = self.node.outputs[0].type, self.node.outputs[0].shape
         return [again]
-
-    masks = choose(op, [*((c, lambda p=p: padded(p)) for c, p in plans), (None, lambda: [unused] * most)], most)
-    blocked = [(c, lambda p=p: [attend(op, node, masks[: len(p)], p)]) for c, p in plans]
-    return choose(op, [*blocked, (None, whole)], 1)[0]
