@@ -160,12 +160,7 @@ _SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 4], "
 _CONVNEXT = {"hidden_sizes": [16, 32], "depths": [2, 3], "image_size": 32, "num_stages": 2}
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [3, 4], "layer_type": "basic"}
 _BLOOM = {"vocab_size": 99, "hidden_size": 32, "n_layer": 4, "n_head": 4, "use_cache": False}
-_MOE = {
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "experts_implementation": "batched_mm",
-}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
 _OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 _GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
 
@@ -196,7 +191,7 @@ MODELS: dict[str, LayerModel] = {
             "T5", _hf("T5Config", "T5ForConditionalGeneration", **_T5), "pair", ("encoder.block", "decoder.block")
         ),
         LayerModel("Whisper encoder", _whisper, "mel", ("layers",)),
-        LayerModel("Mixtral", _text("Mixtral", "eager", **_MOE), "text", ("layers",)),
+        LayerModel("Mixtral", _text("Mixtral", "eager", num_key_value_heads=2, **_EXPERTS), "text", ("layers",)),
         LayerModel("Swin", _hf("SwinConfig", "SwinModel", **_SWIN), "image", ()),
         LayerModel("ConvNeXt", _hf("ConvNextConfig", "ConvNextModel", **_CONVNEXT), "image", ()),
         LayerModel("ResNet", _hf("ResNetConfig", "ResNetModel", **_RESNET), "image", ()),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from planish.cli.layer_tree import layer_tree
 from planish.runtime.units import (
     count_text,
     milliseconds,
@@ -120,6 +121,8 @@ def inspected(found: Mapping[str, Any]) -> None:
         facts.add_row(Text(label, style="bold"), _text(value, 600))
     console.print(facts)
     console.print(_ops(found))
+    for entry, layers in found["layers"].items():
+        console.print(layer_tree(layers, entry if len(found["layers"]) > 1 else ""))
     console.print(_blocks(found["blocks"]))
     for note in found["notes"]:
         console.print(_text(f"Note: {note}", 400, "yellow"))

@@ -39,6 +39,7 @@ class Inspection:
         functions: model-local functions, as ``domain::name``.
         made_by: nodes by the pass that made them.
         provenance: where the program came from.
+        layers: entry → its stacks of repeated layers, and what looked like layers and is not.
     """
 
     inputs: dict[str, list[str]]
@@ -59,6 +60,7 @@ class Inspection:
     peak_activation_bytes: int | None = None
     flops_by_op: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +78,8 @@ def inspect_program(program: Program, dims: Mapping[str, int] | None = None) -> 
     opsets: dict[str, int] = {}
     for model in program.entries.values():
         opsets |= {domain or "ai.onnx": version for domain, version in model.opset_imports.items()}
+    from planish.ir.analyses.layers import find_layers  # networkx takes a moment to import
+
     dtypes: Counter[str] = Counter()
     weights = program.weights
     for tensor in weights.values():
@@ -98,6 +102,7 @@ def inspect_program(program: Program, dims: Mapping[str, int] | None = None) -> 
         functions=sorted({f"{f.domain}::{f.name}" for m in program.entries.values() for f in m.functions.values()}),
         made_by=dict(made.most_common()),
         provenance=dict(program.provenance),
+        layers={entry: find_layers(model).to_dict() for entry, model in program.entries.items()},
     )
     _add_costs(found, program, dims)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -11,40 +12,12 @@ from planish.ir.graphs import is_op, subgraphs_of
 
 #: Operators between the product of queries and keys and its softmax.
 _SCORE_OPS = frozenset(
-    (
-        "Add",
-        "Sum",
-        "Sub",
-        "Mul",
-        "Div",
-        "Where",
-        "Tanh",
-        "Clip",
-        "Max",
-        "Min",
-        "Cast",
-        "CastLike",
-        "Reshape",
-        "Transpose",
-    )
-    + ("Unsqueeze", "Squeeze", "Expand", "Slice")
-)
+    ("Add", "Sum", "Sub", "Mul", "Div", "Where", "Tanh", "Clip", "Max", "Min", "Cast", "CastLike")
+) | frozenset(("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Slice"))
 _ADDS = ("Add", "Sum")
 _PRODUCTS = frozenset(
-    (
-        "MatMul",
-        "Gemm",
-        "Conv",
-        "ConvTranspose",
-        "Einsum",
-        "Gather",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "MatMulInteger",
-        "ConvInteger",
-    )
-)
+    ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Gather", "LSTM", "GRU", "RNN")
+) | frozenset(("MatMulInteger", "ConvInteger"))
 #: Views and casts: a residual stream that goes through one is still the same stream.
 _VIEWS = frozenset(("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"))
 
@@ -62,6 +35,7 @@ class Part:
         branch: what is added.
         stream_in, stream_out: the residual stream before and after the segment.
         parallel: another branch starts at the same `stream_in` and is added to it too.
+        parameters: numbers in the weights that its nodes read.
     """
 
     kind: str
@@ -71,9 +45,11 @@ class Part:
     stream_in: ir.Value
     stream_out: ir.Value
     parallel: bool = False
+    parameters: int = 0
 
     def to_dict(self) -> dict[str, object]:
-        return {"kind": self.kind, "nodes": len(self.nodes), "parallel": self.parallel, "branch": self.branch.name}
+        facts = {"kind": self.kind, "nodes": len(self.nodes), "parameters": self.parameters}
+        return facts | {"parallel": self.parallel, "branch": self.branch.name}
 
 
 def signature(stream: Stream, k: int) -> Signature:
@@ -193,8 +169,15 @@ def find_parts(stream: Stream, k: int, exclusive: dict[ir.Node, int]) -> list[Pa
             continue
         others = set().union(*(c for c in cones if c is not cone)) if len(cones) > 1 else set()
         nodes = _with_feeders(stream.flow, [n for n in cone if n not in others], exclusive)
-        parts.append(Part(kind, nodes, add, branch, stream.cuts[k], stream.cuts[k + 1], len(branches) > 1))
+        ends = stream.cuts[k], stream.cuts[k + 1]
+        parts.append(Part(kind, nodes, add, branch, *ends, len(branches) > 1, parameters(stream.flow, nodes)))
     return sorted(parts, key=lambda part: part.kind != "attention")
+
+
+def parameters(flow: Flow, nodes: Sequence[ir.Node]) -> int:
+    """Numbers in the weights that nodes read."""
+    values = {v for node in nodes for v in flow.weights(node)}
+    return sum(int(v.const_value.size) for v in values if v.const_value is not None)
 
 
 def _merge(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from planish.ir.analyses.layer_parts import Part, find_parts, is_view, multiplies, residual, signature
+from planish.ir.analyses.layer_parts import Part, find_parts, is_view, multiplies, parameters, residual, signature
 from planish.ir.analyses.stream import Flow, Stream, static_dims
 from planish.ir.graphs import dims_of
 
@@ -92,9 +92,15 @@ class LayerStack:
     def __len__(self) -> int:
         return len(self.layers)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights of all layers; tied weights count once."""
+        return self.layers[0].parameters if self.tied else sum(layer.parameters for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
-        facts = {"name": self.name, "route": self.route, "width": self.width, "tied": self.tied}
-        return facts | {"uniform": self.uniform, "layers": [layer.to_dict() for layer in self.layers]}
+        facts: dict[str, Any] = {"name": self.name, "route": self.route, "width": self.width, "tied": self.tied}
+        facts |= {"parameters": self.parameters, "uniform": self.uniform}
+        return facts | {"layers": [layer.to_dict() for layer in self.layers]}
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,7 @@ def _layer(
         tuple(v for v in outputs if v.producer() in probabilities),
         tuple(parts),
         form,
-        _parameters(flow, nodes),
+        parameters(flow, nodes),
     )
 
 
@@ -271,11 +277,6 @@ def _without_lone_caches(layers: list[Layer]) -> list[Layer]:
     if len({len(layer.cache_inputs) for layer in layers}) == 1:
         return layers
     return [replace(layer, side_inputs=(*layer.side_inputs, *layer.cache_inputs), cache_inputs=()) for layer in layers]
-
-
-def _parameters(flow: Flow, nodes: Sequence[ir.Node]) -> int:
-    values = {v for node in nodes for v in flow.weights(node)}
-    return sum(int(v.const_value.size) for v in values if v.const_value is not None)
 
 
 def _matrices(flow: Flow, nodes: Sequence[ir.Node]) -> set[int]:

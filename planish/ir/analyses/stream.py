@@ -46,7 +46,8 @@ class Flow:
         graph: the graph.
         nodes: its nodes in order of execution.
         constant: values that no input changes: initializers, constants, and what is computed from these alone.
-        digraph: values and nodes; edges go from a value to each node that reads its data, and from a node to its outputs.
+        digraph: values and nodes; edges go from a value to each node that reads its data, and from that to what it
+            makes.
     """
 
     graph: ir.Graph
