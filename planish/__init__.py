@@ -9,15 +9,17 @@ from planish.version import __version__
 if TYPE_CHECKING:
     from planish.driver import optimize
     from planish.ir.budget import Budget
+    from planish.ir.causal_lm import CausalLM
     from planish.ir.errors import PlanishError
     from planish.ir.target import Target
     from planish.runtime.artifact import load
     from planish.runtime.executable import Executable
 
-__all__ = ["Budget", "Executable", "PlanishError", "Target", "__version__", "load", "optimize"]
+__all__ = ["Budget", "CausalLM", "Executable", "PlanishError", "Target", "__version__", "load", "optimize"]
 
 _HOMES = {
     "Budget": "planish.ir.budget",
+    "CausalLM": "planish.ir.causal_lm",
     "Executable": "planish.runtime.executable",
     "PlanishError": "planish.ir.errors",
     "Target": "planish.ir.target",

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planish.ir.budget import Budget
+from planish.ir.causal_lm import CausalLM
 from planish.ir.errors import InputError, PlanishError, UnsupportedError
 from planish.ir.ledger import Ledger, LedgerEntry
 from planish.ir.program import Calibration, Program
+from planish.ir.sharing import unify_weights
 from planish.ir.target import IMPLEMENTED, Target
 from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.gates import DEFAULT_APPROXIMATE_ERROR, Gates, Interrupted
@@ -55,6 +57,7 @@ def optimize(
     passes: str | Sequence[Pass] | None = None,
     calibration: Any = None,
     budget: Budget | None = None,
+    task: str | CausalLM | None = None,
     hooks: Hooks | None = None,
 ) -> Executable:
     """Optimizes a model for a target; every change is held to a measured error and a measured gain.
@@ -68,6 +71,9 @@ def optimize(
         calibration: inputs to measure with: a dict by input name, a tuple in input order, or a list of these.
             None: the example inputs; without these, inputs made from the specs, marked as synthetic.
         budget: limits of the gates; None for the defaults of :class:`planish.Budget`.
+        task: ``"causal-lm"`` for a decoder of ``transformers``: the executable then has the entries ``prefill`` and
+            ``decode``, and :meth:`planish.Executable.generate`. Example inputs and calibration are prompts:
+            ``input_ids``, and an ``attention_mask`` where rows are padded. :class:`planish.CausalLM` has options.
         hooks: progress, instruments, the journal and reproducers.
 
     Returns:
@@ -84,21 +90,29 @@ def optimize(
         raise InputError(f"budget is a {type(budget).__name__}; give planish.Budget(error=..., seconds=...).")
     pipeline = resolve_pipeline(passes, target)
     hooks.progress("reading the model")
-    program, check, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
-    note = _calibrate(program, calibration if calibration is not None else example)
+    compare: Callable[[OrtBench], Any] | None
+    if task is not None:
+        program, compare = _capture_causal_lm(hooks, model, example_inputs, dynamic_shapes, calibration, target, task)
+        note = ""
+    else:
+        program, compare, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
+        note = _calibrate(program, calibration if calibration is not None else example)
     pipeline = _with_shapes(program, pipeline)
     bench = OrtBench(target, program.calibration)
-    if check is not None:
+    if compare is not None:
         hooks.progress("comparing the captured program with the module")
-        check(bench.run_inputs)
+        compare(bench)
         if not budget.gates:
             bench.forget(program)
     best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
     ledger.synthetic = program.calibration is not None and program.calibration.synthetic
     hooks.progress("preparing the executable")
-    ledger.notes += bench.runner(best).notes
+    if len(best.entries) > 1 and unify_weights(best):
+        bench.forget(best)
+    runners = {name: bench.runner(best, name) for name in best.entries}
+    ledger.notes += list(dict.fromkeys(note for runner in runners.values() for note in runner.notes))
     report = _report(model, program, best, pipeline, ledger, time.monotonic() - started, budget)
-    return Executable(best, {"main": bench.runner(best)}, report=report, pipeline=report.pipeline)
+    return Executable(best, runners, report=report, pipeline=report.pipeline)
 
 
 def resolve_pipeline(passes: str | Sequence[Pass] | None, target: Target) -> list[Pass]:
@@ -140,18 +154,46 @@ def _with_shapes(program: Program, pipeline: list[Pass]) -> list[Pass]:
 
 def _capture(
     hooks: Hooks, model: Any, example_inputs: Any, dynamic_shapes: Any, target: Target
-) -> tuple[Program, Callable[..., Any] | None, Any]:
+) -> tuple[Program, Callable[[OrtBench], Any] | None, Any]:
     """The program, its comparison with the module it came from, and inputs to measure with, where there are any."""
     if _is_module(model):
         from planish.frontends.torch import capture
 
         captured = capture(model, example_inputs, dynamic_shapes, target, progress=hooks.progress)
-        return captured.program, captured.check, captured.example
+        return captured.program, lambda bench: captured.check(bench.run_inputs), captured.example
     if dynamic_shapes is not None:
         raise InputError("dynamic_shapes is for torch modules; an ONNX model says itself which sizes are dynamic.")
     from planish.frontends.onnx import load_onnx
 
     return load_onnx(model, target), None, example_inputs
+
+
+def _capture_causal_lm(
+    hooks: Hooks,
+    model: Any,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    calibration: Any,
+    target: Target,
+    task: str | CausalLM,
+) -> tuple[Program, Callable[[OrtBench], Any]]:
+    """The calibrated program of a causal language model, and its comparison with the model."""
+    options = CausalLM.parse(task)
+    if not _is_module(model):
+        raise InputError(f"task 'causal-lm' takes a model of transformers, not {type(model).__name__}.")
+    if dynamic_shapes is not None:
+        raise InputError("task 'causal-lm': batch and lengths are always dynamic; leave dynamic_shapes out.")
+    from planish.frontends.causal_lm import capture_causal_lm
+
+    captured = capture_causal_lm(model, example_inputs, target, options=options, progress=hooks.progress)
+    batches = captured.example if calibration is None else captured.batches(calibration)
+    synthetic = captured.synthetic and calibration is None
+    first, *others = [Calibration(found, synthetic, entry) for entry, found in batches.items()]
+    first.others = others
+    captured.program.calibration = first
+    return captured.program, lambda bench: captured.check(
+        lambda program, entry, inputs: bench.run_inputs(program, inputs, entry)
+    )
 
 
 def _calibrate(program: Program, given: Any) -> str:

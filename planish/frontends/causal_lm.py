@@ -87,7 +87,7 @@ def capture_causal_lm(
     return CapturedLM(program, check, check.batches, check.batches(examples), example_inputs is None)
 
 
-class _Entry(torch.nn.Module):
+class _Entry(torch.nn.Module):  # type: ignore[misc]
     """The model with a recorder in the place of its cache."""
 
     def __init__(self, model: Any) -> None:
@@ -207,8 +207,9 @@ def _cache_shapes(model: Any) -> list[tuple[int, int, torch.dtype]]:
         from planish.frontends.torch_errors import first_line
 
         raise UnsupportedError(
-            f"task 'causal-lm': {type(model).__name__} can not be captured: its attention does not go "
-            f"through transformers' attention interface, or its forward fails with a cache of planish's: {type(error).__name__}: {first_line(error)}."
+            f"task 'causal-lm': {type(model).__name__} can not be captured: its attention does not go through "
+            f"transformers' attention interface, or its forward fails with a cache of planish's: "
+            f"{type(error).__name__}: {first_line(error)}."
         ) from error
     return [(k.shape[1], k.shape[3], k.dtype) for _, (k, _) in sorted(recorder.present.items())]
 

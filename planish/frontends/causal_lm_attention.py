@@ -109,7 +109,7 @@ class Recorder:
         fill = -size % HEAD_MULTIPLE
         if fill:
             query, keys, values = (F.pad(x, (0, fill)) for x in (query, keys, values))
-        options = {"scale": scale, "window": window, "softcap": softcap, "slopes": slopes}
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "slopes": slopes}
         result = (self._prompt if self.past is None else self._step)(layer, query, keys, values, **options)
         return result[..., :size] if fill else result
 

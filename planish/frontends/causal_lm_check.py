@@ -121,10 +121,11 @@ class CausalCheck:
             assert spec.shape is not None
             heads, size = spec.shape[1], spec.shape[3]
             layer, part = int(spec.name.split("_")[1]), PARTS.index(spec.name.split("_")[2])
+            assert isinstance(heads, int) and isinstance(size, int)
             shapes = [(len(rows), heads, n, size) for n in (tokens, capacity, capacity)]
             present, before, after = (np.zeros(shape, rows[0].cache[0][0].dtype) for shape in shapes)
-            for i, row in enumerate(rows):
-                kept, n = row.cache[layer][part], int(prompts.lengths[i])  # (heads, n + 1, size)
+            for i, result in enumerate(rows):
+                kept, n = result.cache[layer][part], int(prompts.lengths[i])  # (heads, n + 1, size)
                 present[i, :, :n, : kept.shape[-1]] = kept[:, :n]
                 before[i, :, :n, : kept.shape[-1]] = kept[:, :n]
                 after[i, :, : n + 1, : kept.shape[-1]] = kept
@@ -148,7 +149,8 @@ class CausalCheck:
             prompt = self.model(input_ids=torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True)
             following = int(prompt.logits[0, -1].argmax())
             step = self.model(input_ids=torch.tensor([[following]]), past_key_values=cache, use_cache=True)
-        kept = [(to_numpy(layer.keys[0]), to_numpy(layer.values[0])) for layer in cache.layers]
+        layers: list[Any] = list(cache.layers)
+        kept = [(to_numpy(layer.keys[0]), to_numpy(layer.values[0])) for layer in layers]
         return _Row(to_numpy(prompt.logits[0]), following, to_numpy(step.logits[0, -1]), kept)
 
     def _compare(self, run: EntryRun, entry: str, expected: Expected, limit: float) -> ErrorStats:
@@ -165,8 +167,8 @@ class CausalCheck:
         bound = max(limit, tolerance(wanted))
         if not stats.relative_l2 <= bound:
             raise InputError(
-                f"entry '{entry}' captured from {name} differs from the model on {where}: output '{stats.output}' is off "
-                f"by {stats.relative_l2:.3g} relative L2 (limit {bound:.2g}); its attention has no form here."
+                f"entry '{entry}' captured from {name} differs from the model on {where}: output '{stats.output}' "
+                f"is off by {stats.relative_l2:.3g} relative L2 (limit {bound:.2g}); its attention has no form here."
             )
         return stats
 

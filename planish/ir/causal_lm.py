@@ -1,8 +1,8 @@
 """A causal language model as a program: its two entries, and the names of what goes in and comes out. Pure data.
 
 ``prefill`` reads whole prompts: `input_ids` (batch, sequence) int64, rows padded on the right, and `lengths` (batch)
-int64, the tokens of each row. It gives the logits and, for every layer, `present_<layer>_key` and `present_<layer>_value`
-(batch, key-value heads, sequence, head size).
+int64, the tokens of each row. It gives the logits and, for every layer, `present_<layer>_key` and
+`present_<layer>_value` (batch, key-value heads, sequence, head size).
 
 ``decode`` reads one token a row: `input_ids` (batch, 1) int64, `lengths` (batch) int64, the tokens that the cache
 holds of each row, and `past_<layer>_key`, `past_<layer>_value` (batch, key-value heads, capacity, head size), of which

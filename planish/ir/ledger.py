@@ -89,9 +89,26 @@ class Declined:
     reason: str
 
 
+@dataclass(frozen=True)
+class EntryMeasure:
+    """What was measured of one entry of a program of several: error against the original, and gain."""
+
+    error: ErrorStats | None = None
+    speedup: Ratio | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EntryMeasure:
+        error, speedup = data.get("error"), data.get("speedup")
+        return cls(ErrorStats(**error) if error else None, Ratio(**speedup) if speedup else None)
+
+
 @dataclass
 class LedgerEntry:
-    """One pass of a run. `passes` with kind ``"composition"`` are the check of all together at the end."""
+    """One pass of a run. `passes` with kind ``"composition"`` are the check of all together at the end.
+
+    For a program of several entries `by_entry` holds what was measured of each; `speedup` is then the slowest of
+    those that became slower, else the largest, and the errors are the worst.
+    """
 
     name: str
     kind: str  # "exact" | "approximate" | "composition"
@@ -108,6 +125,7 @@ class LedgerEntry:
     verdict: str = "kept"
     seconds: float = 0.0
     reproducer: str | None = None
+    by_entry: dict[str, EntryMeasure] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,6 +137,7 @@ class LedgerEntry:
         for key in ("error_previous", "error_original"):
             data[key] = ErrorStats(**data[key]) if data.get(key) else None
         data["speedup"] = Ratio(**data["speedup"]) if data.get("speedup") else None
+        data["by_entry"] = {name: EntryMeasure.from_dict(item) for name, item in data.get("by_entry", {}).items()}
         return cls(**data)
 
 

@@ -17,11 +17,20 @@ __all__ = ["Calibration", "Program", "TensorSpec"]
 
 @dataclass
 class Calibration:
-    """Inputs to measure with: a list of dicts by input name. `synthetic` when planish made them up."""
+    """Inputs to measure with: a list of dicts by input name. `synthetic` when planish made them up.
+
+    `others` are inputs of further entries of the same program; :attr:`parts` are all of them, the first one first.
+    """
 
     batches: list[dict[str, np.ndarray]]
     synthetic: bool = False
     entry: str = "main"
+    others: list[Calibration] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Calibration]:
+        """This one and the calibrations of further entries."""
+        return [self, *self.others]
 
 
 @dataclass
@@ -98,14 +107,13 @@ class Program:
         return sum(distinct.values())
 
     def sizes(self) -> dict[str, int]:
-        """Sizes of the symbols of the calibrated entry, read off the first calibration batch; empty without one."""
+        """Sizes of the symbols of the calibrated entries, read off their first batches; empty without any."""
         sizes: dict[str, int] = {}
-        if self.calibration is None or not self.calibration.batches:
-            return sizes
-        for spec in self.inputs(self.calibration.entry):
-            value = self.calibration.batches[0].get(spec.name)
-            if spec.shape is not None and isinstance(value, np.ndarray):
-                sizes |= {d: n for d, n in zip(spec.shape, value.shape, strict=False) if isinstance(d, str)}
+        for part in reversed(self.calibration.parts if self.calibration is not None else []):
+            for spec in self.inputs(part.entry) if part.batches else ():
+                value = part.batches[0].get(spec.name)
+                if spec.shape is not None and isinstance(value, np.ndarray):
+                    sizes |= {d: n for d, n in zip(spec.shape, value.shape, strict=False) if isinstance(d, str)}
         return sizes
 
     def graphs(self) -> Iterator[ir.Graph]:

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from planish.ir.analyses.liveness import liveness
 from planish.ir.budget import Budget
+from planish.ir.causal_lm import cache_layer
 from planish.ir.compare import compare_outputs, tolerance, worst_of
 from planish.ir.errors import PlanishError
-from planish.ir.ledger import ErrorStats, Ledger, LedgerEntry, Ratio
+from planish.ir.ledger import EntryMeasure, ErrorStats, Ledger, LedgerEntry, Ratio
 from planish.ir.program import Program
 from planish.passes.base import Pass, PassResult
 from planish.passes.group import NOTHING, Candidate, Failure, PassGroup
@@ -49,6 +50,7 @@ class Trial:
     original: ErrorStats
     outputs: list[dict[str, Any]]
     broken: str = ""
+    by_entry: dict[str, ErrorStats] = field(default_factory=dict)
 
     def exceeds(self, limit: float) -> bool:
         return not self.cost <= limit  # written so that a NaN exceeds every limit
@@ -60,8 +62,13 @@ class Bench(Protocol):
     def run(self, program: Program) -> list[dict[str, Any]]:
         """Outputs by name for each calibration batch."""
 
-    def speedup(self, baseline: Program, candidate: Program, *, seconds: float, threshold: float) -> Ratio:
-        """Time of `baseline` over time of `candidate`, interleaved; stops early once it clears `threshold`."""
+    def speedup(
+        self, baseline: Program, candidate: Program, *, seconds: float, threshold: float, entry: str | None = None
+    ) -> Ratio:
+        """Time of `baseline` over time of `candidate`, interleaved; stops early once it clears `threshold`.
+
+        For programs of which several entries are calibrated, `entry` says which.
+        """
 
     def forget(self, program: Program) -> None:
         """Frees what was prepared to run `program`; the next run prepares it anew."""
@@ -103,6 +110,8 @@ class Gates:
         """
         self.original, self.best, self.ledger = program, program, Ledger()
         self.checkpoints: list[tuple[Program, int]] = []  # (program before an approximate pass, ledger length)
+        self.parts = program.calibration.parts if program.calibration is not None else []
+        self.ratios: dict[Ratio, dict[str, Ratio]] = {}  # what was measured → the same by entry
         seconds = DEFAULT_SECONDS if self.budget.seconds is None else self.budget.seconds
         try:
             self._reference()
@@ -149,12 +158,28 @@ class Gates:
         return self.tolerance if asked is None else min(self.tolerance, asked)
 
     def _error(self, expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> ErrorStats:
-        fixed = [{k: v for k, v in batch.items() if k not in self.random} for batch in expected]
-        stats = worst_of([compare_outputs(want, have) for want, have in zip(fixed, got, strict=True)])
+        stats = worst_of(self._errors(expected, got))
         if self.budget.metric is None:
             return stats
         value = float(self.budget.metric(list(expected), list(got)))
         return ErrorStats(stats.relative_l2, stats.max_abs, stats.cosine, value, stats.output)
+
+    def _errors(self, expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> list[ErrorStats]:
+        """Error of each batch. Caches of layers that are gone are no outputs any more."""
+        found = []
+        for want, have in zip(expected, got, strict=True):
+            gone = {name for name in want if name not in have and cache_layer(name) is not None}
+            fixed = {k: v for k, v in want.items() if k not in self.random and k not in gone}
+            found.append(compare_outputs(fixed, have))
+        return found
+
+    def _by_entry(self, got: list[dict[str, Any]]) -> dict[str, ErrorStats]:
+        """Error of each entry against the original, for programs of several."""
+        if len(self.parts) < 2:
+            return {}
+        owners = [part.entry for part in self.parts for _ in part.batches]
+        errors = list(zip(owners, self._errors(self.expected, got), strict=True))
+        return {part.entry: worst_of([e for owner, e in errors if owner == part.entry]) for part in self.parts}
 
     def _try(self, program: Program, kind: str) -> Trial:
         """Error of a candidate: exact passes answer to the program before them, approximate ones to the original."""
@@ -164,7 +189,8 @@ class Gates:
             return Trial(float("inf"), _UNRUNNABLE, _UNRUNNABLE, [], f"does not run: {error}")
         original = self._error(self.expected, outputs)
         previous = original if self.best_outputs is self.expected else self._error(self.best_outputs, outputs)
-        return Trial(previous.relative_l2 if kind == "exact" else original.cost, previous, original, outputs)
+        cost = previous.relative_l2 if kind == "exact" else original.cost
+        return Trial(cost, previous, original, outputs, by_entry=self._by_entry(outputs))
 
     # --- one group -----------------------------------------------------------------------------------------
 
@@ -220,7 +246,18 @@ class Gates:
 
     def _measure(self, baseline: Program, candidate: Program) -> Ratio:
         seconds = max(0.2, (self.deadline - time.monotonic()) / 2)
-        return self.bench.speedup(baseline, candidate, seconds=seconds, threshold=self.budget.min_gain or 1.0)
+        threshold = self.budget.min_gain or 1.0
+        if len(self.parts) < 2:
+            return self.bench.speedup(baseline, candidate, seconds=seconds, threshold=threshold)
+        share = seconds / len(self.parts)
+        found = {
+            part.entry: self.bench.speedup(baseline, candidate, seconds=share, threshold=threshold, entry=part.entry)
+            for part in self.parts
+        }
+        slowest, fastest = (pick(found.values(), key=lambda r: r.median) for pick in (min, max))
+        ratio = slowest if _slower(slowest) else fastest
+        self.ratios[ratio] = found
+        return ratio
 
     def _no_gain(self, ratio: Ratio, kind: str) -> str:
         """Why a measured ratio is not enough, or an empty string.
@@ -271,9 +308,14 @@ class Gates:
             self.ledger.entries.append(entry)
         if trial is not None:
             entry.error_previous, entry.error_original, entry.speedup = trial.previous, trial.original, ratio
+            entry.by_entry = self._measured(trial, ratio)
             sizes = self.original.sizes()
             entry.peak_memory_before = liveness(group.base, dims=sizes).peak_bytes
             entry.peak_memory_after = liveness(candidate.program, dims=sizes).peak_bytes
+
+    def _measured(self, trial: Trial, ratio: Ratio | None) -> dict[str, EntryMeasure]:
+        ratios = self.ratios.get(ratio, {}) if ratio is not None else {}
+        return {name: EntryMeasure(error, ratios.get(name)) for name, error in trial.by_entry.items()}
 
     def _composition(self) -> None:
         """Holds all passes together to the one budget; takes approximate ones back, the last first, until they fit."""
@@ -292,6 +334,7 @@ class Gates:
         total = LedgerEntry("all passes", "composition", *counts)
         total.error_original = total.error_previous = trial.original
         total.speedup = self._measure(self.original, self.best) if self.best is not self.original else None
+        total.by_entry = self._measured(trial, total.speedup)
         self.ledger.entries.append(total)
 
 

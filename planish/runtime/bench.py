@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from planish.ir.causal_lm import cache_layer
 from planish.ir.ledger import Ratio
 from planish.ir.program import Calibration, Program
 from planish.ir.target import Target
@@ -29,39 +30,56 @@ class OrtBench:
     def __init__(self, target: Target, calibration: Calibration | None) -> None:
         self.target, self.calibration = target, calibration
         # Keyed by identity, and holding the program so that an identity is not used twice.
-        self._runners: OrderedDict[int, tuple[Program, OrtRunner]] = OrderedDict()
+        self._runners: OrderedDict[int, tuple[Program, dict[str, OrtRunner]]] = OrderedDict()
 
-    def runner(self, program: Program) -> OrtRunner:
-        """The session of a program's calibrated entry; the two used last are kept."""
+    def runner(self, program: Program, entry: str | None = None) -> OrtRunner:
+        """The session of an entry, by default the calibrated one; those of the two programs used last are kept."""
         known = self._runners.pop(id(program), None)
         if known is None:
             while len(self._runners) >= KEPT:
                 self._runners.popitem(last=False)
-            model = program.main if self.calibration is None else program.entry(self.calibration.entry)
-            known = (program, compile_ort(model, self.target))
+            known = (program, {})
         self._runners[id(program)] = known
-        return known[1]
+        if entry is None:
+            entry = program.default_entry if self.calibration is None else self.calibration.entry
+        if entry not in known[1]:
+            known[1][entry] = compile_ort(program.entry(entry), self.target)
+        return known[1][entry]
 
-    def run_inputs(self, program: Program, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    def run_inputs(self, program: Program, inputs: dict[str, np.ndarray], entry: str | None = None) -> dict[str, Any]:
         """Outputs by name for one batch of inputs.
 
         Raises:
             PlanishError: the runtime refuses the program or the inputs.
         """
-        return self.runner(program).run(inputs)
+        return self.runner(program, entry).run(inputs)
 
     def run(self, program: Program) -> list[dict[str, Any]]:
-        """Outputs by name for each calibration batch."""
+        """Outputs by name for each calibration batch, entry by entry."""
         assert self.calibration is not None
-        return [self.run_inputs(program, batch) for batch in self.calibration.batches]
+        return [
+            self.run_inputs(program, self._fitting(program, batch, part.entry), part.entry)
+            for part in self.calibration.parts
+            for batch in part.batches
+        ]
 
-    def speedup(self, baseline: Program, candidate: Program, *, seconds: float, threshold: float) -> Ratio:
-        """Time of `baseline` over time of `candidate` on the first calibration batch, interleaved."""
+    def speedup(
+        self, baseline: Program, candidate: Program, *, seconds: float, threshold: float, entry: str | None = None
+    ) -> Ratio:
+        """Time of `baseline` over time of `candidate` on an entry's first calibration batch, interleaved."""
         assert self.calibration is not None
-        batch = self.calibration.batches[0]
-        first, second = self.runner(baseline).prepared(batch), self.runner(candidate).prepared(batch)
+        part = next(p for p in self.calibration.parts if entry in (None, p.entry))
+        steps = [
+            self.runner(program, part.entry).prepared(self._fitting(program, part.batches[0], part.entry))
+            for program in (baseline, candidate)
+        ]
         clock = "process" if self.target.threads == 1 else "wall"
-        return speedup(first, second, seconds=seconds, threshold=threshold, clock=clock)
+        return speedup(*steps, seconds=seconds, threshold=threshold, clock=clock)
+
+    def _fitting(self, program: Program, batch: dict[str, np.ndarray], entry: str) -> dict[str, np.ndarray]:
+        """A batch without the caches of layers that the program no longer has."""
+        names = {spec.name for spec in self.runner(program, entry).inputs}
+        return {name: value for name, value in batch.items() if name in names or cache_layer(name) is None}
 
     def forget(self, program: Program) -> None:
         """Drops the session of a program."""

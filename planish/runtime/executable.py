@@ -102,6 +102,61 @@ class Executable:
             raise InputError(f"run takes a dict of arrays by input name, not {type(inputs).__name__}.")
         return self._runner(entry).run(inputs)
 
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 20,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        attention_mask: Any = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stream: Callable[[Any], object] | None = None,
+    ) -> Any:
+        """Continues prompts; for programs of the task ``"causal-lm"``.
+
+        Without `do_sample` the result is, token for token, that of ``generate(do_sample=False)`` of transformers.
+
+        Args:
+            input_ids: integers (batch, sequence), an array or a torch tensor.
+            max_new_tokens: how many tokens to add at most.
+            eos_token_id: tokens that end a row; None: the model's own; ``[]``: none.
+            pad_token_id: fills rows that have ended; None: the model's own, else its first end token.
+            attention_mask: (batch, sequence), 1 for tokens and 0 for padding on either side of a row.
+            do_sample: draw tokens by their probability instead of taking the likeliest.
+            temperature: logits are divided by it; above 0.
+            top_k: draw among the k likeliest tokens; 0: among all.
+            top_p: draw among the likeliest tokens that together have this probability; 1: among all.
+            repetition_penalty: above 1 makes tokens that are already in the row less likely.
+            seed: the same seed draws the same tokens; None: different ones each time.
+            stream: called after each step with the new tokens, (batch) int64.
+
+        Returns:
+            the prompts and what was added, (batch, sequence + added) int64; a torch tensor if `input_ids` is one.
+
+        Raises:
+            InputError: an argument is wrong, or prompt and new tokens together are longer than the model allows.
+        """
+        from planish.runtime.generate import generate
+        from planish.runtime.sampling import Sampling
+
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            attention_mask=attention_mask,
+            sampling=Sampling(do_sample, temperature, top_k, top_p, repetition_penalty),
+            seed=seed,
+            stream=stream,
+        )
+
     def export(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes an artifact folder that :func:`planish.load` reads; all of it, or nothing.
 

@@ -195,6 +195,11 @@ class OrtRunner:
                 "if this process made no ONNX Runtime session before."
             )
 
+    @property
+    def flushes(self) -> bool:
+        """Whether runs treat denormal numbers as zero."""
+        return self._flush
+
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Runs on inputs by name; returns outputs by name, as torch tensors if an input was one.
 
@@ -252,7 +257,7 @@ class OrtRunner:
                 flush.begin()
             values = self._run(self._names, arrays)
         except Exception as error:
-            raise _run_error(error) from error
+            raise run_error(error) from error
         finally:
             if flushing:
                 flush.end()
@@ -272,7 +277,7 @@ class OrtRunner:
                 if self._flush:
                     flush.end()
         except Exception as error:
-            raise _run_error(error) from error
+            raise run_error(error) from error
         kinds = [spec.dtype or 0 for spec in self.outputs]
         return {name: from_ortvalue(value, kind) for name, value, kind in zip(self._names, values, kinds, strict=True)}
 
@@ -314,7 +319,8 @@ def _operands(model: ir.Model | None, name: str, op: str) -> str:
     return f" with inputs {', '.join(kinds)}" if kinds else ""
 
 
-def _run_error(error: Exception) -> PlanishError:
+def run_error(error: Exception) -> PlanishError:
+    """What ONNX Runtime raised in a run, as one line."""
     if isinstance(error, PlanishError):
         return error
     text = _one_line(error)
