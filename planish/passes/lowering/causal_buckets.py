@@ -89,11 +89,20 @@ def causal_parts(op: Any, parts: Sequence[Block], length: Bound, key_length: Bou
     found = []
     for block in parts:
         queries = _range(op, block.start, length if block.end is None else block.end, 1)
-        keys = _range(op, 0, key_length if block.keys is None else block.keys, 0)
+        keys = _range(op, 0, key_length if block.keys is None else _least(op, block.keys, length, key_length), 0)
         part = op.GreaterOrEqual(queries, keys)
         part.shape = ir.Shape([None, None])
         found.append(part)
     return found
+
+
+def _least(op: Any, keys: Bound, length: Bound, key_length: Bound) -> Bound:
+    """`keys`, or all if there are fewer, which can only be where there are not as many keys as queries."""
+    if key_length is length:
+        return keys
+    if isinstance(keys, int) and isinstance(key_length, int):
+        return min(keys, key_length)
+    return op.Min(vector(keys), vector(key_length))  # type: ignore[no-any-return]
 
 
 def _range(op: Any, start: Bound, end: Bound, axis: int) -> ir.Value:

@@ -77,7 +77,8 @@ class LowerCausalAttention(RewritePass):
         terms = _lengths(node)
         causal = _bound(node, *terms)
         cases = self._cases(terms[0])
-        lengths = [_read_length(op, node, index, term, graph) for index, term in enumerate(terms)]
+        lengths = [_read_length(op, node, 0, terms[0], graph)]
+        lengths.append(lengths[0] if terms[0] == terms[1] else _read_length(op, node, 1, terms[1], graph))
         offset = _offset(op, causal.offset, node, graph)
         needed = _conditions(op, node, causal, lengths)
         by_length: list[ir.Value] = []
@@ -132,6 +133,12 @@ def _bound(node: ir.Node, length: Term, key_length: Term) -> Causal:
         return Causal(Offset(), first=True)
     if mask is None:
         raise Decline("every query sees every key")
+    dims = _mask_sizes(mask)
+    if dims is None or len(dims) < 2:
+        raise Decline("the rank of its mask is unknown or below 2")
+    # The kernel does not broadcast these, so they can only differ where nothing can run.
+    if dims[-2:] != (length, key_length):
+        raise Decline(f"its mask is {_shown(dims[-2:])} and queries and keys are {_shown((length, key_length))}")
     found = mask_allows(mask)
     if found is None:
         raise Decline(f"nothing says that its mask '{mask.name}' hides the keys after a query")
