@@ -122,7 +122,9 @@ def _merge_type(value: ir.Value, proto: onnx.TypeProto, names: SizeNames) -> Non
     if value.type is None and tensor.elem_type:
         value.type = ir.TensorType(ir.DataType(tensor.elem_type))
     if tensor.HasField("shape"):
-        dims = [d.dim_value if d.HasField("dim_value") else names.renamed(d.dim_param or None) for d in tensor.shape.dim]
+        dims = [
+            d.dim_value if d.HasField("dim_value") else names.renamed(d.dim_param or None) for d in tensor.shape.dim
+        ]
         if value.is_graph_output():
             # A name that nobody gave has no place in the interface.
             dims = [None if is_made_up(d) else d for d in dims]

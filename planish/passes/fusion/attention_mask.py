@@ -1,12 +1,22 @@
-"""The mask of ONNX's Attention that means what the masking steps of a decomposed graph mean, on ONNX Runtime.
+"""The mask that means what the masking steps of a decomposed graph mean, on ONNX Runtime.
 
-Its CPU kernel does not broadcast the last two axes of a mask, and a row that is wholly at ``-inf`` or at the lowest
-float gives zeros (measured on 1.31): so masks are expanded, and lowest values are raised by a few percent.
+Measured on 1.31, on the CPU, of a row whose keys are all masked:
+
+| mask of the row | Softmax | Attention | com.microsoft.MultiHeadAttention |
+|---|---|---|---|
+| ``-inf`` | NaN | zeros | NaN |
+| the lowest float | weights all equal | zeros | weights all equal |
+| -3.3e38 | weights all equal | weights all equal | weights all equal |
+
+So a mask whose lowest values are known to be finite is Attention's, with these raised by a few percent, and one that
+may hold anything is an attention bias of MultiHeadAttention, which adds it and takes the softmax, no more. Both want
+the last two axes as long as queries and keys are.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,15 +25,27 @@ import onnx_ir as ir
 from planish.ir.graphs import is_op
 from planish.passes.base import Decline
 from planish.passes.fusion.attention_match import Attention, Mask
-from planish.passes.fusion.mask_values import ALMOST_LOWEST, bounds
+from planish.passes.fusion.mask_steps import MASKING, Addend, one_addend, one_condition
+from planish.passes.fusion.mask_values import ALMOST_LOWEST
 from planish.passes.fusion.sizes import Term, sizes
 
-_MASKING = -1e4  # fills above this might be scores
-_FULL_MASK, _BIAS = -1e8, -1e3  # what is below the one absorbs scores, what is above the other is added to them
+
+@dataclass
+class BuiltMask:
+    """A mask, and which operator it is for.
+
+    Attributes:
+        plain: the rows need the meaning of a plain softmax, which Attention does not give.
+        guarded: rows that are NaN then become zeros.
+    """
+
+    value: ir.Value | None
+    plain: bool = False
+    guarded: bool = False
 
 
-def build_mask(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.Graph) -> ir.Value | None:
-    """Builds the ``attn_mask`` input for `found`, or returns None if there is no mask.
+def build_mask(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.Graph) -> BuiltMask:
+    """Builds the mask for `found`.
 
     Args:
         op: the builder of the rewrite.
@@ -34,63 +56,42 @@ def build_mask(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.
         Decline: the masking can not be said exactly.
     """
     if not found.masks:
-        return None
-    if len(found.masks) > 1:
-        return _build_sum(op, found, lengths, graph)
-    mask = found.masks[0]
-    made = _added(op, mask, found.guarded) if mask.fill is None else _filled(op, mask, found.guarded)
-    return _fitted(op, made, sizes(mask.value), found, lengths, graph)
+        return BuiltMask(None)
+    single = one_condition(op, found.masks)
+    if single is not None:
+        made = _filled(op, single, found.guarded)
+        if made is not None:
+            dims = sizes(single.value) if len(found.masks) == 1 else (1, 1)
+            return BuiltMask(_fitted(op, made, dims, found, lengths, graph))
+    addend = one_addend(op, found.masks if single is None else [single])
+    if _is_plain(addend, found.guarded):
+        value = _fitted(op, addend.value, addend.dims, found, lengths, graph, rank=4)
+        return BuiltMask(value, plain=True, guarded=found.guarded)
+    value = addend.value
+    known = addend.bounds
+    assert known is not None
+    if known.low <= ALMOST_LOWEST and not known.infinite:
+        value = op.Max(value, np.float32(ALMOST_LOWEST))
+    return BuiltMask(_fitted(op, value, addend.dims, found, lengths, graph))
 
 
-def _build_sum(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.Graph) -> ir.Value:
-    """Several additions are one addition of their sum: position biases and a mask."""
-    if any(m.fill is not None for m in found.masks):
-        raise Decline("the scores are masked by a Where and by another step")
-    total: ir.Value | None = None
-    masking = 0
-    for mask in found.masks:
-        known = bounds(mask.value)
-        if known is None or known.infinite:
-            raise Decline("several masks are added, and their sum may be -inf")
-        # In between, the order of the additions would show in rows where all is masked.
-        if _FULL_MASK < known.low < _BIAS:
-            raise Decline(f"several masks are added, and one holds {known.low:g}: the order of additions matters")
-        masking += known.low <= _FULL_MASK
-        value = _added(op, mask, found.guarded)
-        total = value if total is None else op.Add(total, value)
-    if masking > 1:
-        raise Decline("several masks are added, and their sum may be -inf")
-    assert total is not None
-    dims = [sizes(m.value) for m in found.masks]
-    if any(d is None for d in dims):
-        raise Decline("the rank of the mask is unknown")
-    # The sum of masks of different shapes is expanded in any case.
-    widest = dims[0] if all(d == dims[0] for d in dims) else (1,) * max(len(d) for d in dims if d is not None)
-    return _fitted(op, total, widest, found, lengths, graph)
-
-
-def _added(op: Any, mask: Mask, guarded: bool) -> ir.Value:
-    if mask.value.dtype != ir.DataType.FLOAT:
-        raise Decline(f"the mask is {mask.value.dtype.name if mask.value.dtype else 'of unknown dtype'}, not float32")
-    known = bounds(mask.value)
+def _is_plain(addend: Addend, guarded: bool) -> bool:
+    known = addend.bounds
     if known is None or (known.infinite and not guarded):
-        raise Decline("the mask may hold -inf: a row of them is NaN here and zeros in Attention")
-    if known.low > ALMOST_LOWEST:
-        return mask.value
-    if known.infinite:
-        raise Decline("the mask mixes -inf with the lowest float, which Attention takes for the same")
-    raised: ir.Value = op.Max(mask.value, np.float32(ALMOST_LOWEST))
-    return raised
+        return True
+    # Attention takes -inf and the lowest float for the same; the guard does not.
+    return known.infinite and known.low <= ALMOST_LOWEST
 
 
-def _filled(op: Any, mask: Mask, guarded: bool) -> ir.Value:
+def _filled(op: Any, mask: Mask, guarded: bool) -> ir.Value | None:
+    """The mask of one Where; None if rows of ``-inf`` are to stay NaN."""
     assert mask.fill is not None
-    if mask.fill > _MASKING:
+    if mask.fill > MASKING:
         raise Decline(f"the scores are filled with {mask.fill:g}, which may be a score")
     if math.isinf(mask.fill):
         if not guarded:
-            raise Decline("the scores are filled with -inf: a row of them is NaN here and zeros in Attention")
-        return mask.value if mask.keep else op.Not(mask.value)
+            return None
+        return mask.value if mask.keep else op.Not(mask.value)  # type: ignore[no-any-return]
     zero, low = np.float32(0.0), np.float32(ALMOST_LOWEST)
     made: ir.Value = op.Where(mask.value, zero, low) if mask.keep else op.Where(mask.value, low, zero)
     return made
@@ -103,8 +104,9 @@ def _fitted(
     found: Attention,
     lengths: tuple[Term, Term],
     graph: ir.Graph,
+    rank: int = 0,
 ) -> ir.Value:
-    """`mask` with its last two axes as long as queries and keys are."""
+    """`mask` with its last two axes as long as queries and keys are, of `rank` at least."""
     if dims is None:
         raise Decline("the rank of the mask is unknown")
     if len(dims) > 4:
@@ -112,7 +114,7 @@ def _fitted(
     heads = (sizes(found.q) or (None,) * 4)[1]
     if len(dims) >= 3 and isinstance(dims[-3], int) and dims[-3] not in (1, heads):
         raise Decline(f"the mask has {dims[-3]} heads and the queries have {heads}")
-    if len(dims) >= 2 and dims[-2:] == lengths:
+    if len(dims) >= max(2, rank) and dims[-2:] == lengths:
         return mask
     if all(isinstance(n, int) for n in lengths):
         target: Any = np.array([1, 1, *lengths], dtype=np.int64)

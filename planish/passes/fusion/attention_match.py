@@ -20,11 +20,12 @@ _MOST_NODES = 64
 @dataclass
 class Mask:
     """One masking step. `fill` is None for an addition of `value`; else `value` is a condition, and scores where it
-    is not `keep` become `fill`."""
+    is not `keep` become `fill`. `expansion` are the nodes that gave it the shape of the scores, which it needs not."""
 
     value: ir.Value
     fill: float | None = None
     keep: bool = True
+    expansion: tuple[ir.Node, ...] = ()
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Attention:
 
     Attributes:
         masks: masking steps in the order of execution.
+        softcap: the scores, scaled, become ``softcap * tanh(scores / softcap)`` before they are masked; 0 for none.
         guarded: rows that are NaN (all keys at ``-inf``) become zeros.
         nodes: all between q, k, v, masks and the output, the product with v first. Nobody else uses weights or scores.
     """
@@ -42,6 +44,7 @@ class Attention:
     v: ir.Value
     k_perm: tuple[int, ...] | None = None
     scale: float = 1.0
+    softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
     guarded: bool = False
     nodes: list[ir.Node] = field(default_factory=list)
@@ -70,8 +73,9 @@ def match_attention(root: ir.Node) -> Attention:
         raise Decline("the softmax is not over a product of queries and keys")
     product, steps_after, chain = scores
     found = Attention(product.inputs[0], product.inputs[1], root.inputs[1], guarded=guarded)  # type: ignore[arg-type]
-    found.nodes = [root, *nodes, softmax, *chain, product]
     _read_steps(found, steps_after)
+    expansions = (node for mask in found.masks for node in mask.expansion)
+    found.nodes = [root, *nodes, softmax, *chain, product, *expansions]
     found.q, factor = _unscaled(found.q)
     found.scale *= factor
     _read_keys(found)
@@ -123,17 +127,19 @@ def _scores(value: ir.Value | None) -> tuple[ir.Node, list[tuple[str, object]], 
     options: list[tuple[int, str, object]] = []
     if _is_transparent(node):
         options = [(0, "same", None)]
+    elif is_op(node, "Tanh"):
+        options = [(0, "tanh", True)]
     elif is_op(node, "Mul"):
         options = [(i, "scale", scalar(node.inputs[1 - i])) for i in (0, 1)]
     elif is_op(node, "Div"):
         divisor = scalar(node.inputs[1])
         options = [(0, "scale", 1.0 / divisor if divisor else None)]
     elif is_op(node, "Add"):
-        options = [(i, "mask", Mask(node.inputs[1 - i])) for i in (0, 1)]  # type: ignore[arg-type]
+        options = [(i, "mask", _mask(node.inputs[1 - i], node.inputs[i])) for i in (0, 1)]
     elif is_op(node, "Where"):
         fills = scalar(node.inputs[2]), scalar(node.inputs[1])
         options = [
-            (i, "mask", Mask(node.inputs[0], fill, keep) if fill is not None else None)  # type: ignore[arg-type]
+            (i, "mask", _mask(node.inputs[0], node.inputs[i], fill, keep) if fill is not None else None)
             for i, fill, keep in ((1, fills[0], True), (2, fills[1], False))
         ]
     for index, kind, detail in options:
@@ -145,7 +151,18 @@ def _scores(value: ir.Value | None) -> tuple[ir.Node, list[tuple[str, object]], 
     return None
 
 
+def _mask(value: ir.Value | None, scores: ir.Value | None, fill: float | None = None, keep: bool = True) -> Mask:
+    """The masking step, with `value` as it was before it was expanded to the shape of the scores."""
+    assert value is not None
+    node = value.producer()
+    shape = node.inputs[1].producer() if is_op(node, "Expand") else None  # type: ignore[union-attr]
+    if is_op(shape, "Shape") and shape.inputs[0] is scores and not shape.attributes:  # type: ignore[union-attr]
+        return Mask(node.inputs[0], fill, keep, (node, shape))  # type: ignore
+    return Mask(value, fill, keep)
+
+
 def _read_steps(found: Attention, steps: list[tuple[str, object]]) -> None:
+    capped = False
     for kind, detail in steps:
         if kind == "mask":
             assert isinstance(detail, Mask)
@@ -154,7 +171,19 @@ def _read_steps(found: Attention, steps: list[tuple[str, object]]) -> None:
             if found.masks:
                 raise Decline("the scores are scaled after they are masked")
             assert isinstance(detail, float)
-            found.scale *= detail
+            if capped:
+                found.softcap *= detail
+            else:
+                found.scale *= detail
+        elif kind == "tanh":
+            if found.masks or capped:
+                raise Decline("the scores go through a Tanh " + ("twice" if capped else "after they are masked"))
+            capped, found.softcap = True, 1.0
+    if capped:
+        if found.softcap <= 0:
+            raise Decline(f"the scores are capped by {found.softcap:g}, and Attention takes positive caps")
+        # cap * tanh(scale * x): Attention divides by the cap before the Tanh.
+        found.scale *= found.softcap
 
 
 def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:

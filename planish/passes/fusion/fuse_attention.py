@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from planish.passes.base import Decline
-from planish.passes.fusion.attention_mask import build_mask
+from planish.passes.fusion.attention_mask import BuiltMask, build_mask
 from planish.passes.fusion.attention_match import Attention, match_attention, softmax_behind
 from planish.passes.fusion.sizes import Term, sizes
 from planish.passes.pattern import Var
@@ -23,8 +24,9 @@ class FuseAttention(RewritePass):
 
     Understands what torch writes for scaled_dot_product_attention below opset 23 (both factors scaled, keys
     transposed through three dimensions, NaN guard), eager attention of transformers, and TorchScript graphs; masks
-    added or filled in, scales before or after the product. A mask is kept as a mask, causal ones too. Where a
-    fully masked row would change its meaning the place is left alone.
+    added, filled in, or both, scales before or after the product, a softcap. A mask is kept as a mask, causal ones
+    too. Attention gives zeros for a row whose keys are all at ``-inf``, where the graph has NaN: a mask that may hold
+    such rows (one that is an input, say) goes to com.microsoft.MultiHeadAttention, which has the meaning of the graph.
     """
 
     name: ClassVar[str] = "fuse-attention"
@@ -41,15 +43,47 @@ class FuseAttention(RewritePass):
         if found.scale <= 0:
             raise Decline(f"the scores are scaled by {found.scale:g}, and Attention takes positive scales")
         mask = build_mask(op, found, lengths, match.graph)
-        key = op.Transpose(found.k, perm=found.k_perm) if found.k_perm else found.k
+        if mask.plain and match.target.runtime != "ort":
+            raise Decline("the mask may hold -inf: a row of them is NaN here and zeros in Attention")
+        if found.softcap and found.masks and match.target.runtime != "ort":
+            raise Decline("scores are capped before they are masked, which is the order of ONNX Runtime's kernel alone")
         # Nodes of the chain that nothing else needs leave with the match.
         match.nodes = tuple(found.nodes)
-        inputs = [found.q, key, found.v] + ([mask] if mask is not None else [])
-        fused: ir.Value = op.Attention(*inputs, scale=found.scale)
+        if mask.plain:
+            return _multi_head(op, found, mask)
+        key = op.Transpose(found.k, perm=found.k_perm) if found.k_perm else found.k
+        inputs = [found.q, key, found.v] + ([mask.value] if mask.value is not None else [])
+        fused: ir.Value = op.Attention(*inputs, scale=found.scale, softcap=found.softcap or None)
         if not match.output.is_graph_output() and found.q.shape is not None and found.v.shape is not None:
             # Names of sizes that broadcasting over the mask had lost.
             fused.shape = ir.Shape([*found.q.shape[:3], found.v.shape[3]])
         return fused
+
+
+def _multi_head(op: Any, found: Attention, mask: BuiltMask) -> ir.Value:
+    """The plain meaning, which is that of com.microsoft.MultiHeadAttention: (B, S, H * D) for queries and output."""
+    if found.softcap:
+        raise Decline("the mask may hold -inf next to a softcap, and no operator has both")
+    q, v = sizes(found.q), sizes(found.v)
+    assert q is not None and v is not None
+    if not isinstance(q[3], int) or not isinstance(v[3], int):
+        raise Decline("the depth of the heads is unknown, and the mask may hold -inf, which Attention takes for zeros")
+    heads: int = q[1]  # type: ignore[assignment]
+    key = found.k if found.k_perm else op.Transpose(found.k, perm=[0, 2, 1, 3])
+    parts = (
+        op.Reshape(op.Transpose(found.q, perm=[0, 2, 1, 3]), [0, 0, heads * q[3]]),
+        op.Reshape(key, [0, 0, heads * q[3]]),
+        op.Reshape(op.Transpose(found.v, perm=[0, 2, 1, 3]), [0, 0, heads * v[3]]),
+    )
+    joined = op.MultiHeadAttention(
+        *parts, None, None, mask.value, num_heads=heads, scale=found.scale, _domain="com.microsoft"
+    )
+    # onnx has no rule for operators of other domains.
+    joined.type, joined.shape = found.q.type, ir.Shape([found.q.shape[0], found.q.shape[2], heads * v[3]])  # type: ignore
+    if mask.guarded:
+        joined = op.Where(op.IsNaN(joined), np.float32(0.0), joined)
+    out: ir.Value = op.Transpose(op.Reshape(joined, [0, 0, heads, v[3]]), perm=[0, 2, 1, 3])
+    return out
 
 
 def _require_heads(found: Attention) -> tuple[Term, Term]:

@@ -20,16 +20,7 @@ _CONSTANTS = """<int64 i0 = {0}, int64 i1 = {1}, int64[1] a0 = {0}, int64[1] las
 
 def bert(layers: int = 2, masking: str = "-10000.0") -> ir.Model:
     """Post-norm encoder; ids are embedded already; (1 - mask) * `masking` is added to the scores."""
-    body = f"""
-        low = Constant<value_float = {masking}>()
-        axes = Constant<value_ints = [1]>()
-        m1 = Unsqueeze(attention_mask, axes)
-        axes2 = Constant<value_ints = [2]>()
-        m2 = Unsqueeze(m1, axes2)
-        m3 = Cast<to = 1>(m2)
-        m4 = Sub(one, m3)
-        mask = Mul(m4, low)
-    """
+    body = _padding(masking)
     h = "x"
     for i in range(layers):
         body += "".join(_linear(f"{r}{i}", h) + _heads(f"{r}{i}", perm) for r, perm in _ROLES)
@@ -65,11 +56,15 @@ def vit(layers: int = 2) -> ir.Model:
     return _model(body + f"y = Identity({h})", "float[batch, 5, 16] x", "float[batch, 5, 16] y")
 
 
-def gpt2(layers: int = 2, fill: str = "-10000.0") -> ir.Model:
-    """Pre-norm decoder; one projection split in three; the causal mask is a slice of a constant, filled by Where."""
+def gpt2(layers: int = 2, fill: str = "-10000.0", padding: str = "") -> ir.Model:
+    """Pre-norm decoder; one projection split in three; the causal mask is a slice of a constant, filled by Where.
+
+    With `padding`, (1 - attention_mask) * `padding` is added to the filled scores.
+    """
     body = (
         f"fill = Constant<value_float = {fill}>()\n triangle = Constant<value = bool[1, 1, 8, 8] {{{_TRIANGLE}}}>()\n"
     )
+    body += _padding(padding) if padding else ""
     h = "x"
     for i in range(layers):
         body += (
@@ -90,7 +85,8 @@ def gpt2(layers: int = 2, fill: str = "-10000.0") -> ir.Model:
             part{i} = Slice(rows{i}, a0, ns{i}, i3_{i})
             s{i} = MatMul(q{i}_h, k{i}_h)
             sd{i} = Div(s{i}, root_depth)
-            sm{i} = Where(part{i}, sd{i}, fill)
+            sf{i} = Where(part{i}, sd{i}, fill)
+            sm{i} = {f"Add(sf{i}, mask)" if padding else f"Identity(sf{i})"}
             p{i} = Softmax<axis = -1>(sm{i})
             o{i} = MatMul(p{i}, v{i}_h)
         """
@@ -98,7 +94,60 @@ def gpt2(layers: int = 2, fill: str = "-10000.0") -> ir.Model:
         body += _linear(f"u{i}", f"l{i}") + _gelu_tanh(f"u{i}") + _linear(f"w{i}", f"u{i}_g")
         body += f"y{i} = Add(r{i}, w{i})\n"
         h = f"y{i}"
-    return _model(body + f"y = Identity({h})", "float[batch, seq, 16] x")
+    mask = ", int64[batch, seq] attention_mask" if padding else ""
+    return _model(body + f"y = Identity({h})", f"float[batch, seq, 16] x{mask}")
+
+
+def distilbert(layers: int = 2, fill: str = "-3.4028234663852886e38") -> ir.Model:
+    """Post-norm encoder; queries scaled, the scores filled where an expanded mask is zero; 4-D targets with -1."""
+    body = f"fill = Constant<value_float = {fill}>()\n i2 = Constant<value_ints = [2]>()\n"
+    body += "ones = Constant<value_ints = [1]>()\n zero_id = Constant<value_int = 0>()\n"
+    h = "x"
+    for i in range(layers):
+        body += "".join(_linear(f"{r}{i}", h) for r, _ in _ROLES)
+        for role, perm in _ROLES:
+            body += _dims(f"{role}{i}")
+            body += f"""
+                {role}{i}_to = Concat<axis = 0>({role}{i}_b, last, heads, depth)
+                {role}{i}_r = Reshape({role}{i}, {role}{i}_to)
+                {role}{i}_h = Transpose<perm = [{perm}]>({role}{i}_r)
+            """
+        body += f"""
+            qd{i} = Div(q{i}_h, root_depth)
+            s{i} = MatMul(qd{i}, k{i}_h)
+            off{i} = Equal(attention_mask, zero_id)
+            to{i} = Concat<axis = 0>(q{i}_b, ones, ones, k{i}_l)
+            view{i} = Reshape(off{i}, to{i})
+            full{i} = Shape(s{i})
+            wide{i} = Expand(view{i}, full{i})
+            sm{i} = Where(wide{i}, fill, s{i})
+            p{i} = Softmax<axis = -1>(sm{i})
+            o{i} = MatMul(p{i}, v{i}_h)
+            o{i}_t = Transpose<perm = [0, 2, 1, 3]>(o{i})
+        """
+        body += _dims(f"o{i}_t")
+        body += f"""
+            o{i}_to = Concat<axis = 0>(o{i}_t_b, last, hidden)
+            o{i}_f = Reshape(o{i}_t, o{i}_to)
+        """
+        body += _linear(f"d{i}", f"o{i}_f") + f"r{i} = Add(d{i}, {h})\n" + _norm(f"n{i}", f"r{i}")
+        body += _linear(f"u{i}", f"n{i}") + _gelu_erf(f"u{i}") + _linear(f"w{i}", f"u{i}_g")
+        body += f"t{i} = Add(w{i}, n{i})\n" + _norm(f"y{i}", f"t{i}")
+        h = f"y{i}"
+    return _model(body + f"y = Identity({h})", "float[batch, seq, 16] x, int64[batch, seq] attention_mask")
+
+
+def _padding(low: str) -> str:
+    return f"""
+        low = Constant<value_float = {low}>()
+        axes = Constant<value_ints = [1]>()
+        m1 = Unsqueeze(attention_mask, axes)
+        axes2 = Constant<value_ints = [2]>()
+        m2 = Unsqueeze(m1, axes2)
+        m3 = Cast<to = 1>(m2)
+        m4 = Sub(one, m3)
+        mask = Mul(m4, low)
+    """
 
 
 _ROLES = (("q", "0, 2, 1, 3"), ("k", "0, 2, 3, 1"), ("v", "0, 2, 1, 3"))

@@ -23,7 +23,7 @@ from tests.passes.fusion.exporting import Flat, with_attention
 PIPELINE = default_pipeline("ort-cpu").split(",lower-")[0]
 _WATCHED = (
     "Attention", "Softmax", "LayerNormalization", "RMSNormalization", "Gelu", "planish::SwiGLU", "Erf", "Tanh",
-    "Transpose", "Expand", "RotaryEmbedding", "Gemm", "Split",
+    "Transpose", "Expand", "RotaryEmbedding", "Gemm", "Split", "com.microsoft::MultiHeadAttention",
 )  # fmt: skip
 
 OLD: dict[str, tuple[ir.Model, dict[str, int], list[str]]] = {

@@ -259,29 +259,11 @@ DECLINES = {
     "do not reach the product through a transpose": eager(
         "scaled = Mul(qk, scale)", keys="kt = Identity(kc)", extra=", float[B, 2, 8, L] kc"
     ),
-    "may hold -inf": eager("scaled = Add(qk, mask)", extra=", float[B, 1, S, L] mask"),
-    "filled with -inf": eager(
-        "fill = Constant<value = float {-inf}>()\n scaled = Where(mask, qk, fill)", extra=", bool[B, 1, S, L] mask"
-    ),
     "filled with 0": eager("scaled = Where(mask, qk, zero)", extra=", bool[B, 1, S, L] mask"),
-    "by a Where and by another step": eager(
-        "first = Where(mask, qk, lowest)\n bias = Where(mask, zero, lowest)\n scaled = Add(first, bias)",
-        extra=", bool[B, 1, S, L] mask",
-    ),
-    "several masks are added": eager(
-        "bias = Where(mask, zero, lowest)\n first = Add(qk, bias)\n scaled = Add(first, bias)",
-        extra=", bool[B, 1, S, L] mask",
-    ),
     "the order of additions matters": eager(
         "low = Constant<value_float = -10000.0>()\n bias = Where(mask, zero, low)\n first = Add(qk, scale)\n"
         "scaled = Add(first, bias)",
         extra=", bool[B, 1, S, L] mask",
-    ),
-    "mixes -inf with the lowest": eager(
-        "fill = Constant<value = float {-inf}>()\n a = Where(mask, zero, fill)\n b = Where(mask, a, lowest)\n"
-        "scaled = Add(qk, b)",
-        extra=", bool[B, 1, S, L] mask",
-        weights="p0 = Softmax(last)\n nan = IsNaN(p0)\n p = Where(nan, zero, p0)",
     ),
     "used elsewhere": eager("scaled = Mul(qk, scale)", outputs="float[B, 2, S, 8] y, float[B, 2, S, L] p"),
     "takes positive scales": eager("minus = Constant<value_float = -0.5>()\n scaled = Mul(qk, minus)"),
