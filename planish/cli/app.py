@@ -224,18 +224,31 @@ def list_passes(json: Json = False) -> int:
 @app.command()
 def explain(
     model: Path_,
-    name: Annotated[str, typer.Argument(metavar="PASS", help="A pass, with options if need be.", show_default=False)],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[PASS]", help="A pass, with options if need be; without one: all.", show_default=False),
+    ] = None,
     target: TargetText = "ort-cpu",
     raw: Annotated[bool, typer.Option("--raw", help="Do not run the passes that usually come before.")] = False,
-    limit: Annotated[int, typer.Option(help="Near misses to show.", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="Near misses of a pass to show.", min=1)] = 20,
     json: Json = False,
 ) -> int:
-    """Shows where a pass fires, and every place where it nearly does, with the reason."""
+    """Shows where a pass fires, and every place where it nearly does, with the reason; or all passes, in order."""
     from planish.cli import commands, debugging, printing
+    from planish.ir.errors import InputError
 
+    where = commands.make_target(target, None)
+    if name is None and raw:
+        raise InputError("--raw is for one pass: all passes are shown where the pipeline runs them.")
     with _progress("explaining", json):
-        found = debugging.explain_pass(model, name, commands.make_target(target, None), raw)
-    _emit(found) if json else printing.explained(found, limit)
+        found = debugging.explain_all(model, where) if name is None else None
+        one = debugging.explain_pass(model, name, where, raw) if name is not None else None
+    if json:
+        _emit(found or one or {})
+    elif found is not None:
+        printing.explained_all(found, limit)
+    elif one is not None:
+        printing.explained(one, limit)
     return 0
 
 

@@ -81,7 +81,7 @@ def explain_pass(model: str | Path, text: str, target: Target, raw: bool = False
 
     asked = parse_pipeline(text)
     if len(asked) != 1:
-        raise InputError(f"explain takes one pass, and '{text}' holds {len(asked)}.")
+        raise InputError(f"explain takes one pass, or none for all of them, and '{text}' holds {len(asked)}.")
     p = asked[0]
     program = open_program(model, target)
     first: list[Pass] = []
@@ -97,6 +97,28 @@ def explain_pass(model: str | Path, text: str, target: Target, raw: bool = False
         "after": [str(item) for item in first],
         "fired": result.fired,
         "near_misses": [dataclasses.asdict(miss) for miss in misses],
+    }
+
+
+def explain_all(model: str | Path, target: Target) -> dict[str, Any]:
+    """The near misses of every pass of the target's pipeline that is made of rules, each where it really runs."""
+    from planish.passes.defaults import default_pipeline
+    from planish.passes.explain import explain_pipeline
+    from planish.passes.pipeline import parse_pipeline
+
+    passes = parse_pipeline(default_pipeline(target))
+    program = open_program(model, target)
+    return {
+        "pipeline": [str(item) for item in passes],
+        "passes": [
+            {
+                "pass": found.name,
+                "position": found.position,
+                "fired": found.fired,
+                "near_misses": [dataclasses.asdict(miss) for miss in found.near_misses],
+            }
+            for found in explain_pipeline(program, passes)
+        ],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -206,18 +207,45 @@ def explained(found: Mapping[str, Any], limit: int) -> None:
     console = _console()
     where = f" after {', '.join(found['after'])}" if found["after"] else " on the model as it is"
     console.print(_text(f"{found['pass']}{where}", 600, "bold"))
-    misses = found["near_misses"]
-    if misses:
+    _near_misses(console, found["near_misses"], limit)
+    count = len(found["near_misses"])
+    misses_text = f"{count} near misses" if count else "nothing else in the model begins like its pattern"
+    console.print(Text(f"Fires {found['fired']} times; {misses_text}.", style="bold"))
+
+
+def explained_all(found: Mapping[str, Any], limit: int) -> None:
+    """Every pass that fires or nearly does, in the order of the pipeline."""
+    console = _console()
+    quiet = []
+    for item in found["passes"]:
+        count = len(item["near_misses"])
+        if not count and not item["fired"]:
+            quiet.append(item["pass"])
+            continue
+        console.print(_text(f"{item['pass']}: fires {item['fired']} times, {count} near misses", 300, "bold"))
+        _near_misses(console, item["near_misses"], limit)
+    if quiet:
+        console.print(_text(f"Neither fire nor nearly do: {', '.join(quiet)}", 1000, "dim"))
+
+
+def _near_misses(console: Console, misses: Sequence[Mapping[str, Any]], limit: int) -> None:
+    """A table of near misses; those of equal reason but for names, as in every layer, share a row."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for miss in misses:
+        words = re.sub(r"'[^']*'", "''", miss["reason"])
+        groups.setdefault((miss["rule"], miss["declined"], len(miss["matched_nodes"]), words), []).append(miss)
+    if groups:
         table = _table("", "at node", "rule", "matched", "reason", "failed at", right=("matched",))
-        for miss in misses[:limit]:
+        for group in list(groups.values())[:limit]:
+            miss = group[0]
             got = "all" if miss["declined"] else f"{len(miss['matched_nodes'])} of {miss['pattern_nodes']}"
             at = miss["failed_at"] if miss["failed_at"] != miss["node"] else ""
-            table.add_row(_text(miss["node"]), _text(miss["rule"]), got, _text(miss["reason"], 300), _text(at))
+            node = miss["node"] + (f" and {len(group) - 1} like it" if len(group) > 1 else "")
+            table.add_row(_text(node), _text(miss["rule"]), got, _text(miss["reason"], 300), _text(at))
         console.print(table)
-    if len(misses) > limit:
-        console.print(Text(f"and {len(misses) - limit} more, further from a match; --limit shows them.", style="dim"))
-    misses_text = f"{len(misses)} near misses" if misses else "nothing else in the model begins like its pattern"
-    console.print(Text(f"Fires {found['fired']} times; {misses_text}.", style="bold"))
+    if len(groups) > limit:
+        rest = sum(map(len, list(groups.values())[limit:]))
+        console.print(Text(f"and {rest} more, further from a match; --limit shows them.", style="dim"))
 
 
 def bisected(found: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.errors import PlanishError, did_you_mean
+from planish.ir.graphs import subgraphs_of
 from planish.ir.hashing import tensor_digest
 from planish.ir.program import Program
 from planish.ir.provenance import provenance
@@ -115,6 +116,11 @@ class Builder:
         finally:
             self.nodes = outer
 
+    def discard(self) -> None:
+        """Takes back what was built: nodes that enter no graph must not count as users of the values they read."""
+        _detach(self.nodes)
+        self.nodes = []
+
     def _call(
         self,
         op_type: str,
@@ -197,6 +203,15 @@ class Builder:
                     "inputs are values, arrays, numbers, or None."
                 )
         return values
+
+
+def _detach(nodes: Iterable[ir.Node]) -> None:
+    for node in nodes:
+        for index, value in enumerate(node.inputs):
+            if value is not None:
+                node.replace_input_with(index, None)
+        for graph in subgraphs_of(node):
+            _detach(list(graph))
 
 
 def _number(item: Any, dtype: ir.DataType | None) -> Any:

@@ -144,6 +144,7 @@ class _GraphWork:
                 values = propose(rule, match, builder)
                 plan = self.replacer.plan(rule.rule, match, builder, values)
             except Decline as decline:
+                builder.discard()
                 # Operand orders are one site: the reason of the first is kept.
                 key = (rule.rule.name, id(node))
                 self.declined.setdefault(key, Declined(rule.rule.name, describe_node(node), decline.reason))

@@ -19,7 +19,16 @@ import onnx_ir as ir
 
 from planish.ir.errors import PlanishError
 
-__all__ = ["AttrVar", "CompiledPattern", "Constant", "OrValue", "Var", "any_value", "compile_pattern"]
+__all__ = [
+    "AttrVar",
+    "CompiledPattern",
+    "Constant",
+    "OrValue",
+    "Var",
+    "any_value",
+    "compile_pattern",
+    "pattern_slice",
+]
 
 #: Operators whose operands may be given in any order (the variadic ones for as many operands as they have).
 COMMUTATIVE = frozenset(
@@ -180,7 +189,7 @@ class _Compiler:
                 raise self.error(f"it returns {output}; every returned value must be the output of an operator")
         roots = tuple(self.node(n) for n in graph.output_nodes)
         pattern = CompiledPattern(self.name, roots, outputs, tuple(self.nodes.values()))  # type: ignore[arg-type]
-        pattern.slices = {root: _slice(root) for root in roots}
+        pattern.slices = {root: pattern_slice(root) for root in roots}
         self._require_connected(pattern)
         return pattern
 
@@ -269,7 +278,7 @@ def _bound(value: ValuePattern | None, names: set[str], nodes: set[NodePattern])
     return isinstance(value, OutPattern) and value.node in nodes
 
 
-def _slice(root: NodePattern) -> tuple[NodePattern, ...]:
+def pattern_slice(root: NodePattern) -> tuple[NodePattern, ...]:
     """The calls that `root` depends on, inputs first, `root` last."""
     found: dict[NodePattern, None] = {}
 

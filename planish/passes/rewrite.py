@@ -23,11 +23,13 @@ class RewriteMixin:
     Class attributes:
         min_opset: opset that the model must import at least; also ensured for every operator that is built.
         remove_nodes: False keeps matched nodes that something else uses; True declines such places.
+        anchors: operators so telling that a place where one matched and little else is told as a near miss.
     """
 
     name: ClassVar[str]
     min_opset: ClassVar[int] = 1
     remove_nodes: ClassVar[bool] = True
+    anchors: ClassVar[tuple[str, ...]] = ()
 
     def pattern(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Builds what to look for, from operators and variables."""

@@ -190,6 +190,19 @@ def test_passes_lists_kind_doc_and_options(call: Any) -> None:
     assert {o["name"] for o in found["fold-constants"]["options"]} >= {"max_bytes"}
 
 
+def test_explain_without_a_pass_goes_through_the_pipeline(model: Path, call: Any) -> None:
+    found = as_json(call("explain", "model.onnx", "--json")[1])
+    gelu = next(item for item in found["passes"] if item["pass"] == "fuse-gelu")
+    assert gelu["fired"] == 1 and gelu["near_misses"] == []
+    assert found["pipeline"][gelu["position"]] == "fuse-gelu"
+    near = save(Path("near.onnx"), GELU.replace("root = {1.4142135}", "root = {1.5}"))
+    code, out, _ = call("explain", near)
+    assert code == 0 and "fuse-gelu: fires 0 times, 1 near misses" in out and "expected 1.41" in out
+    assert "Neither fire nor nearly do:" in out
+    code, _, err = call("explain", "model.onnx", "--raw")
+    assert code == 2 and "--raw is for one pass" in err
+
+
 def test_explain_counts_firings_and_names_near_misses(model: Path, call: Any) -> None:
     found = as_json(call("explain", "model.onnx", "fuse-gelu", "--json")[1])
     assert found["fired"] == 1 and "remove-no-ops" in found["after"]

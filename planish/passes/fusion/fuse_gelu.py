@@ -31,6 +31,7 @@ class FuseGelu(RewritePass):
 
     name: ClassVar[str] = "fuse-gelu"
     min_opset: ClassVar[int] = 20
+    anchors: ClassVar[tuple[str, ...]] = ("Erf", "Tanh")
 
     def rules(self) -> Sequence[Rule]:
         found = []

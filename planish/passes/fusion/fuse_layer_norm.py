@@ -39,6 +39,7 @@ class FuseLayerNorm(RewritePass):
 
     name: ClassVar[str] = "fuse-layer-norm"
     min_opset: ClassVar[int] = 17
+    anchors: ClassVar[tuple[str, ...]] = ("ReduceMean",)
 
     def rules(self) -> Sequence[Rule]:
         # The longest first: the driver tries them in this order, and starts from the end of the graph.

@@ -27,6 +27,7 @@ class FuseRmsNorm(RewritePass):
 
     name: ClassVar[str] = "fuse-rms-norm"
     min_opset: ClassVar[int] = 23
+    anchors: ClassVar[tuple[str, ...]] = ("ReduceMean",)
 
     def rules(self) -> Sequence[Rule]:
         return (

@@ -26,6 +26,7 @@ class FuseSilu(RewritePass):
     """
 
     name: ClassVar[str] = "fuse-silu"
+    anchors: ClassVar[tuple[str, ...]] = ("Exp",)
 
     def rules(self) -> Sequence[Rule]:
         return [

@@ -26,6 +26,7 @@ class FuseSwiglu(RewritePass):
 
     name: ClassVar[str] = "fuse-swiglu"
     min_opset: ClassVar[int] = 18
+    anchors: ClassVar[tuple[str, ...]] = ("Sigmoid",)
 
     def pattern(self, op: Any, gate: Any, up: Any) -> Any:
         return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
