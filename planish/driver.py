@@ -218,7 +218,13 @@ def _run_passes(
     from planish.passes.instruments import Verify
     from planish.passes.manager import PassManager
 
-    ctx = PassContext(program.target)
+    def run(candidate: Program, entry: str) -> list[dict[str, Any]]:
+        try:
+            return bench.run_entry(candidate, entry)
+        finally:
+            bench.forget(candidate)
+
+    ctx = PassContext(program.target, run=None if note else run)
     manager = PassManager(pipeline, instruments=[Verify(), *hooks.instruments])
     manager.check(program)
 

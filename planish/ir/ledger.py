@@ -126,6 +126,7 @@ class LedgerEntry:
     seconds: float = 0.0
     reproducer: str | None = None
     by_entry: dict[str, EntryMeasure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

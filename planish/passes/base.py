@@ -8,8 +8,9 @@ timing, printing, verifying and measuring belong to instruments and gates.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from planish.ir.analyses import AnalysisCache
 from planish.ir.ledger import Declined
@@ -33,19 +34,29 @@ class PassResult:
         modified: the program differs from what it was; in checked mode the manager compares hashes.
         fired: number of places changed.
         declined: places left alone, each with its reason.
+        notes: what else the report should say of it.
     """
 
     modified: bool
     fired: int = 0
     declined: list[Declined] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class PassContext:
-    """What a pass may ask for besides its program."""
+    """What a pass may ask for besides its program.
+
+    Attributes:
+        target: what is compiled for.
+        analyses: results of analyses by program.
+        run: ``run(program, entry)`` gives the outputs by name for each calibration batch of an entry; None where
+            there is nothing to run with. Inputs of a batch that the entry does not have are left out.
+    """
 
     target: Target = field(default_factory=Target)
     analyses: AnalysisCache = field(default_factory=AnalysisCache)
+    run: Callable[[Program, str], list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,3 +106,11 @@ class ApproximatePass(Pass):
     """
 
     gives_up: ClassVar[str]
+
+    def tune(self, program: Program, gain: Callable[[ApproximatePass], float]) -> tuple[ApproximatePass, str]:
+        """The variant of this pass to gate on `program`, and what the report should say of the choice.
+
+        Args:
+            gain: measures the speed-up of a variant on the target. By default nothing is measured or changed.
+        """
+        return self, ""

@@ -21,7 +21,7 @@ from planish.ir.compare import compare_outputs, tolerance, worst_of
 from planish.ir.errors import PlanishError
 from planish.ir.ledger import EntryMeasure, ErrorStats, Ledger, LedgerEntry, Ratio
 from planish.ir.program import Program
-from planish.passes.base import Pass, PassResult
+from planish.passes.base import ApproximatePass, Pass, PassResult
 from planish.passes.group import NOTHING, Candidate, Failure, PassGroup
 from planish.passes.journal import Decision, DecisionJournal
 
@@ -33,6 +33,9 @@ DEFAULT_SECONDS = 12.0
 SLOWER = 0.99
 #: And by this much at least: a program of microseconds differs by one between sessions.
 NOTICEABLE_MS = 0.002
+
+#: Share of the time left that one measurement may take while a pass is being tuned.
+_TUNING = 0.15
 
 _UNRUNNABLE = ErrorStats(float("inf"), float("inf"), -1.0)
 
@@ -121,7 +124,9 @@ class Gates:
                     self._gate(PassGroup(self.best, list(group), self.apply, self.reproduce, self._announce), kind)
                 else:
                     for p in group:
-                        self._gate(PassGroup(self.best, [p], self.apply, self.reproduce, self._announce), kind)
+                        self._gate(
+                            PassGroup(self.best, [self._tuned(p)], self.apply, self.reproduce, self._announce), kind
+                        )
             self._composition()
         except KeyboardInterrupt:
             self.ledger.notes.append("interrupted: the best program so far was kept")
@@ -244,14 +249,32 @@ class Gates:
 
     # --- gain ----------------------------------------------------------------------------------------------
 
-    def _measure(self, baseline: Program, candidate: Program) -> Ratio:
-        seconds = max(0.2, (self.deadline - time.monotonic()) / 2)
+    def _tuned(self, p: Pass) -> Pass:
+        """The variant of an approximate pass that it chooses by measuring."""
+        if not isinstance(p, ApproximatePass):
+            return p
+
+        def gain(variant: ApproximatePass) -> float:
+            candidate = PassGroup(self.best, [variant], self.apply, self.reproduce, self._announce).build()
+            if not candidate.changed:
+                return 1.0
+            ratio = self._measure(self.best, candidate.program, share=_TUNING)
+            self.bench.forget(candidate.program)
+            return ratio.median
+
+        variant, note = p.tune(self.best, gain)
+        self.ledger.notes += [note] if note else []
+        return variant
+
+    def _measure(self, baseline: Program, candidate: Program, share: float = 0.5) -> Ratio:
+        """The speed-up, measured within a share of the time that is left."""
+        seconds = max(0.2, (self.deadline - time.monotonic()) * share)
         threshold = self.budget.min_gain or 1.0
         if len(self.parts) < 2:
             return self.bench.speedup(baseline, candidate, seconds=seconds, threshold=threshold)
-        share = seconds / len(self.parts)
+        seconds /= len(self.parts)
         found = {
-            part.entry: self.bench.speedup(baseline, candidate, seconds=share, threshold=threshold, entry=part.entry)
+            part.entry: self.bench.speedup(baseline, candidate, seconds=seconds, threshold=threshold, entry=part.entry)
             for part in self.parts
         }
         slowest, fastest = (pick(found.values(), key=lambda r: r.median) for pick in (min, max))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from planish.ir.errors import PlanishError
+from planish.ir.errors import InputError, PlanishError
 from planish.ir.ledger import ErrorStats, LedgerEntry, Ratio
 from planish.ir.program import Program
 from planish.passes.base import Pass, PassResult
@@ -79,9 +79,11 @@ class PassGroup:
         try:
             result = self.apply(p, program)
         except PlanishError as error:
+            if p.kind == "approximate" and isinstance(error.__cause__, InputError):
+                raise error.__cause__ from error  # an option that does not fit the model
             self._fail(index, before, f"rolled back: {error}")
             return before
-        entry.fired, entry.declined = result.fired, result.declined
+        entry.fired, entry.declined, entry.notes = result.fired, result.declined, result.notes
         entry.verdict = "kept" if result.modified else NOTHING
         entry.seconds = time.monotonic() - started
         return program

@@ -135,6 +135,7 @@ class PassManager(Pass):
                 result = self._run(p, program, ctx, instruments, done)
                 total.fired += result.fired
                 total.declined += result.declined
+                total.notes += [note for note in result.notes if note not in total.notes]
                 if result.modified:
                     changing.append(p)
             total.modified = total.modified or bool(changing)

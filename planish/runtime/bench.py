@@ -63,6 +63,12 @@ class OrtBench:
             for batch in part.batches
         ]
 
+    def run_entry(self, program: Program, entry: str) -> list[dict[str, Any]]:
+        """Outputs by name for each calibration batch of one entry."""
+        parts = self.calibration.parts if self.calibration is not None else []
+        batches = [batch for part in parts if part.entry == entry for batch in part.batches]
+        return [self.run_inputs(program, self._fitting(program, batch, entry), entry) for batch in batches]
+
     def speedup(
         self, baseline: Program, candidate: Program, *, seconds: float, threshold: float, entry: str | None = None
     ) -> Ratio:

@@ -198,7 +198,8 @@ class Report:
             lines.append("Neither error nor speed was measured.")
         if self.speedup is not None and self.speedup.noisy:
             lines.append("The machine was too noisy to settle the speed-up within the time allowed.")
-        return lines + [note for note in self.ledger.notes if note not in lines]
+        said = [f"{e.name.partition('{')[0]}: {note}" for e in self.ledger.entries if e.kept for note in e.notes]
+        return lines + said + [note for note in self.ledger.notes if note not in lines]
 
     def size_change(self) -> str:
         return percent_change(self.before.weight_bytes, self.after.weight_bytes)

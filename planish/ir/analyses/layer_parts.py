@@ -36,6 +36,8 @@ class Part:
         stream_in, stream_out: the residual stream before and after the segment.
         parallel: another branch starts at the same `stream_in` and is added to it too.
         parameters: numbers in the weights that its nodes read.
+        rest: the operand that carries the stream: `stream_in`, or a view of it.
+        shared_bias: constants are added in one go with several branches.
     """
 
     kind: str
@@ -44,8 +46,10 @@ class Part:
     branch: ir.Value
     stream_in: ir.Value
     stream_out: ir.Value
+    rest: ir.Value
     parallel: bool = False
     parameters: int = 0
+    shared_bias: bool = False
 
     def to_dict(self) -> dict[str, object]:
         facts = {"kind": self.kind, "nodes": len(self.nodes), "parameters": self.parameters}
@@ -157,7 +161,8 @@ def find_parts(stream: Stream, k: int, exclusive: dict[ir.Node, int]) -> list[Pa
     found = residual(stream, k)
     if found is None:
         return []
-    _, branches = found
+    rest, branches = found
+    shared = any(v in stream.flow.constant for v in _addends(stream, k, stream.cuts[k + 1]))
     cones = [_cone(stream, k, branch) for branch in branches]
     kinds = [_kind(stream, k, cone) for cone in cones]
     if len(branches) > 1 and (kinds.count("attention") != 1 or len(branches) > 2):
@@ -169,8 +174,10 @@ def find_parts(stream: Stream, k: int, exclusive: dict[ir.Node, int]) -> list[Pa
             continue
         others = set().union(*(c for c in cones if c is not cone)) if len(cones) > 1 else set()
         nodes = _with_feeders(stream.flow, [n for n in cone if n not in others], exclusive)
-        ends = stream.cuts[k], stream.cuts[k + 1]
-        parts.append(Part(kind, nodes, add, branch, *ends, len(branches) > 1, parameters(stream.flow, nodes)))
+        parallel = len(branches) > 1
+        size = parameters(stream.flow, nodes)
+        ends = stream.cuts[k], stream.cuts[k + 1], rest
+        parts.append(Part(kind, nodes, add, branch, *ends, parallel, size, parallel and shared))
     return sorted(parts, key=lambda part: part.kind != "attention")
 
 

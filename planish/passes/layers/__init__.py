@@ -1,0 +1,1 @@
+"""Passes on whole layers: leaving some of them out."""
