@@ -82,11 +82,10 @@ _SHAPES = f"""split = Constant<value_ints = [0, 0, {HEADS}, {DEPTH}]>()
     joined = Constant<value_ints = [0, 0, {WIDTH}]>()"""
 _KV_ATTENTION = f"Attention<q_num_heads = {HEADS}, kv_num_heads = {KV_HEADS}>"
 _ATTENTION = f"Attention<q_num_heads = {HEADS}, kv_num_heads = {HEADS}>"
-_QKV = {"wq": (WIDTH, WIDTH), "wk": (WIDTH, WIDTH), "wv": (WIDTH, WIDTH), "b": (3 * WIDTH,)}
+_PARTS = {"wq": (WIDTH, WIDTH), "wk": (WIDTH, WIDTH), "wv": (WIDTH, WIDTH)}
+_PART_BIASES = {"bq": (WIDTH,), "bk": (WIDTH,), "bv": (WIDTH,)}
 _THREE = "q0 = MatMul(x, wq) k0 = MatMul(x, wk) v0 = MatMul(x, wv)"
-_BIASES = f"""three = Constant<value_ints = [{WIDTH}, {WIDTH}, {WIDTH}]>()
-    bq, bk, bv = Split<axis = 0>(b, three)
-    q = Add(q0, bq) k = Add(k0, bk) v = Add(v0, bv)"""
+_BIASES = "q = Add(q0, bq) k = Add(k0, bk) v = Add(v0, bv)"
 
 CASES = (
     _act("BiasGelu", f"y = {_MS}BiasGelu(x, b)", "s = Add(x, b) y = Gelu(s)", {"b": (WIDE,)}),
@@ -173,7 +172,7 @@ CASES = (
             q, k, v = Split<axis = -1>(s, thirds) y = {_ATTENTION}(q, k, v)""",
         f"float[1,n,{WIDTH}] x",
         _Y,
-        {**_QKV, "w": (WIDTH, 3 * WIDTH)},
+        {**_PARTS, **_PART_BIASES, "w": (WIDTH, 3 * WIDTH), "b": (3 * WIDTH,)},
         TOKENS[:4],
     ),
     Case(
@@ -182,7 +181,7 @@ CASES = (
         f"{_THREE} {_BIASES} y = {_ATTENTION}(q, k, v)",
         f"float[1,n,{WIDTH}] x",
         _Y,
-        _QKV,
+        {**_PARTS, **_PART_BIASES, "b": (3 * WIDTH,)},
     ),
 )
 
@@ -218,8 +217,9 @@ def feed(found: ir.Model, tokens: int, rng: np.random.Generator) -> dict[str, np
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     rng, target = np.random.default_rng(0), Target.parse("ort-cpu:threads=1")
     weights = {n: (0.03 * rng.standard_normal(s)).astype(np.float32) for n, s in case.weights.items()}
-    if "w" in weights and "wq" in weights:
-        weights["w"] = np.concatenate([weights["wq"], weights["wk"], weights["wv"]], axis=1)
+    for whole in ("w", "b"):
+        if f"{whole}q" in weights:
+            weights[whole] = np.concatenate([weights[f"{whole}{part}"] for part in "qkv"], axis=-1)
     models = {"fused": model(case, case.fused, weights), "plain": model(case, case.plain, weights)}
     runners = {name: compile_ort(m, target, optimize=False) for name, m in models.items()}
     rows = []

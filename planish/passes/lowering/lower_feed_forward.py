@@ -19,8 +19,9 @@ from planish.passes.rewrite import Match, RewritePass, Rule
 _BLOCK = 8  # channels; ONNX Runtime's blocks are 8 (AVX2) or 16 (AVX-512) and it pads what is no multiple
 _MOST_NODES = 8  # between the two products
 _UNARY = ("Gelu", "Relu", "Sigmoid", "Tanh", "Mul")
-# Where the positions of a product's input go, by its rank: the axes to add in front of the channels.
-_ADDED = {2: [0, 1], 3: [1], 4: []}
+# Where the positions of a product's input go, by its rank: the axes to add in front of the channels. A batch of
+# sequences is one image, since the kernels go through each weight once for each image.
+_ADDED = {2: [0, 1], 3: [0], 4: []}
 _TO_FIRST, _TO_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 
 
@@ -145,6 +146,7 @@ class _Block:
             made = call(*inputs, _domain=node.domain, **dict(node.attributes))
             shape = next(new[v].shape for v in node.inputs if v in new)
             made.shape = None if shape is None else shape.copy()
+            made.type = next(new[v].type for v in node.inputs if v in new)
             new[node.outputs[0]] = made
         return new[result]
 
