@@ -51,6 +51,7 @@ class LayerModel:
             kept = [layer for k, layer in enumerate(layers) if k not in set(indices)]  # type: ignore[arg-type]
             parent, _, name = path.rpartition(".")
             setattr(module.get_submodule(parent), name, torch.nn.ModuleList(kept))
+            _keep_shared(module, layers, kept, set(indices))
         return module
 
     def example(self, batch: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
@@ -59,6 +60,17 @@ class LayerModel:
     def program(self, *, optimized: bool = False) -> Program:
         """The captured program, as it is or after the default pipeline without gates; a copy of the test's own."""
         return (_optimized if optimized else _captured)(self.name).clone()
+
+
+def _keep_shared(module: Any, layers: Any, kept: list[Any], gone: set[int]) -> None:
+    """What all layers use although it sits in one of them, or goes by their number."""
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None:
+        module.config.layer_types = [kind for k, kind in enumerate(kinds) if k not in gone]
+    if self_attention := getattr(getattr(layers[0], "layer", [None])[0], "SelfAttention", None):  # T5
+        first = kept[0].layer[0].SelfAttention
+        first.has_relative_attention_bias = True
+        first.relative_attention_bias = self_attention.relative_attention_bias
 
 
 def make_inputs(kind: str, module: Any, batch: int, length: int) -> dict[str, torch.Tensor]:

@@ -123,10 +123,8 @@ class Gates:
                 if kind == "exact":
                     self._gate(PassGroup(self.best, list(group), self.apply, self.reproduce, self._announce), kind)
                 else:
-                    for p in group:
-                        self._gate(
-                            PassGroup(self.best, [self._tuned(p)], self.apply, self.reproduce, self._announce), kind
-                        )
+                    for p in map(self._tuned, group):
+                        self._gate(PassGroup(self.best, [p], self.apply, self.reproduce, self._announce), kind)
             self._composition()
         except KeyboardInterrupt:
             self.ledger.notes.append("interrupted: the best program so far was kept")

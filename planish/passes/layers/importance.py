@@ -15,6 +15,7 @@ from planish.passes.layers.units import Unit, problem, remove, units_of
 
 #: Runs one entry on each of its calibration batches; outputs by name.
 Run = Callable[[Program, str], list[dict[str, Any]]]
+_BEFORE, _AFTER = "planish_before_{}", "planish_after_{}"
 Find = Callable[[ir.Model], LayerStack]
 
 
@@ -39,20 +40,20 @@ def least_important(program: Program, entry: str, find: Find, part: str, count: 
         left = [u for u in units if u.index not in chosen and not problem(stack, [u])]
         if not left:
             break
-        pairs = [
-            [_observe(graph, done.now(v), f"{u.index}_{i}") for i, v in enumerate((u.before, u.after))] for u in left
-        ]
+        for unit in left:
+            _observe(graph, done.now(unit.before), _BEFORE.format(unit.index))
+            _observe(graph, done.now(unit.after), _AFTER.format(unit.index))
         batches = run(trial, entry)
-        values = {u.index: _importance(u, batches, *pair, stack.width) for u, pair in zip(left, pairs, strict=True)}
+        values = {unit.index: _importance(unit, batches, stack.width) for unit in left}
         best = min(values, key=lambda index: (values[index], index))
         chosen[best] = values[best]
     return chosen
 
 
-def _importance(unit: Unit, batches: Sequence[Mapping[str, Any]], before: str, after: str, width: int | None) -> float:
+def _importance(unit: Unit, batches: Sequence[Mapping[str, Any]], width: int | None) -> float:
     cosines = []
     for batch in batches:
-        x, y = (np.asarray(batch[name], np.float64) for name in (before, after))
+        x, y = (np.asarray(batch[name.format(unit.index)], np.float64) for name in (_BEFORE, _AFTER))
         if unit.part is not None:  # what is observed is the branch
             x = y - x
         # An image with channels first has its vectors along the channels.
@@ -61,22 +62,21 @@ def _importance(unit: Unit, batches: Sequence[Mapping[str, Any]], before: str, a
     return 1.0 - float(np.concatenate(cosines).mean())
 
 
-def _observe(graph: ir.Graph, value: ir.Value, mark: str) -> str:
+def _observe(graph: ir.Graph, value: ir.Value, name: str) -> None:
     """Makes a value an output of the graph under a name of its own."""
-    name = f"planish_observed_{mark}"
     node = ir.node("Identity", [value], name=name)
     node.outputs[0].name = name
     node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
     graph.append(node)
     graph.outputs.append(node.outputs[0])
-    return name
 
 
 def cosine(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
     """Cosine similarity along an axis; 1 where both vectors are zero."""
     product = (x * y).sum(axis)
     size = np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
-    return np.divide(product, size, out=np.ones_like(product), where=size > 0)
+    result: np.ndarray = np.divide(product, size, out=np.ones_like(product), where=size > 0)
+    return result
 
 
 def text(importances: Mapping[int, float]) -> str:

@@ -45,7 +45,7 @@ def tuned(p: SkipLayers, program: Program, gain: Callable[[ApproximatePass], flo
 
 def _ratios(p: SkipLayers, program: Program) -> list[float]:
     """The nominal ratios that the stacks of a program allow, ascending."""
-    found = set()
+    found: set[float] = set()
     for entry in p.entry_names(program):
         for stack in p.stacks(program.entry(entry))[0]:
             total = len(units_of(stack, p.part))
