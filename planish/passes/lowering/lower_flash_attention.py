@@ -79,8 +79,8 @@ class LowerFlashAttention(RewritePass):
         node = match.root
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         conditions = []
-        if not isinstance((match.shape(k) or (None,) * 3)[1], int):
-            term = (sizes(k) or (None,) * 3)[1]
+        term = (sizes(k) or (0, (k, 1)))[1]
+        if not isinstance(term, int):
             length = size_vector(op, term, k, 1, match.graph)
             conditions.append(op.GreaterOrEqual(length, np.array([self.from_length], dtype=np.int64)))
         if mask is not None:
