@@ -118,7 +118,7 @@ def residual(stream: Stream, k: int) -> tuple[ir.Value, list[ir.Value]] | None:
     """(the residual operand, the branches) of a segment whose end is its start plus something; else None."""
     leaves = _addends(stream, k, stream.cuts[k + 1])
     carried = [v for v in leaves if _same_stream(stream, k, v)]
-    branches = [v for v in leaves if v not in carried and v not in stream.flow.constant]
+    branches = [v for v in leaves if v not in set(carried) | stream.flow.constant]
     if len(leaves) < 2 or len(carried) != 1 or not branches:
         return None
     return carried[0], branches

@@ -238,7 +238,7 @@ def _layer(
         hidden_in,
         hidden_out,
         tuple(nodes),
-        tuple(v for v in external if v not in caches),
+        tuple(v for v in external if v not in set(caches)),
         tuple(caches),
         tuple(v for v in outputs if v.producer() not in probabilities),
         tuple(v for v in outputs if v.producer() in probabilities),
@@ -269,7 +269,7 @@ def _after_softmax(flow: Flow, nodes: Sequence[ir.Node]) -> set[ir.Node]:
 
 def _is_fused(attention: ir.Node, reader: ir.Node) -> bool:
     """Whether `reader` takes the result of a fused attention, not one of its caches."""
-    return "Attention" in attention.op_type and attention.outputs[0] in reader.inputs
+    return "Attention" in attention.op_type and any(v is attention.outputs[0] for v in reader.inputs)
 
 
 def _without_lone_caches(layers: list[Layer]) -> list[Layer]:

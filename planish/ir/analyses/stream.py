@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 import onnx_ir as ir
 
 from planish.ir.graphs import is_op, subgraphs_of
+
+Item = ir.Value | ir.Node
 
 #: A chain of fewer cuts holds no repeated layers.
 _SHORTEST = 3
@@ -46,8 +48,10 @@ class Flow:
         graph: the graph.
         nodes: its nodes in order of execution.
         constant: values that no input changes: initializers, constants, and what is computed from these alone.
-        digraph: values and nodes; edges go from a value to each node that reads its data, and from that to what it
-            makes.
+        operands: node → what it reads, the graphs inside of it included.
+        position: node → its place in the order of execution.
+        digraph: numbers of values and nodes; edges go from a value to each node that reads its data, and from that
+            to what it makes. (Not the objects: an exporter's values may overload comparison.)
     """
 
     graph: ir.Graph
@@ -57,6 +61,8 @@ class Flow:
     operands: dict[ir.Node, list[ir.Value]] = field(init=False)
     position: dict[ir.Node, int] = field(init=False)
     _outer: dict[ir.Node, ir.Node] = field(init=False)
+    _numbers: dict[Item, int] = field(init=False)
+    _items: list[Item] = field(init=False)
 
     def __post_init__(self) -> None:
         self.nodes = list(self.graph)
@@ -65,13 +71,22 @@ class Flow:
         self._outer = {n: node for node in self.nodes for graph in subgraphs_of(node) for n in graph.all_nodes()}
         self.constant = {v for v in self.graph.initializers.values() if not v.is_graph_input()}
         self.digraph = nx.DiGraph()
-        self.digraph.add_nodes_from(self.inputs)
+        self._numbers = {}
+        self._items = []
+        self.digraph.add_nodes_from(self._number(v) for v in self.inputs)
         for node in self.nodes:
             if all(v in self.constant for v in self.operands[node]) and not node.op_type.startswith("Random"):
                 self.constant.update(node.outputs)
                 continue
-            self.digraph.add_edges_from((v, node) for v in self.data_operands(node))
-            self.digraph.add_edges_from((node, v) for v in node.outputs)
+            number = self._number(node)
+            self.digraph.add_edges_from((self._number(v), number) for v in self.data_operands(node))
+            self.digraph.add_edges_from((number, self._number(v)) for v in node.outputs)
+
+    def _number(self, item: Item) -> int:
+        number = self._numbers.setdefault(item, len(self._items))
+        if number == len(self._items):
+            self._items.append(item)
+        return number
 
     @property
     def inputs(self) -> list[ir.Value]:
@@ -101,32 +116,38 @@ class Flow:
     def streams(self) -> list[Stream]:
         """The streams of the graph, those of embeddings first. Streams may join, and then share cuts from there on."""
         found: list[Stream] = []
-        reached: set[Any] = set()
+        reached: set[int] = set()
         for source in self._sources():
-            users = list(self.digraph.successors(source))
-            if source.is_graph_input() and all(user in reached for user in users):
+            start = self._number(source)
+            if source.is_graph_input() and all(user in reached for user in self.digraph.successors(start)):
                 continue  # the cache of a layer: what it feeds is in a stream already
-            dominators = dict(nx.immediate_dominators(self.digraph, source))
-            reached |= dominators.keys()
+            numbers = nx.immediate_dominators(self.digraph, start)
+            reached |= numbers.keys()
+            dominators = {self._items[k]: self._items[start if d is None else d] for k, d in numbers.items()}
             found += [Stream(self, tuple(chain), dominators) for chain in self._chains(source, dominators)]
         return found
 
     def _sources(self) -> Iterator[ir.Value]:
         """Embeddings that an input picks rows of, then inputs: ids may also make the mask, an embedding does not."""
-        changing = set()
+        changing: set[int] = set()
         for value in self.inputs:
-            changing.update(nx.descendants(self.digraph, value))
+            changing.update(nx.descendants(self.digraph, self._number(value)))
         for node in self.nodes:
-            if is_op(node, "Gather") and node in changing and node.inputs[0] in self.constant and self.weights(node):
+            if (
+                is_op(node, "Gather")
+                and self._numbers.get(node) in changing
+                and node.inputs[0] in self.constant
+                and self.weights(node)
+            ):
                 yield node.outputs[0]
         yield from self.inputs
 
-    def _chains(self, source: ir.Value, dominators: dict[Any, Any]) -> list[list[ir.Value]]:
+    def _chains(self, source: ir.Value, dominators: dict[Item, Item]) -> list[list[ir.Value]]:
         """The longest chain from `source` to an output, and others that leave it early."""
         chains = []
         for output in self.graph.outputs:
             if output in dominators:
-                chain, at = [output], output
+                chain, at = [output], cast(Item, output)
                 while at is not source:
                     at = dominators[at]
                     if isinstance(at, ir.Value):
@@ -155,18 +176,18 @@ class Stream:
 
     flow: Flow
     cuts: tuple[ir.Value, ...]
-    dominators: dict[Any, Any]
+    dominators: dict[Item, Item]
     segment_of: dict[ir.Node, int] = field(init=False)
     core: list[list[ir.Node]] = field(init=False)
 
     def __post_init__(self) -> None:
-        last: dict[Any, int] = {cut: k for k, cut in enumerate(self.cuts)}
+        last: dict[Item, int] = {cut: k for k, cut in enumerate(self.cuts)}
         self.segment_of = {}
         for node in self.flow.nodes:
             if node not in self.dominators:
                 continue
             # Dominators come before what they dominate, so those of this node are known.
-            at, path = node, []
+            at, path = cast(Item, node), list[Item]()
             while at not in last and self.dominators.get(at, at) is not at:
                 path.append(at)
                 at = self.dominators[at]
