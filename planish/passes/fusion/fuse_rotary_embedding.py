@@ -28,8 +28,8 @@ class FuseRotaryEmbedding(RewritePass):
     sin must be proved to hold them twice. Tables that all rows of the batch share are expanded to the batch: ONNX
     Runtime's kernel (1.31.1) takes no others.
 
-    With the Transposes that merge-attention-heads then removes, embedding and attention together are 1.7 times as
-    fast at 32 tokens, 1.4 times at 128 and 1.1 times at 1024 (`benchmarks/fused_kernels.py`).
+    With the Transposes that merge-attention-heads then removes, embedding and attention together are 1.8 times as
+    fast at 32 tokens, 1.4 times at 128, 1.1 times at 512, and as fast at 1024 (`benchmarks/fused_kernels.py`).
     """
 
     name: ClassVar[str] = "fuse-rotary-embedding"
