@@ -136,15 +136,15 @@ def find_layers(item: ir.Model | ir.Graph, *, route: Literal["auto", "scopes", "
     flow = Flow(item.graph if isinstance(item, ir.Model) else item)
     spans: list[Span] = []
     declined: dict[str, str] = {}
-    streams = sorted(flow.streams(), key=lambda s: -len(s.cuts))
+    streams = flow.streams()
     if route != "structure":
         for stream in streams:
             found, reasons = by_scopes(stream)
-            _keep(spans, found)
+            spans += found
             declined = reasons | declined
     if route != "scopes" and not spans:
-        for stream in streams:
-            _keep(spans, by_structure(stream))
+        spans = [span for stream in streams for span in by_structure(stream)]
+    spans = _largest(spans)
     why_not = tuple(f"'{n}': {why}" for n, why in declined.items() if not any(_within(n, s.name) for s in spans))
     stacks = [_stack(flow, span, number) for number, span in enumerate(_in_order(flow, spans), 1)]
     if not stacks and not why_not:
@@ -156,10 +156,21 @@ def _within(name: str, outer: str) -> bool:
     return f"{name}.".startswith(f"{outer}.")
 
 
-def _keep(spans: list[Span], found: Sequence[Span]) -> None:
-    """Streams that join show the same stack again."""
-    ends = {span.stream.cuts[b] for span in spans for b in span.bounds[1:]}
-    spans += [span for span in found if not any(span.stream.cuts[b] in ends for b in span.bounds[1:])]
+def _largest(spans: list[Span]) -> list[Span]:
+    """Of stacks that overlap, the one of the most weight matrices and attentions: streams that join show one twice,
+    and one that joins late, such as that of a mask, shows less of it."""
+
+    def size(span: Span) -> int:
+        return sum(len(signature(span.stream, k)) for k in range(span.bounds[0], span.bounds[-1]))
+
+    kept: list[Span] = []
+    taken: set[ir.Node] = set()
+    for span in sorted(spans, key=size, reverse=True):
+        nodes = {node for k in range(span.bounds[0], span.bounds[-1]) for node in span.stream.core[k]}
+        if not nodes & taken:
+            kept.append(span)
+            taken |= nodes
+    return kept
 
 
 def _in_order(flow: Flow, spans: list[Span]) -> list[Span]:

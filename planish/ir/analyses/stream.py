@@ -24,6 +24,8 @@ Item = ir.Value | ir.Node
 _SHORTEST = 3
 #: A second chain from one source has this share of the longest one for itself, and there are at most so many.
 _BRANCH = 4
+#: Chains looked at from one source, the longest.
+_CANDIDATES = 12
 #: Integers of eight bits and fewer may be quantized weights; these are indices, sizes and masks.
 _NO_WEIGHTS = frozenset((ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING))
 
@@ -143,7 +145,7 @@ class Flow:
         yield from self.inputs
 
     def _chains(self, source: ir.Value, dominators: dict[Item, Item]) -> list[list[ir.Value]]:
-        """The longest chain from `source` to an output, and others that leave it early."""
+        """The chain from `source` to the output that needs most of the graph, and others that leave it early."""
         chains = []
         for output in self.graph.outputs:
             if output in dominators:
@@ -153,7 +155,9 @@ class Flow:
                     if isinstance(at, ir.Value):
                         chain.append(at)
                 chains.append(chain[::-1])
-        chains.sort(key=len, reverse=True)
+        chains = sorted(chains, key=len, reverse=True)[:_CANDIDATES]
+        # The last cache may have a chain as long as that of the result, which ends inside of the last layer.
+        chains.sort(key=lambda chain: -len(nx.ancestors(self.digraph, self._number(chain[-1]))))
         kept: list[list[ir.Value]] = []
         taken: set[ir.Value] = set()
         for chain in chains:
