@@ -22,6 +22,7 @@ _FUSE = (
     "fuse-attention",
     "share-kv-heads",
     *_VIEWS,
+    "fuse-kv-cache",
     "merge-attention-heads",
     "fuse-layer-norm",
     "fuse-rms-norm",

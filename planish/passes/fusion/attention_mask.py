@@ -116,6 +116,8 @@ def _fitted(
         raise Decline(f"the mask has {dims[-3]} heads and the queries have {heads}")
     if len(dims) >= max(2, rank) and dims[-2:] == lengths:
         return mask
+    # What is there already needs no size to be read, from a cache that Attention is to append to, say.
+    lengths = tuple(1 if n == d else n for n, d in zip(lengths, dims[-2:], strict=True)) if len(dims) > 1 else lengths  # type: ignore
     if all(isinstance(n, int) for n in lengths):
         target: Any = np.array([1, 1, *lengths], dtype=np.int64)
     else:

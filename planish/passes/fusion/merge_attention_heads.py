@@ -15,6 +15,7 @@ from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass, Rule
 
 _SWAP = (0, 2, 1, 3)
+Heads = tuple[ir.Value, int, int, ir.Node | None]
 
 
 @register
@@ -47,11 +48,11 @@ def _merge(op: Any, match: Match, heads: ir.Value) -> ir.Value:
     assert node is not None
     if any(v is not None for v in node.inputs[4:]) or len(node.outputs) > 1:
         raise Decline("the attention reads or writes a cache")
-    split = [_split(role, v) for role, v in zip(("queries", "keys", "values"), node.inputs, strict=False)]
+    split = [split_heads(role, v) for role, v in zip(("queries", "keys", "values"), node.inputs, strict=False)]
     (_, q_heads, _, _), (_, kv_heads, _, _), (_, v_heads, depth, _) = split
     if kv_heads != v_heads:
         raise Decline(f"keys have {kv_heads} heads and values have {v_heads}")
-    flat = [_turned(op, *part) for part in split]
+    flat = [turned(op, *part) for part in split]
     attributes = {name: a for name, a in node.attributes.items() if name not in ("q_num_heads", "kv_num_heads")}
     mask = list(node.inputs[3:4])
     out = op.Attention(*flat, *mask, q_num_heads=q_heads, kv_num_heads=kv_heads, **attributes)
@@ -63,7 +64,7 @@ def _merge(op: Any, match: Match, heads: ir.Value) -> ir.Value:
     return result
 
 
-def _split(role: str, value: ir.Value | None) -> tuple[ir.Value, int, int, ir.Node | None]:
+def split_heads(role: str, value: ir.Value | None) -> Heads:
     """(value before the Transpose, heads, depth, the rotary embedding after the Transpose if there is one)."""
     node = value.producer() if value is not None else None
     rotary = node if is_op(node, "RotaryEmbedding") else None
@@ -78,7 +79,7 @@ def _split(role: str, value: ir.Value | None) -> tuple[ir.Value, int, int, ir.No
     return before, dims[2], dims[3], rotary
 
 
-def _turned(op: Any, value: ir.Value, heads: int, depth: int, rotary: ir.Node | None) -> ir.Value:
+def turned(op: Any, value: ir.Value, heads: int, depth: int, rotary: ir.Node | None) -> ir.Value:
     """`value`, (B, S, heads, depth), as (B, S, heads * depth), with the rotary embedding, which takes either form."""
     joined = _joined(op, value, heads, depth)
     if rotary is None:

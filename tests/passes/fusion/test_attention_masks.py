@@ -13,6 +13,8 @@ from tests.passes.fusion.test_fuse_attention import HEAD, LOWEST, SIZES, eager, 
 
 GUARD = "p0 = Softmax(last)\n nan = IsNaN(p0)\n p = Where(nan, zero, p0)"
 ADDED = "scores = Mul(qk, scale)\n scaled = Add(scores, mask)"
+MASK = ", bool[B, 1, S, L] mask"
+ABSORBING = [(LOWEST, LOWEST), (LOWEST, "-10000.0"), ("-10000.0", LOWEST), ("-1e9", "-1e9")]
 LOW = float(np.finfo(np.float32).min)
 
 

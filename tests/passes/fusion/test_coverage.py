@@ -12,12 +12,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from planish.ir.compare import compare_outputs
 from planish.ir.printer import op_counts
 from planish.ir.program import Program
 from planish.passes.defaults import default_pipeline
-from planish.passes.testing import apply_pass, check_numerics
+from planish.passes.testing import apply_pass, check_numerics, run_reference
 from tests.passes.fusion import old_exports
-from tests.passes.fusion.exporting import Flat, with_attention
+from tests.passes.fusion.exporting import Decoder, Flat, decoder_example, with_attention
 
 # What comes after recognition may write one attention as several.
 PIPELINE = default_pipeline("ort-cpu").split(",lower-")[0]
@@ -155,3 +156,34 @@ def test_files_of_the_old_exporter(name: str, opset: int, attention: str, tmp_pa
     assert (counts["Attention"], counts["LayerNormalization"]) == TORCHSCRIPT[name]
     assert "Softmax" not in counts and "Erf" not in counts
     assert "Transpose" not in beside_attention(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_decoding_with_a_cache(name: str, attention: str, new: int) -> None:
+    pytest.importorskip("transformers")
+    from planish.frontends.torch import capture
+    from tests.architectures import ARCHITECTURES
+
+    module = with_attention(ARCHITECTURES[name].build(True), attention)
+    shapes: Any = {
+        "input_ids": {0: "batch"} | ({1: "new"} if new > 1 else {}),
+        "attention_mask": {0: "batch", 1: "total"},
+        "past": [{0: "batch", 2: "past"}] * 4,
+    }
+    program = capture(Decoder(module), decoder_example(module, 2, new, 5), shapes, "ort-cpu").program
+    names = [spec.name for spec in program.inputs()]
+    original = program.clone()
+    apply_pass(PIPELINE, program)
+    for batch, length, past in ((1, new, 7), (3, new, 4), *(((2, 5, 2),) if new > 1 else ())):
+        example = decoder_example(module, batch, length, past)
+        flat = [example["input_ids"], example["attention_mask"], *example["past"]]
+        feed = {n: v.numpy() for n, v in zip(names, flat, strict=True)}
+        assert compare_outputs(run_reference(original, feed), run_reference(program, feed)).relative_l2 < 1e-5
+    nodes = [n for n in program.main.graph if n.op_type == "Attention"]
+    assert len(nodes) == 2 and all(len(n.outputs) == 3 for n in nodes)  # each appends to its cache
+    assert "Softmax" not in op_counts(program)
+    assert "Transpose" not in beside_attention(program)
+    assert op_counts(program)["Concat"] <= 2
