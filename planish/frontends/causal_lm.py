@@ -104,8 +104,8 @@ class _Entry(torch.nn.Module):  # type: ignore[misc]
         expected = causal_lm_model.layer_count(self.model)
         if len(recorder.present) != expected:
             raise UnsupportedError(
-                f"{len(recorder.present)} of {expected} layers call the attention interface of transformers with a "
-                "cache of their own"
+                f"{len(recorder.present)} of {expected} layers attend through transformers' attention interface "
+                "with a cache of their own"
             )
         logits: torch.Tensor = result.logits
         return logits

@@ -30,15 +30,14 @@ def unify_weights(program: Program) -> int:
             tensor = value.const_value
             if tensor is None or value.is_graph_input() or tensor.dtype == ir.DataType.STRING:
                 continue
-            owner = _owner(owners, tensor)
+            owner = _owner(owners, value, tensor)
             name = value.name or ""
             if owner is not None and owner.graph is not graph:
                 changed += tensor is not owner.const_value or name != owner.name
                 value.const_value = owner.const_value
                 wanted = owner.name or ""
             else:
-                if owner is None:
-                    owners.setdefault(_key(tensor), []).append(value)
+                owners.setdefault(_key(tensor), []).append(value)
                 wanted = name
             wanted = _free(wanted, value, taken, names)
             if wanted != name:
@@ -67,8 +66,12 @@ def _in_graph(graph: ir.Graph, name: str) -> bool:
     return any(value.name == name for value in _values(graph))
 
 
-def _owner(owners: dict[tuple[Any, ...], list[ir.Value]], tensor: ir.TensorProtocol) -> ir.Value | None:
-    return next((v for v in owners.get(_key(tensor), ()) if _equal(v.const_value, tensor)), None)
+def _owner(
+    owners: dict[tuple[Any, ...], list[ir.Value]], value: ir.Value, tensor: ir.TensorProtocol
+) -> ir.Value | None:
+    """The one of the same content: that of the same name before others, since new norms are all alike."""
+    known = owners.get(_key(tensor), ())
+    return next((v for v in sorted(known, key=lambda v: v.name != value.name) if _equal(v.const_value, tensor)), None)
 
 
 def _key(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
@@ -97,5 +100,7 @@ def _raw(array: np.ndarray) -> np.ndarray:
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
-    nodes = [value for node in graph.all_nodes() for value in node.outputs]
-    return [*graph.inputs, *graph.initializers.values(), *nodes]
+    found = [value for node in graph.all_nodes() for value in node.outputs]
+    for part in (graph, *graph.subgraphs()):
+        found += [*part.inputs, *part.initializers.values()]
+    return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planish.ir.causal_lm import cache_layer
 from planish.ir.errors import ArtifactError, InputError
 from planish.runtime import tensorfile
 from planish.runtime.executable import Executable
@@ -185,24 +186,28 @@ def _write_golden(exe: Executable, program: Program, files: _Files, notes: list[
         return []
     golden: list[Golden] = []
     left = GOLDEN_BYTES
-    for number, batch in enumerate(calibration.batches[:GOLDEN_SAMPLES]):
-        where = f"golden sample {number} of entry '{calibration.entry}'"
-        outputs = exe.run(batch, calibration.entry)
-        try:
-            tensors = [_items(batch), _items(outputs)]
-        except InputError as error:
-            notes.append(f"{where} is left out: {error}")
-            continue
-        size = sum(item.nbytes for items in tensors for item in items)
-        if size > left:
-            notes.append(f"{where} is left out: {size} bytes, of {left} that are left for golden data.")
-            continue
-        left -= size
-        names = [f"golden/{calibration.entry}.{number}.{kind}.safetensors" for kind in ("inputs", "outputs")]
-        for name, items in zip(names, tensors, strict=True):
-            header, order, _ = tensorfile.layout(items)
-            files.write(name, header, *(item.raw for item in order))
-        golden.append(Golden(calibration.entry, names[0], names[1], calibration.synthetic))
+    for part in calibration.parts:
+        names = {spec.name for spec in exe.runners[part.entry].inputs}
+        for number, batch in enumerate(part.batches[:GOLDEN_SAMPLES]):
+            where = f"golden sample {number} of entry '{part.entry}'"
+            # Caches of layers that were left out are no inputs any more.
+            given = {name: value for name, value in batch.items() if name in names or cache_layer(name) is None}
+            outputs = exe.run(given, part.entry)
+            try:
+                tensors = [_items(given), _items(outputs)]
+            except InputError as error:
+                notes.append(f"{where} is left out: {error}")
+                continue
+            size = sum(item.nbytes for items in tensors for item in items)
+            if size > left:
+                notes.append(f"{where} is left out: {size} bytes, of {left} that are left for golden data.")
+                continue
+            left -= size
+            paths = [f"golden/{part.entry}.{number}.{kind}.safetensors" for kind in ("inputs", "outputs")]
+            for path, items in zip(paths, tensors, strict=True):
+                header, order, _ = tensorfile.layout(items)
+                files.write(path, header, *(item.raw for item in order))
+            golden.append(Golden(part.entry, paths[0], paths[1], part.synthetic))
     return golden
 
 

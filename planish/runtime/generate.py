@@ -50,10 +50,10 @@ def generate(
     prompts, lengths = pad_right(ids, mask)
     _check_fit(prompts.shape[1], int(max_new_tokens), facts.positions)
     random = np.random.default_rng(seed)
+    _check_tokens(ids, mask, decode)
 
     first = prefill.run({IDS: prompts, LENGTHS: lengths})
     logits = _last(first.pop(LOGITS), lengths)
-    _check_tokens(ids, mask, logits.shape[-1])
     step = _Step(decode, first, lengths, prompts.shape[1] + int(max_new_tokens) - 1, logits)
     result = np.empty((len(ids), ids.shape[1] + int(max_new_tokens)), np.int64)
     end = ids.shape[1]
@@ -165,7 +165,11 @@ def _check_fit(tokens: int, more: int, positions: int | None) -> None:
     )
 
 
-def _check_tokens(ids: np.ndarray, mask: np.ndarray, vocabulary: int) -> None:
+def _check_tokens(ids: np.ndarray, mask: np.ndarray, decode: OrtRunner) -> None:
+    shape = next(spec.shape for spec in decode.outputs if spec.name == LOGITS)
+    vocabulary = shape[-1] if shape else None
+    if not isinstance(vocabulary, int):
+        return
     wrong = ids[mask & ((ids < 0) | (ids >= vocabulary))]
     if wrong.size:
         raise InputError(f"input_ids holds the token {int(wrong[0])}; the vocabulary has {vocabulary}.")

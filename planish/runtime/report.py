@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planish.ir.blocks import Block, graph_blocks
-from planish.ir.ledger import ErrorStats, Ledger, LedgerEntry, Ratio
+from planish.ir.ledger import EntryMeasure, ErrorStats, Ledger, LedgerEntry, Ratio
 from planish.ir.spec import TensorSpec
 from planish.runtime.units import number, percent_change, ratio_text
 from planish.version import __version__
@@ -137,6 +137,12 @@ class Report:
         """Passes that changed the program, or were rolled back."""
         return [entry for entry in self.passes if not is_idle(entry)]
 
+    @property
+    def by_entry(self) -> dict[str, EntryMeasure]:
+        """For a program of several entries: error and gain of each, all passes together."""
+        totals = [entry.by_entry for entry in self.ledger.entries if entry.kind == "composition"]
+        return totals[-1] if totals else {}
+
     def summary(self) -> str:
         """The one sentence at the end: the gain, the error, the change of the graph, the passes kept."""
         parts = [self._gain_words(), self._error_words()]
@@ -155,6 +161,9 @@ class Report:
         ratio = self.speedup
         if ratio is None:
             return "speed not measured"
+        apart = {name: found.speedup for name, found in self.by_entry.items() if found.speedup is not None}
+        if apart:
+            return "speed of " + " and of ".join(f"{name} {ratio_text(found)}" for name, found in apart.items())
         if ratio.faster:
             return f"{ratio_text(ratio)} faster"
         if ratio.slower:

@@ -149,6 +149,9 @@ def _speed_tile(report: Report) -> dict[str, Any]:
     sub = [f"{ratio.confidence:.0%} interval {ratio.low:.{digits}f} to {ratio.high:.{digits}f}"]
     if ratio.baseline_ms is not None:
         sub.append(f"{milliseconds(ratio.baseline_ms)} → {milliseconds(ratio.candidate_ms)}")
+    for name, found in report.by_entry.items():
+        if found.speedup is not None:
+            sub.append(f"Speed-up of {name}: {ratio_text(found.speedup)}")
     words = {"good": "faster", "bad": "slower", "plain": "no measurable change"}
     tone = _tone(report)
     return {"label": "Speed", "value": f"{ratio.median:.{digits}f}×", "note": words[tone], "tone": tone, "sub": sub}

@@ -88,7 +88,14 @@ def _summary(report: Report) -> Any:
     table.add_section()
     speed = ratio_text(report.speedup) if report.speedup else "not measured"
     table.add_row("Speed-up", "", Text(speed, style=_ratio_style(report.speedup)), "")
+    for name, found in report.by_entry.items():
+        if found.speedup is not None:
+            gain = Text(ratio_text(found.speedup), style=_ratio_style(found.speedup))
+            table.add_row(f"Speed-up of {printable(name, 20)}", "", gain, "")
     table.add_row("Error", "", _error(report.error), "")
+    for name, found in report.by_entry.items():
+        if found.error is not None:
+            table.add_row(f"Error of {printable(name, 20)}", "", _error(found.error), "")
     table.add_row("Time spent", "", duration(report.seconds), "")
     return table
 
