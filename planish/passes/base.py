@@ -107,10 +107,13 @@ class ApproximatePass(Pass):
 
     gives_up: ClassVar[str]
 
-    def tune(self, program: Program, gain: Callable[[ApproximatePass], float]) -> tuple[ApproximatePass, str]:
+    def tune(self, program: Program, gain: Callable[[ApproximatePass, float], float]) -> tuple[ApproximatePass, str]:
         """The variant of this pass to gate on `program`, and what the report should say of the choice.
 
+        By default nothing is measured or changed.
+
         Args:
-            gain: measures the speed-up of a variant on the target. By default nothing is measured or changed.
+            gain: ``gain(variant, asked)`` measures the speed-up of a variant on the target, as closely as it takes to
+                tell it from `asked`.
         """
         return self, ""

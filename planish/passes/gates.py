@@ -252,11 +252,11 @@ class Gates:
         if not isinstance(p, ApproximatePass):
             return p
 
-        def gain(variant: ApproximatePass) -> float:
+        def gain(variant: ApproximatePass, asked: float) -> float:
             candidate = PassGroup(self.best, [variant], self.apply, self.reproduce, self._announce).build()
             if not candidate.changed:
                 return 1.0
-            ratio = self._measure(self.best, candidate.program, share=_TUNING)
+            ratio = self._measure(self.best, candidate.program, _TUNING, asked)
             self.bench.forget(candidate.program)
             return ratio.median
 
@@ -264,10 +264,12 @@ class Gates:
         self.ledger.notes += [note] if note else []
         return variant
 
-    def _measure(self, baseline: Program, candidate: Program, share: float = 0.5) -> Ratio:
-        """The speed-up, measured within a share of the time that is left."""
+    def _measure(
+        self, baseline: Program, candidate: Program, share: float = 0.5, threshold: float | None = None
+    ) -> Ratio:
+        """The speed-up, measured within a share of the time that is left, until it is told from `threshold`."""
         seconds = max(0.2, (self.deadline - time.monotonic()) * share)
-        threshold = self.budget.min_gain or 1.0
+        threshold = threshold or self.budget.min_gain or 1.0
         if len(self.parts) < 2:
             return self.bench.speedup(baseline, candidate, seconds=seconds, threshold=threshold)
         seconds /= len(self.parts)

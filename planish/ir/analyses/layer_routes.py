@@ -35,19 +35,24 @@ def by_scopes(stream: Stream) -> tuple[list[Span], dict[str, str]]:
     for family in sorted(families, key=len):
         if any(family[: len(outer)] == outer for outer in found):
             continue
-        members = [_member(family, group) for group in paths]
-        if len({m for m in members if m is not None}) < 2:
-            if reason := _uncut(stream, family, paths):
-                reasons[".".join(family)] = reason
-            continue
-        name = ".".join(family)
-        span, reason = _family(stream, name, members)
+        span, reason = _family(stream, family, paths)
+        if span is not None and not _uniform(span):
+            inner = (f for f in families if len(f) > len(family) and f[: len(family)] == family)
+            # The lists of sub-blocks inside of a layer are not uniform: attention is not a feed-forward network.
+            if any(nested is not None and _uniform(nested) for nested, _ in (_family(stream, f, paths) for f in inner)):
+                span, reason = None, "its modules differ, and are stacks of layers themselves"
         if span is not None:
             spans.append(span)
             found.append(family)
         if reason:
-            reasons[name] = reason
+            reasons[".".join(family)] = reason
     return spans, reasons
+
+
+def _uniform(span: Span) -> bool:
+    """Whether the layers of a span have the same weight matrices and attentions, by shape and in order."""
+    words = {tuple(word for k in range(a, b) if (word := signature(span.stream, k))) for a, b in pairwise(span.bounds)}
+    return len(words) == 1
 
 
 def _member(family: Path, paths: Sequence[Path]) -> int | None:
@@ -71,7 +76,12 @@ def _uncut(stream: Stream, family: Path, paths: Sequence[Sequence[Path]]) -> str
     return ""
 
 
-def _family(stream: Stream, name: str, members: Sequence[int | None]) -> tuple[Span | None, str]:
+def _family(stream: Stream, family: Path, paths: Sequence[Sequence[Path]]) -> tuple[Span | None, str]:
+    """The stack that a list of modules is, or why it is none; neither where nothing speaks for one."""
+    name = ".".join(family)
+    members = [_member(family, group) for group in paths]
+    if len({m for m in members if m is not None}) < 2:
+        return None, _uncut(stream, family, paths)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for k, member in enumerate(members):

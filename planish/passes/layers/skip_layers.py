@@ -111,7 +111,7 @@ class SkipLayers(ApproximatePass):
                 drop_inputs(graph, names)
         return PassResult(run.fired > 0, run.fired, run.declined, run.notes)
 
-    def tune(self, program: Program, gain: Callable[[ApproximatePass], float]) -> tuple[ApproximatePass, str]:
+    def tune(self, program: Program, gain: Callable[[ApproximatePass, float], float]) -> tuple[ApproximatePass, str]:
         """The variant whose measured gain reaches `speedup`; this one if none does."""
         from planish.passes.layers.tuning import tuned
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from planish.passes.layers.skip_layers import SkipLayers
 
 
-def tuned(p: SkipLayers, program: Program, gain: Callable[[ApproximatePass], float]) -> tuple[ApproximatePass, str]:
+def tuned(
+    p: SkipLayers, program: Program, gain: Callable[[ApproximatePass, float], float]
+) -> tuple[ApproximatePass, str]:
     """The weakest variant of a pass whose measured gain reaches its `speedup`, by bisection, and what to note.
 
     Embeddings, the head of the model and whatever else lies outside of the layers take time that skipping does not
@@ -25,18 +27,18 @@ def tuned(p: SkipLayers, program: Program, gain: Callable[[ApproximatePass], flo
     if p.speedup is None or not p.measured or p.rule == "released" or p.nominal is not None:
         return p, ""
     ratios = [r for r in _ratios(p, program) if r > p.speedup]
-    first = gain(p)
+    first = gain(p, p.speedup)
     if first >= p.speedup or not ratios:
         return p, ""
     variants = [replace(p, nominal=ratio) for ratio in ratios]
-    last = gain(variants[-1])
+    last = gain(variants[-1], p.speedup)
     if last < p.speedup:
         short = f"speedup={p.speedup:g} can not be measured here"
         return p, f"{p.name}: {short}: {ratios[-1]:.3g}x nominal gives {last:.2f}x; {p.speedup:g}x nominal is taken"
     low, high = -1, len(variants) - 1  # the variant at `high` is fast enough, the one at `low` is not
     while high - low > 1:
         middle = (low + high) // 2
-        if gain(variants[middle]) >= p.speedup:
+        if gain(variants[middle], p.speedup) >= p.speedup:
             high = middle
         else:
             low = middle

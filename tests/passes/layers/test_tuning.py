@@ -25,8 +25,9 @@ class Machine:
     def __init__(self, share: float) -> None:
         self.share, self.measured = share, 0
 
-    def gain(self, p: ApproximatePass) -> float:
+    def gain(self, p: ApproximatePass, asked: float) -> float:
         assert isinstance(p, SkipLayers)
+        assert asked == p.speedup
         self.measured += 1
         ratio = p.nominal or p.speedup or 1.0
         return self.of(int(LAYERS / ratio + 1e-9))
