@@ -16,7 +16,7 @@ from typing import Any, cast
 import networkx as nx
 import onnx_ir as ir
 
-from planish.ir.graphs import is_op, subgraphs_of
+from planish.ir.graphs import constant_tensor, is_op, subgraphs_of
 
 Item = ir.Value | ir.Node
 
@@ -106,10 +106,15 @@ class Flow:
         return self._outer.get(node, node)
 
     def weights(self, node: ir.Node) -> list[ir.Value]:
-        """The constant operands of a node that are more than one number, and numbers with a fraction at that."""
+        """The constant operands of a node that are more than one number, and numbers with a fraction at that.
+
+        A file need not say what type computed constants have; they count.
+        """
         found = []
         for value in self.operands[node]:
-            if value in self.constant and value.dtype is not None and value.dtype not in _NO_WEIGHTS:
+            tensor = constant_tensor(value) if value in self.constant else None
+            dtype = value.dtype if tensor is None else tensor.dtype
+            if value in self.constant and dtype not in _NO_WEIGHTS:
                 size = _size(value)
                 if size is None or size > 1:
                     found.append(value)

@@ -127,6 +127,20 @@ def test_a_layer_that_differs_ends_the_stack() -> None:
     assert [[layer.hidden_out.name for layer in s.layers] for s in found(text).stacks] == [["h0", "h1"], ["h3", "h4"]]
 
 
+@pytest.mark.parametrize("form", ["pre", "post", "parallel"])
+def test_a_file_without_shapes_and_types(form: str) -> None:
+    model = program_of(stack(4, form)).main
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type = value.shape = None
+    for value in model.graph.initializers.values():
+        value.type = value.shape = None
+    (only,) = find_layers(model).stacks
+    assert len(only) == 4 and only.width is None
+    assert [part.kind for part in only.layers[2].parts] == ["attention", "ffn"]
+
+
 def test_nothing_repeats() -> None:
     text = HEADER + "(float[2, 3] x) => (float[2, 3] y) { a = Exp(x)  b = Tanh(a)  y = Neg(b) }"
     assert found(text).declined == ("no segments between values that all data passes through repeat",)
