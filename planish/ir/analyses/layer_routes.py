@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from planish.ir.analyses.layer_parts import Signature, attends, residual, signature
+from planish.ir.analyses.layer_parts import Signature, attends, is_view, residual, signature
 from planish.ir.analyses.layers import Span
 from planish.ir.analyses.stream import Stream
 from planish.ir.blocks import module_path
@@ -145,6 +145,8 @@ def by_structure(stream: Stream) -> list[Span]:
     for start, period, count in _repeats(stream, heads, signatures, 0, len(heads)):
         bounds = [heads[start + i * period] for i in range(count)]
         bounds.append(_end(stream, heads, start, period, count))
+        while bounds[0] > 0 and all(stream.core[b - 1] and is_view(stream, b - 1) for b in bounds):
+            bounds = [b - 1 for b in bounds]  # every layer begins with a view or a cast of the stream
         shapes = [_changes_shape(stream, a, b) for a, b in pairwise(bounds)]
         if not any(shapes):
             spans.append(Span(stream, tuple(bounds), "", (), "structure"))

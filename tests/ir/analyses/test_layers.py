@@ -141,6 +141,18 @@ def test_a_file_without_shapes_and_types(form: str) -> None:
     assert [part.kind for part in only.layers[2].parts] == ["attention", "ffn"]
 
 
+def test_layers_that_begin_with_a_cast_start_before_it() -> None:
+    weights = ", ".join(f"float[2,2] w{i} = {{{i}.0, 1.0, 2.0, 3.0}}" for i in range(3))
+    lines = []
+    for i, h in enumerate(("x", "h0", "h1")):
+        lines.append(f"c{i} = Cast<to = 1>({h})  m{i} = MatMul(c{i}, w{i})  h{i} = Add(c{i}, m{i})")
+    body = "  ".join([*lines, "c3 = Cast<to = 1>(h2)", "y = Exp(c3)"])
+    text = HEADER + f"(float[b, 2] x) => (float[b, 2] y) <{weights}> {{ {body} }}"
+    (only,) = found(text).stacks
+    assert [layer.hidden_in.name for layer in only.layers] == ["x", "h0", "h1"]
+    assert [layer.hidden_out.name for layer in only.layers] == ["h0", "h1", "h2"]
+
+
 def test_nothing_repeats() -> None:
     text = HEADER + "(float[2, 3] x) => (float[2, 3] y) { a = Exp(x)  b = Tanh(a)  y = Neg(b) }"
     assert found(text).declined == ("no segments between values that all data passes through repeat",)
