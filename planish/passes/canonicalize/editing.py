@@ -34,6 +34,7 @@ class Editor:
         self.fired = 0
         self.declined: list[Declined] = []
         self.revisit: list[ir.Node] = []
+        self._noted: set[tuple[ir.Node, str]] = set()
         #: Names that no node and no value of the program has, in any entry: entries may share an initializer.
         self.names = Names(program)
 
@@ -42,7 +43,9 @@ class Editor:
 
     def decline(self, node: ir.Node, reason: str) -> None:
         """Keeps the reason why the pass left `node` alone."""
-        self.declined.append(Declined(self.name, node.name or f"unnamed {node.op_type}", reason))
+        if (node, reason) not in self._noted:  # a node may be looked at again
+            self._noted.add((node, reason))
+            self.declined.append(Declined(self.name, node.name or f"unnamed {node.op_type}", reason))
 
     def constant(self, graph: ir.Graph, array: np.ndarray | ir.TensorProtocol, stem: str) -> ir.Value:
         """A new initializer of `graph`."""
@@ -119,8 +122,16 @@ class Editor:
         new.shape = old.shape if old.shape is not None else new.shape
 
     def remove(self, node: ir.Node) -> None:
-        """Takes a node without users out of its graph, and all that is inside it out of the lists of users."""
+        """Takes a node without users out of its graph, and all that is inside it out of the lists of users.
+
+        Who is left as the only user of what it read may be free to act now.
+        """
+        read = [value for value in node.inputs if value is not None]
         detach(node)
+        for value in read:
+            uses = value.uses()
+            if len(uses) == 1:
+                self.revisit.append(next(iter(uses)).node)
         assert node.graph is not None
         node.graph.remove(node)
 
