@@ -192,8 +192,9 @@ def write_reproducer(
         text = pipeline if isinstance(pipeline, str) else format_pipeline(pipeline)
         (temporary / "pipeline.txt").write_text(text + "\n", encoding="utf-8")
         problem = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        command = f"planish bisect before.onnx -p {shlex.quote(text)} -t {shlex.quote(str(before.target))}"
-        (temporary / "error.txt").write_text(f"{problem}\n\nTo see it again:\n  {command}\n", encoding="utf-8")
+        command = f"-p {shlex.quote(text)} -t {shlex.quote(str(before.target))}"
+        again = "\n".join(f"  planish bisect {file.name} {command}" for file in sorted(temporary.glob("before*.onnx")))
+        (temporary / "error.txt").write_text(f"{problem}\n\nTo see it again:\n{again}\n", encoding="utf-8")
         return _move(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
