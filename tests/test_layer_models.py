@@ -5,6 +5,7 @@ Captures are made once a process; the slow ones are architectures whose form ano
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -102,6 +103,42 @@ def test_what_is_left_equals_the_module_without_the_layers(name: str, number: in
             by_structure = run_reference(_without(bare, number, removed), feeds)
             assert all(np.array_equal(got[key], by_structure[key]) for key in got)
             assert program.node_count() < before[0] and program.weight_bytes() < before[1]
+
+
+#: (model, the product that ends the branch, part, stack).
+BRANCHES = [
+    ("BERT", "encoder.layer.{}.attention.output.dense", "attention", 0),
+    ("ViT", "layers.{}.mlp.fc2", "ffn", 0),
+    ("Llama", "model.layers.{}.self_attn.o_proj", "attention", 0),
+    ("Phi", "layers.{}.self_attn.dense", "attention", 0),
+    ("GPT-J", "h.{}.mlp.fc_out", "ffn", 0),
+    ("T5", "decoder.block.{}.layer.0.SelfAttention.o", "attention", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "product", "part", "number"),
+    [pytest.param(*case, marks=[] if case[0] in FAST else pytest.mark.slow, id=case[0]) for case in BRANCHES],
+)
+def test_without_a_part_equals_the_module_with_that_branch_zero(
+    name: str, product: str, part: str, number: int
+) -> None:
+    model = MODELS[name]
+    module = copy.deepcopy(model.module())
+    for i in (1, 2):
+        for parameter in module.get_submodule(product.format(i)).parameters():
+            parameter.data.zero_()
+    with torch.no_grad():
+        outputs = module(**model.example())
+    want = next(t.numpy() for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor))
+    for optimized in (False, True):
+        program = model.program(optimized=optimized)
+        names = [stack.name for stack in find_layers(program.main).stacks]
+        result = apply_pass(SkipLayers(layers=(1, 2), part=part, stack=names[number]), program)
+        assert result.fired == 2, result.declined
+        got = run_reference(program, {key: value.numpy() for key, value in model.example().items()})
+        have = next(iter(got.values()))
+        assert np.linalg.norm(have - want) <= LIMIT * np.linalg.norm(want)
 
 
 @pytest.mark.slow
