@@ -97,6 +97,17 @@ def test_a_pass_that_breaks_decode_alone_is_rolled_back() -> None:
     assert not entry.kept and "error" in entry.verdict and "logits" in entry.verdict
 
 
+def test_the_command_line_takes_an_entry(exe: planish.Executable, tmp_path: Path) -> None:
+    from planish.cli import invoke
+
+    folder = str(exe.export(tmp_path / "a"))
+    for entry in (PREFILL, DECODE):  # with inputs that are made up
+        assert invoke(["run", folder, "--entry", entry]) == 0
+        assert invoke(["bench", folder, folder, "--entry", entry, "--seconds", "0.1"]) == 0
+    assert invoke(["verify", folder]) == 0 and invoke(["inspect", folder]) == 0
+    assert invoke(["bench", folder]) == 2
+
+
 def test_export_without_golden_data_of_one_entry(exe: planish.Executable, tmp_path: Path) -> None:
     exe.export(tmp_path / "a")
     found: Any = planish.load(tmp_path / "a").report

@@ -56,6 +56,7 @@ def compare(
     *,
     target: str | Target = "ort-cpu",
     dims: Mapping[str, int] | None = None,
+    entry: str | None = None,
     seconds: float = 10.0,
     max_runs: int = 200,
     clock: str = "wall",
@@ -67,6 +68,7 @@ def compare(
     Args:
         paths: ONNX files (run on plain ONNX Runtime with all of its optimizations) and artifacts.
         inputs: by name; None makes them up from the first contestant's inputs, at `dims`.
+        entry: which one to time, of programs that have several.
         seconds: for the timing of all of them together.
         clock: ``"wall"``, or ``"process"`` for processor time.
 
@@ -77,7 +79,7 @@ def compare(
     given = inputs
     if given is None:
         progress("making up inputs")
-        given = _synthetic(paths[0], target, dims)
+        given = _synthetic(paths[0], target, dims, entry)
     elif dims:
         raise InputError("sizes of dimensions are for synthetic inputs; leave out --dim or --inputs.")
     names = _names(paths)
@@ -87,12 +89,12 @@ def compare(
         progress(f"preparing {name}")
         executables[name] = open_executable(path, target)
         try:
-            outputs[name] = executables[name].run(given)
+            outputs[name] = executables[name].run(given, entry)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
     progress("timing")
     feeds = dict(given)
-    fns = {name: _runs(exe, feeds) for name, exe in executables.items()}
+    fns = {name: _runs(exe, feeds, entry) for name, exe in executables.items()}
     times = interleave(fns, seconds=seconds, max_runs=max_runs, clock=clock, seed=seed)
     first = names[0]
     size = next((int(a.shape[0]) for a in feeds.values() if a.ndim), 1)
@@ -107,15 +109,17 @@ def compare(
     return Comparison(rows, shown, inputs is None, _notes(times, rows, inputs is None))
 
 
-def _synthetic(path: str | Path, target: Target, dims: Mapping[str, int] | None) -> dict[str, np.ndarray]:
+def _synthetic(
+    path: str | Path, target: Target, dims: Mapping[str, int] | None, entry: str | None
+) -> dict[str, np.ndarray]:
     from planish.ir.inputs import synthesize
 
     program = open_program(path, target)
-    return synthesize(program, program.default_entry, dims=dims)
+    return synthesize(program, entry or program.default_entry, dims=dims)
 
 
-def _runs(executable: Executable, feeds: dict[str, Any]) -> Callable[[], object]:
-    return lambda: executable.run(feeds)
+def _runs(executable: Executable, feeds: dict[str, Any], entry: str | None) -> Callable[[], object]:
+    return lambda: executable.run(feeds, entry)
 
 
 def _error(expected: Mapping[str, Any], got: Mapping[str, Any]) -> ErrorStats | None:

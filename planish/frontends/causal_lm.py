@@ -16,7 +16,7 @@ import torch
 from planish.frontends import causal_lm_model, torch_export
 from planish.frontends.causal_lm_attention import UNSIZED, Cache, Recorder, recording
 from planish.frontends.causal_lm_check import Batch, CausalCheck, EntryRun, read_examples
-from planish.frontends.torch import Progress, capture
+from planish.frontends.torch import Progress, capture, check_module
 from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PARTS, PREFILL, CausalLM, past_name, present_name
 from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.ledger import ErrorStats
@@ -67,8 +67,7 @@ def capture_causal_lm(
         InputError: the model is no causal language model, or its attention has no form here; one line says what.
     """
     report = progress or (lambda stage: None)
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"task 'causal-lm' takes a model of transformers, not {type(model).__name__}.")
+    check_module(model)
     causal_lm_model.check_model(model)
     options = options or CausalLM()
     examples = read_examples(model, example_inputs)

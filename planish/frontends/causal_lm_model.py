@@ -30,6 +30,13 @@ def check_model(model: Any) -> None:
         raise UnsupportedError(f"task 'causal-lm': {name} is an encoder with a decoder; a decoder alone is captured.")
     if head(model) is None:
         raise InputError(f"task 'causal-lm': {name} has no language modeling head; give its …ForCausalLM class.")
+    for key, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float16):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"task 'causal-lm': {name}: '{key}' is {dtype}; attention over a cache runs in float32 and float16: call "
+                "model.float() first."
+            )
     for kind in _rotary_kinds(text_config(model)):
         if kind in _CHANGING_ROTARY:
             raise UnsupportedError(

@@ -74,7 +74,7 @@ def capture(
         InputError: the module or its inputs can not be captured; the line says what, where and what to do.
     """
     report = progress or (lambda stage: None)
-    _check_module(module)
+    check_module(module)
     torch_export.register_caches()
     call = torch_inputs.bind(module, example_inputs, kwargs)
     shapes = torch_shapes.normalize(call, dynamic_shapes)
@@ -96,7 +96,8 @@ def capture(
     return Captured(program, check, check.arrays(check.call))
 
 
-def _check_module(module: Any) -> None:
+def check_module(module: Any) -> None:
+    """Raises InputError for what is no module on the CPU."""
     if isinstance(module, type) and issubclass(module, torch.nn.Module):
         raise InputError(f"{module.__name__} is a class; give an instance: {module.__name__}(…).")
     if isinstance(module, torch.jit.ScriptModule):

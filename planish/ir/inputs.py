@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.causal_lm import LENGTHS, cache_layer
 from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.input_sizes import concrete_shape, require_dims, symbol_sizes
 from planish.ir.input_uses import Uses, uses_of
@@ -61,6 +62,9 @@ def synthesize(
         shape = concrete_shape(spec, uses[spec.name], sizes)
         # NumPy gives a number where an array has no dimensions.
         batch[spec.name] = np.asarray(_values(spec, shape, uses[spec.name], sizes, rng))
+    caches = [value for name, value in batch.items() if cache_layer(name) is not None]
+    if caches and LENGTHS in batch:  # a step of a causal language model needs room for one more token
+        batch[LENGTHS] = np.full_like(batch[LENGTHS], max(0, caches[0].shape[2] - 1))
     return batch
 
 

@@ -187,7 +187,10 @@ class Executable:
             return next(iter(self.runners.values()))
         if "main" in self.runners:
             return self.runners["main"]
-        raise InputError(f"this program has the entries {', '.join(self.runners)}; run(inputs, entry=...) picks one.")
+        raise InputError(
+            f"this program has the entries {', '.join(self.runners)}; run(inputs, entry=...) picks one, "
+            "--entry on the command line."
+        )
 
 
 def _bind(specs: Sequence[TensorSpec], args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:

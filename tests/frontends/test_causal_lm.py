@@ -127,6 +127,18 @@ def test_wrong_examples(model: Any, example: Any, message: str) -> None:
         capture_causal_lm(causal_model(model) if isinstance(model, str) else model, example)
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float64, "float64"), (torch.bfloat16, "bfloat16")])
+def test_dtypes_without_a_kernel(dtype: torch.dtype, name: str) -> None:
+    model = other("LlamaForCausalLM", "LlamaConfig").to(dtype)
+    with pytest.raises(UnsupportedError, match=f"is {name}; attention over a cache runs in float32 and float16"):
+        capture_causal_lm(model)
+
+
+def test_weights_that_are_not_there() -> None:
+    with pytest.raises(InputError, match="is on device 'meta'; planish captures on the CPU"):
+        capture_causal_lm(other("LlamaForCausalLM", "LlamaConfig").to("meta"))
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4, 6, 8, 12, 20])
 def test_slopes_are_those_of_transformers(heads: int) -> None:
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
