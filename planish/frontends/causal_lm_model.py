@@ -34,8 +34,8 @@ def check_model(model: Any) -> None:
         if parameter.dtype not in (torch.float32, torch.float16):
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise UnsupportedError(
-                f"task 'causal-lm': {name}: '{key}' is {dtype}; attention over a cache runs in float32 and float16: call "
-                "model.float() first."
+                f"task 'causal-lm': {name}: '{key}' is {dtype}; attention over a cache runs in float32 and float16: "
+                "call model.float() first."
             )
     for kind in _rotary_kinds(text_config(model)):
         if kind in _CHANGING_ROTARY:
