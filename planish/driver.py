@@ -299,7 +299,7 @@ def _report(
         model=_name(model),
         before=before,
         after=after,
-        pipeline=format_pipeline(pipeline),
+        pipeline=_as_run(format_pipeline(pipeline), ledger, len(pipeline)),
         ledger=ledger,
         error=total.error_original if total else None,
         speedup=total.speedup if total else None,
@@ -307,6 +307,12 @@ def _report(
         error_budget=DEFAULT_APPROXIMATE_ERROR if budget.error is None else budget.error,
         **_costs(before, after, before.sizes()),
     )
+
+
+def _as_run(asked: str, ledger: Ledger, count: int) -> str:
+    """The pipeline with the variants that tuned passes chose, so that it makes this result again."""
+    names = [entry.name for entry in ledger.entries if entry.kind != "composition"]
+    return ",".join(names) if len(names) == count else asked
 
 
 def _costs(before: Program, after: Program, dims: Mapping[str, int]) -> dict[str, Any]:

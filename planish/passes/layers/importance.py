@@ -9,13 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.analyses.layers import LayerStack
+from planish.ir.causal_lm import LENGTHS, PREFILL
 from planish.ir.program import Program
 from planish.passes.canonicalize.editing import Editor
 from planish.passes.layers.units import Unit, problem, remove, units_of
 
 #: Runs one entry on each of its calibration batches; outputs by name.
 Run = Callable[[Program, str], list[dict[str, Any]]]
-_BEFORE, _AFTER = "planish_before_{}", "planish_after_{}"
+_BEFORE, _AFTER, _PADDING = "planish_before_{}", "planish_after_{}", "planish_padding_{}"
+_MASK = "attention_mask"
 Find = Callable[[ir.Model], LayerStack]
 
 
@@ -36,13 +38,16 @@ def least_important(program: Program, entry: str, find: Find, part: str, count: 
         stack = find(trial.entry(entry))
         units = units_of(stack, part)
         gone = [unit for unit in units if unit.index in chosen]
-        done = remove(graph, stack, gone, Editor(trial, "skip-layers"))
+        # Asked before anything is removed: then what a layer feeds is not the next layer any more.
         left = [u for u in units if u.index not in chosen and not problem(stack, [u])]
         if not left:
             break
+        done = remove(graph, stack, gone, Editor(trial, "skip-layers"))
         for unit in left:
             _observe(graph, done.now(unit.before), _BEFORE.format(unit.index))
             _observe(graph, done.now(unit.after), _AFTER.format(unit.index))
+        for name in _padding(graph, entry):
+            _observe(graph, next(v for v in graph.inputs if v.name == name), _PADDING.format(name))
         batches = run(trial, entry)
         values = {unit.index: _importance(unit, batches, stack.width) for unit in left}
         best = min(values, key=lambda index: (values[index], index))
@@ -58,8 +63,27 @@ def _importance(unit: Unit, batches: Sequence[Mapping[str, Any]], width: int | N
             x = y - x
         # An image with channels first has its vectors along the channels.
         axis = 1 if y.ndim == 4 and y.shape[-1] != width and y.shape[1] == width else -1
-        cosines.append(cosine(x, y, axis).ravel())
+        found = cosine(x, y, axis)
+        cosines.append(found[_tokens(batch, found.shape)].ravel())
     return 1.0 - float(np.concatenate(cosines).mean())
+
+
+def _padding(graph: ir.Graph, entry: str) -> list[str]:
+    """The inputs that say which tokens are padding; in `decode` there is none."""
+    known = {_MASK, LENGTHS} if entry == PREFILL else {_MASK}
+    return [v.name for v in graph.inputs if v.name in known]
+
+
+def _tokens(batch: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Which of the vectors count: those of tokens that are not padding, where the inputs say so."""
+    mask = batch.get(_PADDING.format(_MASK))
+    lengths = batch.get(_PADDING.format(LENGTHS))
+    if lengths is not None and len(shape) == 2:
+        mask = np.arange(shape[1]) < np.asarray(lengths)[:, None]
+    if mask is None or np.shape(mask) != shape:
+        return np.ones(shape, bool)
+    real: np.ndarray = np.asarray(mask) != 0
+    return real
 
 
 def _observe(graph: ir.Graph, value: ir.Value, name: str) -> None:

@@ -66,3 +66,4 @@ def test_measured_and_nominal() -> None:
     (entry,) = [e for e in exe.report.ledger.entries if e.kind == "approximate"]
     if entry.kept:  # a busy machine may not show a gain
         assert entry.speedup is not None and 2 <= entry.fired <= 6
+        assert entry.name in exe.report.pipeline  # the variant that was taken makes the same again

@@ -206,11 +206,12 @@ def context(program: Program, feeds: list[dict[str, Any]]) -> PassContext:
     return PassContext(program.target, run=run)
 
 
+@pytest.mark.parametrize("idle", [(0, 3), (2, 3), (3, 4)])
 @pytest.mark.parametrize("part", ["layer", "attention", "ffn"])
 @pytest.mark.parametrize("form", ["pre", "parallel"])
-def test_importance_finds_the_layers_that_do_nothing(part: str, form: str) -> None:
+def test_importance_finds_the_layers_that_do_nothing(part: str, form: str, idle: tuple[int, int]) -> None:
     program = shaped(stack(5, form))
-    for i in (0, 3):  # their branches are all but nothing
+    for i in idle:  # their branches are all but nothing
         for name in (f"wk{i}", f"wb{i}"):
             value = program.main.graph.initializers[name]
             value.const_value = ir.tensor(np.asarray(value.const_value.numpy()) * 1e-4, name=name)  # type: ignore[union-attr]
@@ -220,7 +221,17 @@ def test_importance_finds_the_layers_that_do_nothing(part: str, form: str) -> No
     ]
     result = apply_pass(SkipLayers(speedup=5 / 3, by="importance", part=part), program, context(program, feeds))
     assert result.fired == 2
-    assert "(0, 3)" in result.notes[0] and "importance when chosen" in result.notes[0]
+    assert str(idle) in result.notes[0] and "importance when chosen" in result.notes[0]
+
+
+def test_padding_does_not_count() -> None:
+    from planish.passes.layers.importance import _PADDING, _tokens
+
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    assert (_tokens({_PADDING.format("attention_mask"): mask}, (2, 3)) == (mask == 1)).all()
+    assert (_tokens({_PADDING.format("lengths"): np.array([2, 1])}, (2, 3)) == (mask == 1)).all()
+    assert _tokens({_PADDING.format("attention_mask"): mask}, (2, 4)).all()
+    assert _tokens({}, (2, 3)).all()
 
 
 # --- errors ------------------------------------------------------------------------------------------------
