@@ -5,6 +5,9 @@
 The figures behind the `decode` entry of causal language models: one new token per row over a cache of some length;
 the cache is grown by Concat, by Attention itself, or preallocated and bound as input and output at once. One thread,
 processor time, interleaved; all forms give the same values. `capacity` is what the preallocated forms hold.
+
+A second table has TensorScatter alone: it writes in place exactly when its output is bound to the buffer of its input,
+and copies the whole cache with any other output.
 """
 
 from __future__ import annotations
@@ -147,6 +150,34 @@ def measure(heads: int, groups: int, batch: int, length: int, capacity: int, sec
     return {form: Timing.of(t) for form, t in times.items()}
 
 
+def scatter(capacity: int, seconds: float) -> dict[str, float]:
+    """Microseconds of TensorScatter alone, 12 heads of 64, in place and with an output of its own."""
+    text = (
+        '<ir_version: 10, opset_import: ["" : 24]> g (float[b, 12, c, 64] past, float[b, 12, 1, 64] new, int64[b] at) '
+        "=> (float[b, 12, c, 64] y) { y = TensorScatter(past, new, at) }"
+    )
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    session = ort.InferenceSession(
+        ir.to_proto(ir.from_onnx_text(text)).SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
+    past, new = np.zeros((1, 12, capacity, 64), np.float32), np.ones((1, 12, 1, 64), np.float32)
+    held = {"past": past, "new": new, "at": np.array([3])}
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in held.items()}
+    runs: dict[str, Callable[[], object]] = {}
+    for name in ("shared", "copied"):
+        binding = session.io_binding()
+        for key, value in values.items():
+            binding.bind_ortvalue_input(key, value)
+        if name == "shared":
+            binding.bind_ortvalue_output("y", values["past"])
+        else:
+            binding.bind_output("y", "cpu")
+        runs[name] = lambda binding=binding: session.run_with_iobinding(binding)  # type: ignore[misc]
+    times = interleave(runs, seconds=seconds, clock="process")
+    return {name: round(1e3 * Timing.of(t).median, 1) for name, t in times.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "kv_cache.json")
@@ -168,6 +199,11 @@ def main() -> int:
                         + " ".join(f"{us[n]:>21.1f}" for n in names),
                         flush=True,
                     )
+    print(f"TensorScatter alone: {'capacity':>8} {'shared, us':>11} {'copied, us':>11}")
+    for capacity in (256, 1024, 4096):
+        us = scatter(capacity, arguments.seconds)
+        rows.append({"scatter": capacity, "us": us})
+        print(f"{capacity:>29} {us['shared']:11.1f} {us['copied']:11.1f}")
     arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -58,11 +58,12 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @functools.cache
-def causal_model(name: str) -> Any:
+def causal_model(name: str, layers: int = 2) -> Any:
     """The model of that name; without a token that ends a row, so that tests decide about it."""
     import transformers
 
     cls, config, options = _MODELS[name]
+    options = {key: layers if key in ("n_layer", "num_hidden_layers") else value for key, value in options.items()}
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     model = getattr(transformers, cls)(getattr(transformers, config)(**options, **special)).eval()
