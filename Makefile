@@ -5,6 +5,7 @@
 #   make bench-architectures   the table of the README
 #   make bench-optimize        what an optimization itself costs, in time and memory
 #   make bench-fusion          whole models, causal attention and the optimizer's cost against every peer
+#   make bench-decode          tokens a second of causal language models, and the forms of their cache
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-startup clean
+.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-decode bench-startup clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -45,6 +46,10 @@ bench-fusion: $(STAMP)
 	@$(BIN)/python -c 'import openvino' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' || true
 	@$(BIN)/python benchmarks/fusion.py
+
+bench-decode: $(STAMP)
+	@$(BIN)/python benchmarks/decode.py
+	@$(BIN)/python benchmarks/kv_cache.py
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py
