@@ -16,7 +16,7 @@ the last two axes as long as queries and keys are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from planish.ir.graphs import is_op
 from planish.passes.base import Decline
 from planish.passes.fusion.attention_match import Attention, Mask
 from planish.passes.fusion.mask_steps import MASKING, Addend, one_addend, one_condition
-from planish.passes.fusion.mask_values import ALMOST_LOWEST
+from planish.passes.fusion.mask_values import ALMOST_LOWEST, Bounds, bounds
 from planish.passes.fusion.sizes import Term, sizes
 
 
@@ -55,15 +55,18 @@ def build_mask(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.
     Raises:
         Decline: the masking can not be said exactly.
     """
-    if not found.masks:
+    masks = found.masks = [m for m in found.masks if not _adds_nothing(m, found, lengths)]
+    if not masks:
         return BuiltMask(None)
-    single = one_condition(op, found.masks)
+    single = one_condition(op, found.masks) if found.lowest is None else None
     if single is not None:
         made = _filled(op, single, found.guarded)
         if made is not None:
             dims = sizes(single.value) if len(found.masks) == 1 else (1, 1)
             return BuiltMask(_fitted(op, made, dims, found, lengths, graph))
     addend = one_addend(op, found.masks if single is None else [single])
+    if found.lowest is not None:
+        addend = _clamped(op, addend, found.lowest)
     if _is_plain(addend, found.guarded):
         value = _fitted(op, addend.value, addend.dims, found, lengths, graph, rank=4)
         return BuiltMask(value, plain=True, guarded=found.guarded)
@@ -73,6 +76,28 @@ def build_mask(op: Any, found: Attention, lengths: tuple[Term, Term], graph: ir.
     if known.low <= ALMOST_LOWEST and not known.infinite:
         value = op.Max(value, np.float32(ALMOST_LOWEST))
     return BuiltMask(_fitted(op, value, addend.dims, found, lengths, graph))
+
+
+def _clamped(op: Any, addend: Addend, lowest: float) -> Addend:
+    """As low as this every score is absorbed, so that the mask is clamped in place of the sum."""
+    known = addend.bounds
+    if known is not None and known.low > lowest and not known.infinite:
+        return addend
+    if known is not None:
+        known = Bounds(max(known.low, lowest), max(known.high, lowest))
+        if lowest <= ALMOST_LOWEST:
+            # It is raised above that in any case.
+            return Addend(addend.value, replace(known, low=lowest), addend.dims)
+    return Addend(op.Max(addend.value, np.float32(lowest)), known, addend.dims)
+
+
+def _adds_nothing(mask: Mask, found: Attention, lengths: tuple[Term, Term]) -> bool:
+    """Whether it adds zeros: what torch.baddbmm has for the first factor beta is often 0."""
+    dims = sizes(mask.value)
+    if mask.fill is not None or bounds(mask.value) != Bounds(0.0, 0.0) or dims is None:
+        return False
+    scores = ((sizes(found.q) or (None,))[0], found.heads, *lengths)
+    return len(dims) <= 4 and all(d in (1, s) for d, s in zip(dims[::-1], scores[::-1], strict=False))
 
 
 def _is_plain(addend: Addend, guarded: bool) -> bool:
@@ -111,7 +136,7 @@ def _fitted(
         raise Decline("the rank of the mask is unknown")
     if len(dims) > 4:
         raise Decline(f"the mask has rank {len(dims)}")
-    heads = (sizes(found.q) or (None,) * 4)[1]
+    heads = found.heads
     if len(dims) >= 3 and isinstance(dims[-3], int) and dims[-3] not in (1, heads):
         raise Decline(f"the mask has {dims[-3]} heads and the queries have {heads}")
     if len(dims) >= max(2, rank) and dims[-2:] == lengths:
@@ -121,7 +146,8 @@ def _fitted(
     if all(isinstance(n, int) for n in lengths):
         target: Any = np.array([1, 1, *lengths], dtype=np.int64)
     else:
-        sources = ((found.q, 2), (found.k, 1 if found.k_perm else 2))
+        axis = len(sizes(found.q) or ()) - 2
+        sources = ((found.q, axis), (found.k, found.k_perm[axis] if found.k_perm else axis))
         parts = [_length(op, n, *source, graph) for n, source in zip(lengths, sources, strict=True)]
         target = op.Concat(np.array([1, 1], dtype=np.int64), *parts, axis=0)
     expanded: ir.Value = op.Expand(mask, target)

@@ -12,30 +12,39 @@ import onnx_ir as ir
 
 from planish.ir.graphs import constant_array, is_op
 from planish.passes.base import Decline
-from planish.passes.fusion.sizes import rank, reshaped, scalar, sizes, transposed_with
+from planish.passes.fusion.attention_flat import Rows, flat_columns, flat_rows, parted_rows, proved
+from planish.passes.fusion.sizes import product, rank, reshaped, scalar, sizes, transposed_with
 
 _MOST_NODES = 64
+_MOST_CLAMP = -1e30  # a mask as low as this absorbs every score
 
 
 @dataclass
 class Mask:
     """One masking step. `fill` is None for an addition of `value`; else `value` is a condition, and scores where it
-    is not `keep` become `fill`. `expansion` are the nodes that gave it the shape of the scores, which it needs not."""
+    is not `keep` become `fill`. `expansion` are the nodes that gave it the shape of the scores, which it needs not.
+    `flat`: the scores are (B * H, S, L) where it is applied."""
 
     value: ir.Value
     fill: float | None = None
     keep: bool = True
     expansion: tuple[ir.Node, ...] = ()
+    flat: bool = False
 
 
 @dataclass
 class Attention:
     """softmax(scale * q k^T + mask) v, as found: q (B, H, S, D), v (B, H, L, Dv); k (B, H, L, D) after `k_perm`.
 
+    All three have three axes, (B, S, D), where there is one head.
+
     Attributes:
         masks: masking steps in the order of execution.
         softcap: the scores, scaled, become ``softcap * tanh(scores / softcap)`` before they are masked; 0 for none.
+        lowest: scores that are masked become at least this.
         guarded: rows that are NaN (all keys at ``-inf``) become zeros.
+        flat: the products have three axes.
+        rows: where q, k, v are found if heads were joined to the batch, or were next to it; in place of these three.
         nodes: all between q, k, v, masks and the output, the product with v first. Nobody else uses weights or scores.
     """
 
@@ -46,8 +55,17 @@ class Attention:
     scale: float = 1.0
     softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
+    lowest: float | None = None
     guarded: bool = False
+    flat: bool = False
+    rows: tuple[Rows, Rows, Rows] | None = None
     nodes: list[ir.Node] = field(default_factory=list)
+
+    @property
+    def heads(self) -> object:
+        """The number of heads as a term."""
+        dims = sizes(self.q) or ()
+        return dims[1] if len(dims) == 4 else 1
 
 
 def softmax_behind(value: ir.Value | None) -> ir.Node | None:
@@ -65,20 +83,29 @@ def match_attention(root: ir.Node) -> Attention:
     steps = _weights(root.inputs[0])
     assert steps is not None and root.inputs[1] is not None
     softmax, guarded, nodes = steps
+    views = [n for n in nodes if n.op_type == "Reshape"]
     axis = softmax.attributes.get_int("axis", -1)
     if axis not in (-1, (rank(softmax.inputs[0]) or 4) - 1):
         raise Decline(f"the softmax is over axis {axis}, not over the keys")
     scores = _scores(softmax.inputs[0])
     if scores is None:
         raise Decline("the softmax is not over a product of queries and keys")
-    product, steps_after, chain = scores
-    found = Attention(product.inputs[0], product.inputs[1], root.inputs[1], guarded=guarded)  # type: ignore[arg-type]
+    product_, steps_after, chain = scores
+    found = Attention(product_.inputs[0], product_.inputs[1], root.inputs[1], guarded=guarded)  # type: ignore[arg-type]
+    views += [n for n in chain if n.op_type == "Reshape"]
+    found.flat = rank(product_.outputs[0]) == 3
+    if views and not found.flat:
+        raise Decline("the scores are reshaped between products of rank 4")
     _read_steps(found, steps_after)
     expansions = (node for mask in found.masks for node in mask.expansion)
-    found.nodes = [root, *nodes, softmax, *chain, product, *expansions]
+    found.nodes = [root, *nodes, softmax, *chain, product_, *expansions]
     found.q, factor = _unscaled(found.q)
     found.scale *= factor
-    _read_keys(found)
+    if found.flat:
+        _read_flat(found, product_, views)
+    else:
+        _read_keys(found)
+        _read_cuts(found)
     _require_private(found)
     found.nodes = _between(root, {found.q, found.k, found.v, *(m.value for m in found.masks)})
     return found
@@ -98,12 +125,21 @@ def _weights(value: ir.Value | None) -> tuple[ir.Node, bool, list[ir.Node]] | No
                 return None
             guarded, value = True, node.inputs[2]  # type: ignore[union-attr]
             nodes += [node, test]  # type: ignore[list-item]
-        elif node is not None and _is_transparent(node):
+        elif node is not None and (_is_transparent(node) or _is_view(node)):
             value = node.inputs[0]
             nodes.append(node)
         else:
             return None
     return None
+
+
+def _is_view(node: ir.Node) -> bool:
+    """A Reshape between scores of rank 3 and 4."""
+    return is_op(node, "Reshape") and {rank(node.inputs[0]), rank(node.outputs[0])} <= {3, 4}
+
+
+def _has_axes(value: ir.Value | None) -> bool:
+    return rank(value) == 3 or rank(value) == 4
 
 
 def _is_transparent(node: ir.Node) -> bool:
@@ -125,8 +161,10 @@ def _scores(value: ir.Value | None) -> tuple[ir.Node, list[tuple[str, object]], 
     if is_op(node, "MatMul"):
         return node, [], []
     options: list[tuple[int, str, object]] = []
-    if _is_transparent(node):
+    if _is_transparent(node) or _is_view(node):
         options = [(0, "same", None)]
+    elif is_op(node, "Max") and len(node.inputs) == 2:
+        options = [(i, "clamp", scalar(node.inputs[1 - i])) for i in (0, 1)]
     elif is_op(node, "Tanh"):
         options = [(0, "tanh", True)]
     elif is_op(node, "Mul"):
@@ -156,9 +194,10 @@ def _mask(value: ir.Value | None, scores: ir.Value | None, fill: float | None = 
     assert value is not None
     node = value.producer()
     shape = node.inputs[1].producer() if is_op(node, "Expand") else None  # type: ignore[union-attr]
+    flat = rank(scores) == 3
     if is_op(shape, "Shape") and shape.inputs[0] is scores and not shape.attributes:  # type: ignore[union-attr]
-        return Mask(node.inputs[0], fill, keep, (node, shape))  # type: ignore
-    return Mask(value, fill, keep)
+        return Mask(node.inputs[0], fill, keep, (node, shape), flat)  # type: ignore
+    return Mask(value, fill, keep, flat=flat)
 
 
 def _read_steps(found: Attention, steps: list[tuple[str, object]]) -> None:
@@ -166,7 +205,14 @@ def _read_steps(found: Attention, steps: list[tuple[str, object]]) -> None:
     for kind, detail in steps:
         if kind == "mask":
             assert isinstance(detail, Mask)
+            if found.lowest is not None:
+                raise Decline("the scores are masked after they are clamped")
             found.masks.append(detail)
+        elif kind == "clamp":
+            assert isinstance(detail, float)
+            if detail > _MOST_CLAMP:
+                raise Decline(f"the scores are clamped at {detail:g}, which may be a score")
+            found.lowest = max(detail, found.lowest if found.lowest is not None else detail)
         elif kind == "scale":
             if found.masks:
                 raise Decline("the scores are scaled after they are masked")
@@ -193,11 +239,11 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
         node = value.producer()
         if is_op(node, "Mul"):
             numbers = [scalar(v) for v in node.inputs]  # type: ignore[union-attr]
-            at = next((i for i in (0, 1) if numbers[1 - i] is not None and rank(node.inputs[i]) == 4), None)  # type: ignore[union-attr]
+            at = next((i for i in (0, 1) if numbers[1 - i] is not None and _has_axes(node.inputs[i])), None)  # type: ignore[union-attr]
             if at is None:
                 return value, factor
             factor, value = factor * float(numbers[1 - at] or 0.0), node.inputs[at]  # type: ignore
-        elif is_op(node, "Div") and scalar(node.inputs[1]) and rank(node.inputs[0]) == 4:  # type: ignore[union-attr]
+        elif is_op(node, "Div") and scalar(node.inputs[1]) and _has_axes(node.inputs[0]):  # type: ignore[union-attr]
             factor, value = factor / float(scalar(node.inputs[1]) or 1.0), node.inputs[0]  # type: ignore
         elif is_op(node, "Identity"):
             value = node.inputs[0]  # type: ignore
@@ -220,6 +266,52 @@ def _read_keys(found: Attention) -> None:
         value, more = _unscaled(flat)
         factor *= more
     found.k, found.scale = value, found.scale * factor
+
+
+def _read_flat(found: Attention, product_: ir.Node, views: list[ir.Node]) -> None:
+    """Finds q, k, v of rank 4 from those of rank 3; without heads in sight, those of rank 3 are of one head."""
+    keys, factor = _unscaled(found.k)
+    q, k, v = flat_rows(found.q), flat_columns(keys), flat_rows(found.v)
+    found.scale *= factor
+    if q is None or k is None or v is None or not q.dims[1] == k.dims[1] == v.dims[1]:
+        _read_one_head(
+            found, keys, views, "not seen to be batch times heads" if None in (q, k, v) else "of other heads"
+        )
+        return
+    # Each may have several names.
+    before = keys.producer().inputs[0] if transposed_with(keys.producer(), 0, 2, 1) else None  # type: ignore[union-attr]
+    read = (((found.q, 1), (product_.outputs[0], 1)), ((found.v, 1), (keys, 2), (before, 1), (product_.outputs[0], 2)))
+    rows, columns = ({dims[axis] for dims, axis in ((sizes(v), a) for v, a in side) if dims} for side in read)
+    batch, heads = {q.dims[0], k.dims[0], v.dims[0]}, q.dims[1]
+    rows, columns = rows | {q.dims[2]}, columns | {k.dims[2], v.dims[2]}
+    for view in views:
+        front = (batch, {heads}) if rank(view.outputs[0]) == 4 else ({product(b, heads) for b in batch},)
+        if not proved(view, (*front, rows, columns)):
+            raise Decline(f"the Reshape '{view.name}' is not seen to part scores into heads or to join them")
+    found.rows = (q, k, v)
+    found.q, found.k, found.v = q.source, k.source, v.source
+
+
+def _read_one_head(found: Attention, keys: ir.Value, views: list[ir.Node], why: str) -> None:
+    if views:
+        raise Decline(f"the scores are reshaped, and the first axis of queries, keys and values is {why}")
+    node = keys.producer()
+    if transposed_with(node, 1, 2, 0):
+        found.k_perm = (1, 0, 2)
+    elif not transposed_with(node, 0, 2, 1):
+        raise Decline("the keys do not reach the product through a transpose")
+    found.k, factor = _unscaled(node.inputs[0])  # type: ignore
+    found.scale *= factor
+
+
+def _read_cuts(found: Attention) -> None:
+    """Sees q, k, v of rank 4 that were cut out of (length, batch, hidden), all three of them."""
+    if found.k_perm is not None:
+        return
+    rows = parted_rows(found.q), parted_rows(found.k), parted_rows(found.v)
+    if rows[0] is not None and rows[1] is not None and rows[2] is not None:
+        found.rows = rows[0], rows[1], rows[2]
+        found.q, found.k, found.v = (r.source for r in found.rows)
 
 
 def _flattened_transpose(node: ir.Node | None) -> ir.Value | None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.graphs import constant_array, is_op
-from planish.passes.fusion.sizes import Term, contents, reshaped, sizes
+from planish.passes.fusion.sizes import Product, Term, contents, reshaped, sizes
 
 _DEPTH = 24
 _MOST_ELEMENTS = 1 << 22
@@ -49,7 +49,7 @@ class Index:
 
 def offset_of(term: Term | None) -> Offset | None:
     """A length as an offset; sums of names, ``"past + new"``, are taken apart."""
-    if term is None:
+    if term is None or isinstance(term, Product):
         return None
     if isinstance(term, int):
         return Offset(term)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from planish.passes.base import Decline
 from planish.passes.fusion.attention_match import Mask
-from planish.passes.fusion.mask_values import Bounds, bounds
+from planish.passes.fusion.mask_values import Bounds, bounds, zero_or_masked
 from planish.passes.fusion.sizes import Term, sizes
 
 MASKING = -1e4  # fills above this might be scores
@@ -68,13 +68,21 @@ def one_addend(op: Any, masks: list[Mask]) -> Addend:
 
 
 def _require_any_order(added: list[Mask]) -> None:
-    """(s + a) + b is s + (a + b) but for rounding, which shows where a sum is far from all scores of a row."""
+    """(s + a) + b is s + (a + b) but for rounding, which shows where a sum is far from all scores of a row.
+
+    Beside masks that are zero or absorb all else there is none.
+    """
+    rest = [m for m in added if not zero_or_masked(m.value)]
+    limits = [bounds(m.value) for m in rest]
+    if len(rest) < 2 and all(b is not None and not b.infinite and max(-b.low, b.high) < -_BETWEEN for b in limits):
+        return
     for mask in added:
         known = bounds(mask.value)
         if known is None:
             raise Decline(f"several masks are added, and nothing is known of the values of '{mask.value.name}'")
-        if FULL_MASK < known.low < _BIAS:
-            raise Decline(f"several masks are added, and one holds {known.low:g}: the order of additions matters")
+        if FULL_MASK < known.low < _BIAS or known.high > -FULL_MASK:
+            far = known.low if known.low > FULL_MASK else known.high
+            raise Decline(f"several masks are added, and one holds {far:g}: the order of additions matters")
 
 
 def _require_fills(filled: list[Mask], added: list[Mask]) -> bool:

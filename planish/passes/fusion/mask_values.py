@@ -17,6 +17,7 @@ from planish.ir.graphs import constant_array
 ALMOST_LOWEST = -3.3e38
 _LOWEST = float(np.finfo(np.float32).min)
 _OVERFLOW = -float.fromhex("0x1.ffffffp127")  # half a step below the lowest: from here on rounded to -inf
+ABSORBING = -1e37  #: What is added to this leaves it as it is, below 1e30 at least.
 _DEPTH = 24
 _MOVES = frozenset(
     {
@@ -57,6 +58,9 @@ class Bounds:
         return replace(self, low=max(self.low, _LOWEST))
 
 
+_INTEGER = Bounds(-(2.0**63), 2.0**64)
+
+
 def bounds(value: ir.Value | None, depth: int = _DEPTH) -> Bounds | None:
     """The interval of `value`, or None if nothing is known.
 
@@ -83,7 +87,12 @@ def bounds(value: ir.Value | None, depth: int = _DEPTH) -> Bounds | None:
         # Trilu fills with zeros.
         return found.join(Bounds(0.0, 0.0)) if found is not None and kind == "Trilu" else found
     if kind == "Cast":
-        return bounds(node.inputs[0], depth - 1)
+        found = bounds(node.inputs[0], depth - 1)
+        source = node.inputs[0].dtype if node.inputs[0] is not None else None
+        return _INTEGER if found is None and source is not None and source.is_integer() else found
+    if kind == "ConstantOfShape":
+        fill = node.attributes.get("value")
+        return Bounds(0.0, 0.0) if fill is None else _of_array(fill.as_tensor().numpy())
     if kind == "Where":
         return _join([bounds(v, depth - 1) for v in node.inputs[1:]])
     if kind == "Concat":
@@ -91,6 +100,19 @@ def bounds(value: ir.Value | None, depth: int = _DEPTH) -> Bounds | None:
     if kind in ("Add", "Sub", "Mul", "Neg", "Max"):
         return _arithmetic(kind, [bounds(v, depth - 1) for v in node.inputs])
     return None
+
+
+def zero_or_masked(value: ir.Value | None, depth: int = _DEPTH) -> bool:
+    """Whether every number is 0, or so low that it absorbs whatever it is added to."""
+    array = constant_array(value, 1 << 24)
+    if array is not None:
+        return array.dtype.kind == "f" and bool(((array == 0) | (array <= ABSORBING)).all())
+    node = value.producer() if value is not None else None
+    if node is None or node.domain or depth == 0:
+        return False
+    if node.op_type == "Where":
+        return all(zero_or_masked(v, depth - 1) for v in node.inputs[1:])
+    return node.op_type in _MOVES and zero_or_masked(node.inputs[0], depth - 1)
 
 
 def _of_array(array: np.ndarray) -> Bounds | None:

@@ -1,12 +1,13 @@
 """Sizes of values as terms that can be compared, and the contents of the integer vectors that shapes are made of.
 
-A term is a number, the name of a symbolic size, or ``(value, axis)``: "whatever that value has there". Equal terms
-are equal sizes. Unlike the facts of the shape-simplifying pass, terms exist for sizes nobody named, which is what
-graphs of older exporters are full of.
+A term is a number, the name of a symbolic size, ``(value, axis)``: "whatever that value has there", or a product of
+such. Equal terms are equal sizes. Unlike the facts of the shape-simplifying pass, terms exist for sizes nobody named,
+which is what graphs of older exporters are full of.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,37 @@ import onnx_ir as ir
 
 from planish.ir.graphs import constant_array, is_op
 
-Term = int | str | tuple[ir.Value, int]
+
+@dataclass(frozen=True)
+class Product:
+    """`number` times sizes that are no numbers, in a fixed order: the batch times the heads, for one."""
+
+    number: int
+    factors: tuple[str | tuple[ir.Value, int], ...]
+
+
+Term = int | str | tuple[ir.Value, int] | Product
 _DEPTH = 12
+
+
+def product(*terms: Term) -> Term:
+    """The product of sizes as one term."""
+    number = 1
+    factors: list[Any] = []
+    for term in terms:
+        if isinstance(term, Product):
+            number, factors = number * term.number, [*factors, *term.factors]
+        elif isinstance(term, int):
+            number *= term
+        else:
+            factors.append(term)
+    if not factors:
+        return number
+    if number == 1 and len(factors) == 1:
+        only: Term = factors[0]
+        return only
+    ordered = sorted(factors, key=lambda f: (f, 0, 0) if isinstance(f, str) else ("", id(f[0]), f[1]))
+    return Product(number, tuple(ordered))
 
 
 def sizes(value: ir.Value | None) -> tuple[Term, ...] | None:
@@ -52,9 +82,18 @@ def contents(value: ir.Value | None, depth: int = _DEPTH) -> tuple[Term | None, 
     if node.op_type == "Concat":
         parts = [contents(v, depth - 1) for v in node.inputs]
         return None if any(p is None for p in parts) else tuple(item for part in parts for item in part or ())
+    if node.op_type == "Mul":
+        return _multiplied([contents(v, depth - 1) for v in node.inputs])
     if node.op_type in ("Slice", "Gather"):
         return _select(node, depth)
     return None
+
+
+def _multiplied(parts: list[tuple[Term | None, ...] | None]) -> tuple[Term | None, ...] | None:
+    """Of two scalars, or vectors of one item; a -1 among them would be a number of its own."""
+    if any(p is None or len(p) != 1 or p[0] is None or (isinstance(p[0], int) and p[0] < 0) for p in parts):
+        return None
+    return (product(*(p[0] for p in parts)),)  # type: ignore
 
 
 def _select(node: ir.Node, depth: int) -> tuple[Term | None, ...] | None:
