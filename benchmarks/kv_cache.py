@@ -158,6 +158,7 @@ def scatter(capacity: int, seconds: float) -> dict[str, float]:
     )
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = 1
+    settings.log_severity_level = 4  # it warns of every copy
     session = ort.InferenceSession(
         ir.to_proto(ir.from_onnx_text(text)).SerializeToString(), settings, providers=["CPUExecutionProvider"]
     )
