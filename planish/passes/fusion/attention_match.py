@@ -275,7 +275,7 @@ def _read_flat(found: Attention, product_: ir.Node, views: list[ir.Node]) -> Non
     found.scale *= factor
     if q is None or k is None or v is None or not q.dims[1] == k.dims[1] == v.dims[1]:
         _read_one_head(
-            found, keys, views, "not seen to be batch times heads" if None in (q, k, v) else "of other heads"
+            found, keys, views, "not seen to be batch times heads" if None in (q, k, v) else "not of as many heads"
         )
         return
     # Each may have several names.
