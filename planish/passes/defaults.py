@@ -49,7 +49,9 @@ _LOWER = (
     "eliminate-common-subexpressions",
     "eliminate-dead-code",
 )
-_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *CLEAN, "infer-shapes", *_FUSE, *CLEAN, *_LOWER)}
+# Numbers that are computed from sizes, the scale of attention among them, are known then.
+_TYPES = ("infer-shapes", "simplify-shapes", "fold-constants")
+_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN, *_LOWER)}
 
 
 def default_pipeline(target: Target | str) -> str:

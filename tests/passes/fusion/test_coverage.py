@@ -187,3 +187,89 @@ def test_decoding_with_a_cache(name: str, attention: str, new: int) -> None:
     assert "Softmax" not in op_counts(program)
     assert "Transpose" not in beside_attention(program)
     assert op_counts(program)["Concat"] <= 2
+
+
+_MASKED = {"attention_mask": {0: "batch", 1: "seq"}}
+# Name: how the module is made, operators that it ends with, and whether no Transpose may stay beside attention.
+FLAT: dict[str, tuple[str, tuple[Any, ...], dict[str, int], bool]] = {
+    "bmm": ("Bmm", (), {"Attention": 1, "Softmax": 0, "Transpose": 0}, True),
+    "bmm, masked, clamped": ("Bmm", (True,), {"Attention": 1, "Softmax": 0, "Transpose": 0}, True),
+    # A key that is padding and after the query has twice the lowest float: the row may be NaN.
+    "bmm, masked": (
+        "Bmm", (False,), {"com.microsoft::MultiHeadAttention": 1, "Softmax": 0, "Transpose": 0}, True,
+    ),
+    "one head": ("OneHead", (), {"Attention": 1, "Softmax": 0, "Transpose": 0}, True),
+    "MultiheadAttention": ("Torch", (True, False), {"Attention": 1, "Softmax": 0}, False),
+    "MultiheadAttention, length first": ("Torch", (False, False), {"Attention": 1, "Softmax": 0}, False),
+    "MultiheadAttention, weights dropped": ("Torch", (True, True), {"Attention": 1, "Softmax": 0}, False),
+    "MultiheadAttention, weights given": ("Torch", (False, True, True), {"Attention": 0, "Softmax": 1}, False),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("name", FLAT)
+def test_products_of_rank_3(name: str, exporter: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from planish.frontends.onnx import load_onnx
+    from planish.passes.base import PassContext
+    from tests.passes.fusion import flat_modules
+
+    kind, arguments, expected, beside = FLAT[name]
+    torch.manual_seed(0)
+    module = getattr(flat_modules, kind)(*arguments).eval()
+    # TorchScript wrote the length of MultiheadAttention's example into the file.
+    fixed = kind == "Torch" and exporter == "torchscript"
+    shapes: dict[str, Any] = {} if fixed else {"x": {0: "batch", 1: "seq"}}
+    example: dict[str, Any] = {"x": torch.randn(3, 5, 16)}
+    if "masked" in name:
+        shapes, example = shapes | _MASKED, example | {"attention_mask": torch.ones(3, 5, dtype=torch.int64)}
+    path = tmp_path / "flat.onnx"
+    if exporter == "dynamo":
+        dims = tuple(dict.fromkeys(shapes[n], torch.export.Dim.DYNAMIC) for n in example)
+        torch.onnx.export(
+            module, tuple(example.values()), path, dynamo=True, dynamic_shapes=dims, input_names=list(example)
+        )
+    else:
+        torch.onnx.export(
+            module, tuple(example.values()), path, dynamo=False, opset_version=14, input_names=list(example),
+            dynamic_axes=shapes,
+        )  # fmt: skip
+    original = load_onnx(path, "ort-cpu")
+    program = original.clone()
+    result = apply_pass(PIPELINE, program, PassContext(program.target))
+    counts = op_counts(program)
+    assert {k: counts.get(k, 0) for k in expected} == expected
+    assert not beside or "Transpose" not in beside_attention(program)
+    if "given" in name:
+        assert any("a step between scores and output, is used elsewhere" in d.reason for d in result.declined)
+    for batch, length in [(3, 5)] if fixed else [(1, 1), (3, 5), (1, 7)]:
+        feed = {"x": np.random.default_rng(1).standard_normal((batch, length, 16), dtype=np.float32)}
+        if "masked" in name:
+            feed["attention_mask"] = np.ones((batch, length), np.int64)
+            feed["attention_mask"][-1, : length // 2] = 0  # rows that see nothing
+        want, got = run_reference(original, feed), run_reference(program, feed)
+        for key, value in want.items():
+            np.testing.assert_allclose(got[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_bloom() -> None:
+    pytest.importorskip("transformers")
+    import torch
+
+    from planish.frontends.torch import capture
+    from tests.test_zoo import _bloom
+
+    torch.manual_seed(0)
+    module, make, shapes = _bloom()
+    program = capture(module.eval(), make(2, 9), shapes, "ort-cpu").program
+    original = program.clone()
+    apply_pass(PIPELINE, program)
+    counts = op_counts(program)
+    assert counts["Attention"] == 2 and "Softmax" not in counts
+    assert "Transpose" not in beside_attention(program)
+    for batch, length in ((1, 1), (3, 5), (2, 12)):
+        feed = {k: v.numpy() for k, v in make(batch, length).items()}
+        feed["attention_mask"][-1, : length // 2] = 0
+        assert compare_outputs(run_reference(original, feed), run_reference(program, feed)).relative_l2 < 1e-5
