@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from planish.ir.printer import op_counts
-from planish.passes.testing import check_declines, check_numerics, check_rewrite
+from planish.passes.testing import apply_pass, check_declines, check_numerics, check_rewrite, program_of
 from tests.passes.fusion.test_fuse_attention import HEAD, LOWEST, SIZES, feeds
 
 INPUTS = "float[B, 2, S, 8] q, float[B, 2, L, 8] k, float[B, 2, L, 8] v"
@@ -66,6 +66,7 @@ def test_joined_heads_become_one_node() -> None:
     {{ y = Attention<scale = 0.3>(q, k, v) }}
     """
     # One for the products, one for the Reshape back to what was reshaped.
+    assert apply_pass("fuse-attention", program_of(bmm())).fired == 2
     check_rewrite("fuse-attention,eliminate-dead-code,remove-no-ops,eliminate-dead-code", bmm(), after)
     counts = op_counts(check_numerics("fuse-attention,eliminate-dead-code", bmm(), feeds(3, 4, 5)))
     assert counts == {"Attention": 1} or counts == {"Attention": 1, "Identity": 1}
