@@ -38,8 +38,9 @@ class Plain:
         import onnxruntime as ort
 
         config = model.config
-        self.shape = (config.n_head, config.n_embd // config.n_head)
-        self.names = past_names(config.n_layer)
+        heads = config.num_attention_heads
+        self.shape = (getattr(config, "num_key_value_heads", heads), config.hidden_size // heads)
+        self.names = past_names(config.num_hidden_layers)
         past = [torch.zeros(2, self.shape[0], 5, self.shape[1]) for _ in self.names]
         example = {
             "input_ids": torch.ones(2, 3, dtype=torch.int64),
