@@ -16,7 +16,7 @@ from planish.passes.layers.units import Unit, problem, remove, units_of
 
 #: Runs one entry on each of its calibration batches; outputs by name.
 Run = Callable[[Program, str], list[dict[str, Any]]]
-_BEFORE, _AFTER, _PADDING = "planish_before_{}", "planish_after_{}", "planish_padding_{}"
+_BEFORE, _AFTER, PADDING = "planish_before_{}", "planish_after_{}", "planish_padding_{}"
 _MASK = "attention_mask"
 Find = Callable[[ir.Model], LayerStack]
 
@@ -44,10 +44,10 @@ def least_important(program: Program, entry: str, find: Find, part: str, count: 
             break
         done = remove(graph, stack, gone, Editor(trial, "skip-layers"))
         for unit in left:
-            _observe(graph, done.now(unit.before), _BEFORE.format(unit.index))
-            _observe(graph, done.now(unit.after), _AFTER.format(unit.index))
-        for name in _padding(graph, entry):
-            _observe(graph, next(v for v in graph.inputs if v.name == name), _PADDING.format(name))
+            observe(graph, done.now(unit.before), _BEFORE.format(unit.index))
+            observe(graph, done.now(unit.after), _AFTER.format(unit.index))
+        for name in padding_inputs(graph, entry):
+            observe(graph, next(v for v in graph.inputs if v.name == name), PADDING.format(name))
         batches = run(trial, entry)
         values = {unit.index: _importance(unit, batches, stack.width) for unit in left}
         best = min(values, key=lambda index: (values[index], index))
@@ -64,20 +64,20 @@ def _importance(unit: Unit, batches: Sequence[Mapping[str, Any]], width: int | N
         # An image with channels first has its vectors along the channels.
         axis = 1 if y.ndim == 4 and y.shape[-1] != width and y.shape[1] == width else -1
         found = cosine(x, y, axis)
-        cosines.append(found[_tokens(batch, found.shape)].ravel())
+        cosines.append(found[tokens(batch, found.shape)].ravel())
     return 1.0 - float(np.concatenate(cosines).mean())
 
 
-def _padding(graph: ir.Graph, entry: str) -> list[str]:
+def padding_inputs(graph: ir.Graph, entry: str) -> list[str]:
     """The inputs that say which tokens are padding; in `decode` there is none."""
     known = {_MASK, LENGTHS} if entry == PREFILL else {_MASK}
     return [v.name for v in graph.inputs if v.name in known]
 
 
-def _tokens(batch: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+def tokens(batch: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     """Which of the vectors count: those of tokens that are not padding, where the inputs say so."""
-    mask = batch.get(_PADDING.format(_MASK))
-    lengths = batch.get(_PADDING.format(LENGTHS))
+    mask = batch.get(PADDING.format(_MASK))
+    lengths = batch.get(PADDING.format(LENGTHS))
     if lengths is not None and len(shape) == 2:
         mask = np.arange(shape[1]) < np.asarray(lengths)[:, None]
     if mask is None or np.shape(mask) != shape:
@@ -86,7 +86,7 @@ def _tokens(batch: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     return real
 
 
-def _observe(graph: ir.Graph, value: ir.Value, name: str) -> None:
+def observe(graph: ir.Graph, value: ir.Value, name: str) -> None:
     """Makes a value an output of the graph under a name of its own."""
     node = ir.node("Identity", [value], name=name)
     node.outputs[0].name = name

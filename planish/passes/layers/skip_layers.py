@@ -127,23 +127,18 @@ class SkipLayers(ApproximatePass):
 
     def stacks(self, model: ir.Model) -> tuple[list[LayerStack], tuple[str, ...]]:
         """The stacks of a model that the options mean, and why there are no others."""
-        from planish.ir.analyses.layers import find_layers
+        from planish.passes.layers.units import stacks_of
 
-        found = find_layers(model)
-        stacks = list(found.stacks)
-        if self.stack is not None and stacks:
-            if self.stack not in [s.name for s in stacks]:
-                raise unknown("stack", self.stack, [s.name for s in stacks])
-            stacks = [s for s in stacks if s.name == self.stack]
-        return stacks, found.declined
+        return stacks_of(model, self.stack)
 
     def _entry(self, run: _Run, entry: str) -> None:
+        from planish.passes.layers.units import require_one
+
         stacks, reasons = self.stacks(run.program.entry(entry))
         if not stacks:
             run.declined += [Declined(self.name, entry, f"no repeated layers: {reason}") for reason in reasons]
-        if self.layers is not None and len(stacks) > 1:
-            names = ", ".join(f"'{s.name}' ({len(s)} layers)" for s in stacks)
-            raise InputError(f"the model has several stacks: {names}; say which with stack=.")
+        if self.layers is not None:
+            require_one(stacks)
         for stack in stacks:
             try:
                 self._stack(run, entry, stack)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from planish.ir.analyses.layers import Layer, LayerStack, Part
+from planish.ir.analyses.layers import Layer, LayerStack, Part, find_layers
+from planish.ir.errors import InputError, unknown
 from planish.ir.graphs import dims_of, is_op, subgraphs_of
 from planish.passes.base import Decline
 from planish.passes.canonicalize.editing import Editor
@@ -37,6 +38,27 @@ class Unit:
     @property
     def before(self) -> ir.Value:
         return self.layer.hidden_in if self.part is None else self.part.branch
+
+
+def stacks_of(model: ir.Model, name: str | None) -> tuple[list[LayerStack], tuple[str, ...]]:
+    """The stacks of a model, or the one of that name, and why there are no others.
+
+    Raises:
+        InputError: the model has stacks, and none of that name.
+    """
+    found = find_layers(model)
+    if name is None or not found.stacks:
+        return list(found.stacks), found.declined
+    if name not in [s.name for s in found.stacks]:
+        raise unknown("stack", name, [s.name for s in found.stacks])
+    return [s for s in found.stacks if s.name == name], found.declined
+
+
+def require_one(stacks: Sequence[LayerStack]) -> None:
+    """Raises InputError: layers are named by number, and it is not said of which stack."""
+    if len(stacks) > 1:
+        names = ", ".join(f"'{s.name}' ({len(s)} layers)" for s in stacks)
+        raise InputError(f"the model has several stacks: {names}; say which with stack=.")
 
 
 def units_of(stack: LayerStack, part: str) -> list[Unit]:
@@ -185,4 +207,4 @@ def drop_inputs(graph: ir.Graph, names: Sequence[str]) -> None:
     graph.inputs[:] = [v for v in graph.inputs if v.name not in names or v.uses() or v.is_graph_output()]
 
 
-__all__ = ["KINDS", "Unit", "drop_inputs", "problem", "remove", "units_of"]
+__all__ = ["KINDS", "Unit", "drop_inputs", "problem", "remove", "require_one", "stacks_of", "units_of"]

@@ -225,13 +225,13 @@ def test_importance_finds_the_layers_that_do_nothing(part: str, form: str, idle:
 
 
 def test_padding_does_not_count() -> None:
-    from planish.passes.layers.importance import _PADDING, _tokens
+    from planish.passes.layers.importance import PADDING, tokens
 
     mask = np.array([[1, 1, 0], [1, 0, 0]])
-    assert (_tokens({_PADDING.format("attention_mask"): mask}, (2, 3)) == (mask == 1)).all()
-    assert (_tokens({_PADDING.format("lengths"): np.array([2, 1])}, (2, 3)) == (mask == 1)).all()
-    assert _tokens({_PADDING.format("attention_mask"): mask}, (2, 4)).all()
-    assert _tokens({}, (2, 3)).all()
+    assert (tokens({PADDING.format("attention_mask"): mask}, (2, 3)) == (mask == 1)).all()
+    assert (tokens({PADDING.format("lengths"): np.array([2, 1])}, (2, 3)) == (mask == 1)).all()
+    assert tokens({PADDING.format("attention_mask"): mask}, (2, 4)).all()
+    assert tokens({}, (2, 3)).all()
 
 
 # --- errors ------------------------------------------------------------------------------------------------
