@@ -229,7 +229,7 @@ def _run_passes(
     manager.check(program)
 
     def apply(p: Pass, candidate: Program) -> PassResult:
-        return PassManager([p], instruments=[Verify(), *hooks.instruments]).apply(candidate, ctx)
+        return PassManager([p], instruments=[Verify(changes=True), *hooks.instruments]).apply(candidate, ctx)
 
     if not budget.gates:
         return _without_gates(hooks, program, pipeline, apply)

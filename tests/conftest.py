@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from planish.ir.errors import VerifyError
+from planish.ir.hashing import structural_hash
 from planish.ir.program import Program
 from planish.ir.verify import verify
 from planish.passes.base import Pass, PassContext, PassResult
@@ -20,6 +21,7 @@ from planish.passes.manager import PassManager
 from planish.passes.rewrite import RewriteMixin
 
 _enabled = False
+_valid = ""  # the structure that was verified last; what a pass left is what the next one is given
 
 Apply = Callable[[Any, Program, PassContext], PassResult]
 
@@ -27,10 +29,22 @@ Apply = Callable[[Any, Program, PassContext], PassResult]
 @pytest.fixture(autouse=True)
 def verify_around_passes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that hand passes invalid programs, or let them leave such, opt out with ``@pytest.mark.no_verify``."""
-    global _enabled
+    global _enabled, _valid
+    _valid = ""
     _enabled = request.node.get_closest_marker("no_verify") is None
     yield
     _enabled = False
+
+
+def _verify_once(program: Program) -> None:
+    """The cheap part always (it sees names); the full part for every structure that it has not just seen."""
+    global _valid
+    state = structural_hash(program, contents=False)
+    if state != _valid:
+        verify(program, full=True)
+        _valid = state
+    else:
+        verify(program, full=False)
 
 
 def _verified(apply: Apply) -> Apply:
@@ -40,12 +54,12 @@ def _verified(apply: Apply) -> Apply:
         if not _enabled or isinstance(self, PassManager) or not isinstance(program, Program):
             return apply(self, program, ctx)
         try:
-            verify(program, full=True)
+            _verify_once(program)
         except VerifyError as error:
             raise VerifyError(f"the test gives pass '{self}' an invalid program: {error}") from error
         result = apply(self, program, ctx)
         try:
-            verify(program, full=True)
+            _verify_once(program)
         except VerifyError as error:
             raise VerifyError(f"pass '{self}' leaves an invalid program: {error}") from error
         return result

@@ -60,12 +60,16 @@ class PassGroup:
     def build(self, upto: int | None = None) -> Candidate:
         """Applies the passes that have not failed, in order, to a copy of the base; the first `upto` of them."""
         program, entries = self.base.clone(), []
+        # The program as it is, for the case that the next pass fails: copied again only once a pass changed it.
+        before: Program | None = self.base
         for index, p in enumerate(self.passes[:upto]):
             entry = LedgerEntry(str(p), p.kind, nodes_before=program.node_count())
             entries.append(entry)
             if index not in self.failed:
                 self.progress(p)
-                program = self._apply(index, p, program, entry)
+                before = before or program.clone()
+                program, changed = self._apply(index, p, program, before, entry)
+                before = None if changed else before
             if index in self.failed:
                 failure = self.failed[index]
                 entry.kept, entry.verdict, entry.fired = False, failure.verdict, 0
@@ -74,19 +78,22 @@ class PassGroup:
             entry.nodes_after = program.node_count()
         return Candidate(program, entries)
 
-    def _apply(self, index: int, p: Pass, program: Program, entry: LedgerEntry) -> Program:
-        before, started = program.clone(), time.monotonic()
+    def _apply(
+        self, index: int, p: Pass, program: Program, before: Program, entry: LedgerEntry
+    ) -> tuple[Program, bool]:
+        """Applies one pass; returns the program, a copy of `before` if it failed, and whether it was changed."""
+        started = time.monotonic()
         try:
             result = self.apply(p, program)
         except PlanishError as error:
             if p.kind == "approximate" and isinstance(error.__cause__, InputError):
                 raise error.__cause__ from error  # an option that does not fit the model
             self._fail(index, before, f"rolled back: {error}")
-            return before
+            return before.clone(), False
         entry.fired, entry.declined, entry.notes = result.fired, result.declined, result.notes
         entry.verdict = "kept" if result.modified else NOTHING
         entry.seconds = time.monotonic() - started
-        return program
+        return program, result.modified
 
     def fail(self, index: int, reason: str, error: ErrorStats | None = None, speedup: Ratio | None = None) -> None:
         """Leaves pass `index` out from now on, and writes its reproducer if its numbers are wrong."""

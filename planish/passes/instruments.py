@@ -39,12 +39,15 @@ class Verify(Instrument):
 
     Args:
         full: also onnx's checker and strict inference; False for the cheap part only.
+        changes: only what a pass left that changed something: for programs that nobody else touches in between.
     """
 
-    def __init__(self, full: bool = False) -> None:
-        self.full = full
+    def __init__(self, full: bool = False, changes: bool = False) -> None:
+        self.full, self.changes = full, changes
 
     def before(self, p: Pass, program: Program) -> None:
+        if self.changes:
+            return
         from planish.ir.verify import verify
 
         try:
@@ -53,6 +56,8 @@ class Verify(Instrument):
             raise VerifyError(f"the program is invalid before pass '{p}': {error}") from error
 
     def after(self, p: Pass, program: Program, result: PassResult, seconds: float) -> None:
+        if self.changes and not result.modified:
+            return
         from planish.ir.verify import verify
 
         try:
