@@ -6,6 +6,7 @@
 #   make bench-optimize        what an optimization itself costs, in time and memory
 #   make bench-fusion          whole models, causal attention and the optimizer's cost against every peer
 #   make bench-decode          tokens a second of causal language models, and the forms of their cache
+#   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
@@ -19,7 +20,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-decode bench-startup clean
+.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-decode bench-layers \
+  bench-startup clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -50,6 +52,9 @@ bench-fusion: $(STAMP)
 bench-decode: $(STAMP)
 	@$(BIN)/python benchmarks/decode.py
 	@$(BIN)/python benchmarks/kv_cache.py
+
+bench-layers: $(STAMP)
+	@$(BIN)/python benchmarks/layers.py
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py

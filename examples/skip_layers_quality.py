@@ -339,13 +339,13 @@ def main() -> int:
         f"\nPerplexity of held-out text, {options.layers} layers, layer drop {options.layer_drop:g}\n\n{table(rows)}\n"
     )
     print("\n".join(finding(rows)))
-    print("\nThe error gate with perplexity as its metric:")
-    gate(model, test, options)
     if options.svg:
         how = f"trained with layer drop {options.layer_drop:g}" if options.layer_drop else "trained with all layers"
         options.svg.write_text(draw(rows, f"Layers left out of a Llama of {options.layers} layers, {how}"))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print("\nThe error gate with perplexity as its metric:")
+    gate(model, test, options)
     return 0
 
 

@@ -10,9 +10,15 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 #: Arguments that shorten the measuring; what an example shows is the same.
-ARGUMENTS = {"demo_minilm.py": ["--seconds", "2", "--out", "{out}"]}
+ARGUMENTS = {
+    "demo_minilm.py": ["--seconds", "2", "--out", "{out}"],
+    "skip_layers_quality.py": ["--small", "--threads", "1", "--svg", "{out}.svg"],
+}
 #: A line that shows the example came to its end with the right result.
-SHOWS = {"demo_minilm.py": "The similar pair stays the closer one."}
+SHOWS = {
+    "demo_minilm.py": "The similar pair stays the closer one.",
+    "skip_layers_quality.py": "The claim that balanced beats contiguous",
+}
 
 
 @pytest.mark.slow
