@@ -342,8 +342,22 @@ def _gemm(flow: HeadFlow, node: ir.Node, at: ir.Value) -> None:
         flow.edits[Cut(node, 2, layout)] = None
 
 
-def _packed(flow: HeadFlow, node: ir.Node, at: ir.Value) -> None:
-    raise Decline("queries, keys and values come out of one product; run unpack-qkv first")
+def _slice(flow: HeadFlow, node: ir.Node, at: ir.Value) -> None:
+    layout, rank = flow.layouts[at], len(dims_of(at) or ())
+    axes = constant_array(_operand(node, 3))
+    if axes is None or any((int(a) if a < 0 else int(a) - rank) == layout.axis for a in axes):
+        raise Decline(f"Slice '{node.name}' is not seen to keep all heads")
+    flow.meet(node.inputs[0], layout)
+    flow.meet(node.outputs[0], layout)
+
+
+def _split(flow: HeadFlow, node: ir.Node, at: ir.Value) -> None:
+    layout, rank = flow.layouts[at], len(dims_of(at) or ())
+    axis = node.attributes.get_int("axis", 0)
+    if (axis if axis < 0 else axis - rank) == layout.axis:
+        raise Decline("queries, keys and values come out of one product; run unpack-qkv first")
+    for value in (node.inputs[0], *node.outputs):
+        flow.meet(value, layout)
 
 
 _RULES: dict[str, Callable[[HeadFlow, ir.Node, ir.Value], None]] = {
@@ -356,7 +370,8 @@ _RULES: dict[str, Callable[[HeadFlow, ir.Node, ir.Value], None]] = {
     "Shape": _shape,
     "MatMul": _matmul,
     "Gemm": _gemm,
-    "Split": _packed,
+    "Slice": _slice,
+    "Split": _split,
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import onnx_ir as ir
+
 from planish.ir.errors import InputError, unknown
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
@@ -71,8 +73,12 @@ class PruneHeads(ApproximatePass):
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         """Raises InputError: an option does not fit the model; the message has the valid range."""
+        from planish.ir.infer import infer_shapes
         from planish.passes.layers.head_sites import find_sites
 
+        known = _facts(program)
+        for model in program.entries.values():
+            infer_shapes(model)  # fusions leave values of unknown sizes
         stacks, declined = find_sites(program, self.stack, self.heads is not None, self.name)
         fired, notes = 0, list[str]()
         for stack in stacks:
@@ -87,6 +93,9 @@ class PruneHeads(ApproximatePass):
                 continue
             fired += count
             notes += [note] if note else []
+        if not fired:  # then nothing has changed, what was inferred included
+            for value, (kind, shape) in known.items():
+                value.type, value.shape = kind, shape
         return PassResult(fired > 0, fired, declined, notes)
 
     # --- which -------------------------------------------------------------------------------------------------
@@ -185,6 +194,11 @@ class PruneHeads(ApproximatePass):
         listed = "; ".join(f"{index}: {', '.join(map(str, gone))}" for index, gone in sorted(chosen.items()))
         note = f"{stack.name}: {count} of {total} heads removed ({listed})"
         return count, f"{note}, weights {before} to {program.weight_bytes()} bytes"
+
+
+def _facts(program: Program) -> dict[ir.Value, tuple[ir.TypeProtocol | None, ir.Shape | None]]:
+    values = [v for node in program.nodes() for v in node.outputs]
+    return {v: (v.type, v.shape.copy() if v.shape is not None else None) for v in values}
 
 
 def _units(site: Site) -> list[tuple[int, ...]]:
