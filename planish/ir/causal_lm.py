@@ -23,6 +23,8 @@ IDS, LENGTHS, LOGITS = "input_ids", "lengths", "logits"
 PARTS = ("key", "value")
 #: What a program's provenance says under "task".
 TASK = "causal-lm"
+#: Metadata of a cache that `decode` reads: which of the model's own key-value heads it holds, if not all.
+KEPT_HEADS = "planish.kept_heads"
 _CACHE = re.compile(r"(?:past|present)_(\d+)_(?:key|value)")
 
 

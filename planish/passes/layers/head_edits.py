@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.causal_lm import KEPT_HEADS
 from planish.ir.graphs import constant_array, constant_tensor, dims_of, is_op
 from planish.ir.program import Program
 from planish.passes.base import Decline
@@ -77,9 +78,18 @@ def cut_heads(flow: HeadFlow, kept: Kept, editor: Editor, memo: Memo) -> None:
             new = editor.constant(flow.graph, _without(operand, edit.layout, kept, memo), f"{operand.name}_heads")
             edit.node.replace_input_with(edit.index, new)
     for value, layout in flow.layouts.items():
+        if value.is_graph_input():
+            _note_kept(value, kept[layout.role], layout)
         dims = list(value.shape or ())
         dims[layout.axis] = len(kept[layout.role]) * layout.depth
         value.shape = ir.Shape(dims)
+
+
+def _note_kept(value: ir.Value, kept: Sequence[int], layout: Layout) -> None:
+    """What holds caches of the whole model, such as calibration inputs, is cut by this."""
+    known = value.metadata_props.get(KEPT_HEADS)
+    before = [int(text) for text in known.split()] if known is not None else range(layout.heads)
+    value.metadata_props[KEPT_HEADS] = " ".join(str(before[head]) for head in kept)
 
 
 def _way(edit: Cut) -> tuple[int, str]:

@@ -174,15 +174,17 @@ class HeadFlow:
         self.counts = {"q": self._heads(0, where.q_heads), "kv": self._heads(1, where.kv_heads)}
         if self.counts["q"] % self.counts["kv"]:
             raise Decline(f"{self.counts['q']} query heads do not share {self.counts['kv']} key/value heads evenly")
-        for index, role in ((0, "q"), (1, "kv"), (2, "kv")):
+        # One product may make all three: where each head has its own keys and values, they are one and the same.
+        shared = "q" if self.counts["q"] == self.counts["kv"] else "kv"
+        for index, role in ((0, "q"), (1, shared), (2, shared)):
             self.meet(node.inputs[index], self._layout(node.inputs[index], role))
         self.meet(node.outputs[0], self._layout(node.outputs[0], "q"))
         for index in where.past:
             if (past := _operand(node, index)) is not None:
-                self.meet(past, Layout(-3, self.counts["kv"], 1, "kv"))
+                self.meet(past, Layout(-3, self.counts["kv"], 1, shared))
         for index in where.present:
             if len(node.outputs) > index and _used(node.outputs[index]):
-                self.meet(node.outputs[index], Layout(-3, self.counts["kv"], 1, "kv"))
+                self.meet(node.outputs[index], Layout(-3, self.counts["kv"], 1, shared))
         if node.op_type == "Attention" and len(node.outputs) > 3 and _used(node.outputs[3]):
             raise Decline(f"the scores of '{node.name}' are read")
         for name, role in ((where.q_heads, "q"), (where.kv_heads, "kv")):
@@ -351,6 +353,22 @@ def _slice(flow: HeadFlow, node: ir.Node, at: ir.Value) -> None:
     flow.meet(node.outputs[0], layout)
 
 
+def _gather(flow: HeadFlow, node: ir.Node, at: ir.Value) -> None:
+    source, made = node.inputs[0], node.outputs[0]
+    rank = len(dims_of(source) or ())
+    axis = node.attributes.get_int("axis", 0)
+    axis = axis if axis < 0 else axis - rank
+    known = flow.layouts[at].axis
+    if dims_of(node.inputs[1]) != () or (at is not source and at is not made) or source is None:
+        raise Decline(f"Gather '{node.name}' is not seen to keep all heads")
+    # Axes in front of the one that goes are one nearer to the end without it.
+    before = known if at is source else (known - 1 if known - 1 < axis else known)
+    if before == axis:
+        raise Decline(f"Gather '{node.name}' picks a head")
+    flow.meet(source, flow.layouts[at].at(before))
+    flow.meet(made, flow.layouts[at].at(before + 1 if before < axis else before))
+
+
 def _split(flow: HeadFlow, node: ir.Node, at: ir.Value) -> None:
     layout, rank = flow.layouts[at], len(dims_of(at) or ())
     axis = node.attributes.get_int("axis", 0)
@@ -371,6 +389,7 @@ _RULES: dict[str, Callable[[HeadFlow, ir.Node, ir.Value], None]] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Slice": _slice,
+    "Gather": _gather,
     "Split": _split,
 }
 

@@ -48,11 +48,11 @@ def through_reshape(layout: Layout, here: Dims | None, there: Dims | None) -> La
     if here is None or there is None:
         return None
     tail = list(here[len(here) + layout.axis + 1 :])
+    same = [layout.size, *tail]
+    if None not in tail and list(there[-len(same) :]) == same:
+        return layout
     if any(not isinstance(d, int) for d in tail):
         return None
-    same = [layout.size, *tail]
-    if list(there[-len(same) :]) == same:
-        return layout
     for count in range(1, len(there)):  # parted: the axis is now `heads` and `count` more
         ending = list(there[-(1 + count + len(tail)) :])
         inner = ending[1 : 1 + count]
