@@ -107,6 +107,10 @@ class ApproximatePass(Pass):
 
     gives_up: ClassVar[str]
 
+    def entry_names(self, program: Program) -> list[str]:
+        """The entries that the pass is to make faster; in others it may only follow."""
+        return list(program.entries)
+
     def tune(self, program: Program, gain: Callable[[ApproximatePass, float], float]) -> tuple[ApproximatePass, str]:
         """The variant of this pass to gate on `program`, and what the report should say of the choice.
 

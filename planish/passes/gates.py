@@ -259,7 +259,7 @@ class Gates:
             candidate = PassGroup(self.best, [variant], self.apply, self.reproduce, self._announce).build()
             if not candidate.changed:
                 return 1.0
-            ratio = self._measure(self.best, candidate.program, _TUNING, asked)
+            ratio = self._measure(self.best, candidate.program, _TUNING, asked, variant.entry_names(self.best))
             self.bench.forget(candidate.program)
             return ratio.median
 
@@ -268,17 +268,26 @@ class Gates:
         return variant
 
     def _measure(
-        self, baseline: Program, candidate: Program, share: float = 0.5, threshold: float | None = None
+        self,
+        baseline: Program,
+        candidate: Program,
+        share: float = 0.5,
+        threshold: float | None = None,
+        entries: Sequence[str] | None = None,
     ) -> Ratio:
-        """The speed-up, measured within a share of the time that is left, until it is told from `threshold`."""
+        """The speed-up, measured within a share of the time that is left, until it is told from `threshold`.
+
+        Of several entries (those named, else all) the slowest counts if it became slower, else the fastest.
+        """
         seconds = max(0.2, (self.deadline - time.monotonic()) * share)
         threshold = threshold or self.budget.min_gain or 1.0
         if len(self.parts) < 2:
             return self.bench.speedup(baseline, candidate, seconds=seconds, threshold=threshold)
-        seconds /= len(self.parts)
+        asked = [part.entry for part in self.parts if entries is None or part.entry in entries]
+        seconds /= len(asked)
         found = {
-            part.entry: self.bench.speedup(baseline, candidate, seconds=seconds, threshold=threshold, entry=part.entry)
-            for part in self.parts
+            entry: self.bench.speedup(baseline, candidate, seconds=seconds, threshold=threshold, entry=entry)
+            for entry in asked
         }
         slowest, fastest = (pick(found.values(), key=lambda r: r.median) for pick in (min, max))
         ratio = slowest if _slower(slowest) else fastest
