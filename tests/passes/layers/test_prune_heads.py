@@ -283,6 +283,7 @@ CAUSAL = {"Llama": "model.layers.{}.self_attn.o_proj", "GPT-2": "transformer.h.{
 CAUSAL |= {"OPT": "model.decoder.layers.{}.self_attn.out_proj", "Qwen3": "model.layers.{}.self_attn.o_proj"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_prefill_and_decode_lose_the_same_heads(name: str) -> None:
     before, after = pipelines()
@@ -305,6 +306,7 @@ def test_prefill_and_decode_lose_the_same_heads(name: str) -> None:
     np.testing.assert_array_equal(got, greedy(module, ids, mask, 6))
 
 
+@pytest.mark.slow
 def test_with_gates_the_smaller_caches_are_no_error() -> None:
     before, after = pipelines()
     exe = optimize(
