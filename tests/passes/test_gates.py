@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 
 from planish.ir.budget import Budget
 from planish.ir.errors import InputError, PlanishError
-from planish.ir.ledger import Ratio
-from planish.ir.program import Program
+from planish.ir.ledger import Ledger, Ratio
+from planish.ir.program import Calibration, Program
 from planish.passes.base import ApproximatePass, ExactPass, Pass, PassContext, PassResult
 from planish.passes.gates import Gates, Interrupted
 from planish.passes.journal import DecisionJournal
@@ -271,3 +272,32 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a planish journal of schema 1"):
         DecisionJournal(path, resume=True)
     assert path.read_text() == "hello\n"
+
+
+@dataclass(frozen=True)
+class Tuned(Approximate):
+    """Is to make `decode` faster; notes what it is told of its gain."""
+
+    def entry_names(self, program: Program) -> list[str]:
+        return ["decode"]
+
+    def tune(self, program: Program, gain: Callable[[ApproximatePass, float], float]) -> tuple[ApproximatePass, str]:
+        return self, f"gain {gain(self, 1.5):g}"
+
+
+def test_a_pass_is_tuned_by_the_entries_that_it_is_to_make_faster() -> None:
+    class ByEntry:
+        def speedup(self, baseline: Program, candidate: Program, *, entry: str, **options: Any) -> Ratio:
+            median = {"prefill": 0.5, "decode": 2.0}[entry]
+            return Ratio(median, median - 0.01, median + 0.01, 9)
+
+        def forget(self, candidate: Program) -> None:
+            pass
+
+    two = Program({"main": program().main, "prefill": program().main, "decode": program().main})
+    gates = Gates(ByEntry(), Budget(), apply=lambda p, candidate: p.apply(candidate, PassContext()))  # type: ignore
+    gates.best, gates.ratios, gates.ledger = two, {}, Ledger()
+    gates.parts = [Calibration([], True, entry=name) for name in ("prefill", "decode")]
+    gates.deadline = time.monotonic() + 1
+    gates._tuned(Tuned())
+    assert gates.ledger.notes == ["gain 2"]
