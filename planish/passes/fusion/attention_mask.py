@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from planish.ir.graphs import is_op
 from planish.passes.base import Decline
 from planish.passes.fusion.attention_match import Attention, Mask
 from planish.passes.fusion.mask_steps import MASKING, Addend, one_addend, one_condition
 from planish.passes.fusion.mask_values import ALMOST_LOWEST, Bounds, bounds
-from planish.passes.fusion.sizes import Term, sizes
+from planish.passes.fusion.sizes import Term, size_vector, sizes
 
 
 @dataclass
@@ -148,23 +147,7 @@ def _fitted(
     else:
         axis = len(sizes(found.q) or ()) - 2
         sources = ((found.q, axis), (found.k, found.k_perm[axis] if found.k_perm else axis))
-        parts = [_length(op, n, *source, graph) for n, source in zip(lengths, sources, strict=True)]
+        parts = [size_vector(op, n, *source, graph) for n, source in zip(lengths, sources, strict=True)]
         target = op.Concat(np.array([1, 1], dtype=np.int64), *parts, axis=0)
     expanded: ir.Value = op.Expand(mask, target)
     return expanded
-
-
-def _length(op: Any, length: Term, value: ir.Value, axis: int, graph: ir.Graph) -> Any:
-    """A vector of one item: `length`; read off an input of the graph where that has it, so that layers share it."""
-    if isinstance(length, int):
-        return np.array([length], dtype=np.int64)
-    for candidate in graph.inputs:
-        dims = sizes(candidate) or ()
-        if isinstance(length, str) and length in dims:
-            value, axis = candidate, dims.index(length)
-            break
-    node = value.producer()
-    perm = node.attributes.get_ints("perm", None) if is_op(node, "Transpose") else None  # type: ignore[union-attr]
-    if perm is not None:
-        value, axis = node.inputs[0], perm[axis]  # type: ignore
-    return op.Shape(value, start=axis, end=axis + 1)

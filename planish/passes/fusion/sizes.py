@@ -150,4 +150,8 @@ def size_vector(op: Any, term: Term, value: ir.Value, axis: int, graph: ir.Graph
         if isinstance(term, str) and term in dims:
             value, axis = candidate, dims.index(term)
             break
+    node = value.producer()
+    perm = node.attributes.get_ints("perm", None) if is_op(node, "Transpose") else None  # type: ignore[union-attr]
+    if perm is not None:  # no need to wait for the copy
+        value, axis = node.inputs[0], perm[axis]  # type: ignore
     return op.Shape(value, start=axis, end=axis + 1)

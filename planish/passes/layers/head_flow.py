@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from planish.ir.graphs import constant_array, constant_tensor, dims_of, is_op
+from planish.ir.graphs import constant_array, constant_tensor, dims_of
 from planish.passes.base import Decline
 from planish.passes.layers.head_views import Layout, through_reshape
 
@@ -392,19 +392,3 @@ _RULES: dict[str, Callable[[HeadFlow, ir.Node, ir.Value], None]] = {
     "Gather": _gather,
     "Split": _split,
 }
-
-
-def attention_of(nodes: Collection[ir.Node]) -> ir.Node:
-    """The one attention operator among the nodes of a part.
-
-    Raises:
-        Decline: there is none, or there are several.
-    """
-    found = [node for node in nodes if (node.domain, node.op_type) in OPERATORS]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise Decline(f"it has {len(found)} attention operators")
-    if any(is_op(node, "If") for node in nodes):
-        raise Decline("its attention is inside of an If; prune-heads comes before the lowerings")
-    raise Decline("its attention is not one operator; run fuse-attention first")

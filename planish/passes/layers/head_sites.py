@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.analyses.layers import LayerStack
-from planish.ir.graphs import constant_tensor
+from planish.ir.graphs import constant_tensor, is_op
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.passes.base import Decline
 from planish.passes.layers.head_edits import require_sizes, require_untied
-from planish.passes.layers.head_flow import HeadFlow, attention_of
+from planish.passes.layers.head_flow import OPERATORS, HeadFlow
 from planish.passes.layers.importance import PADDING, observe, padding_inputs, tokens
 from planish.passes.layers.units import Unit, require_one, stacks_of, units_of
 
@@ -165,3 +165,19 @@ def _added(site: Site, entry: str, batch: dict[str, Any]) -> np.ndarray:
     norms = np.sqrt(np.maximum(squares, 0.0))
     total: np.ndarray = norms[tokens(batch, norms.shape[:-1])].reshape(-1, site.heads).sum(0)
     return total
+
+
+def attention_of(nodes: Collection[ir.Node]) -> ir.Node:
+    """The one attention operator among the nodes of a part.
+
+    Raises:
+        Decline: there is none, or there are several.
+    """
+    found = [node for node in nodes if (node.domain, node.op_type) in OPERATORS]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Decline(f"it has {len(found)} attention operators")
+    if any(is_op(node, "If") for node in nodes):
+        raise Decline("its attention is inside of an If; prune-heads comes before the lowerings")
+    raise Decline("its attention is not one operator; run fuse-attention first")
