@@ -13,7 +13,7 @@ from planish.ir.errors import InputError, unknown
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.passes.base import ApproximatePass, Decline, PassContext, PassResult
-from planish.passes.layers.selection import RULES, kept_count
+from planish.passes.layers.selection import LEAST, RULES, kept_count
 from planish.passes.registry import register
 
 if TYPE_CHECKING:
@@ -125,6 +125,18 @@ class SkipLayers(ApproximatePass):
             program.entry(name)  # raises for an unknown one
         return list(self.entries)
 
+    @property
+    def least(self) -> int:
+        """The number of layers that stay in any case: the rules keep the first and the last."""
+        return 1 if self.by == "importance" else LEAST
+
+    def removed_share(self, total: int, ratio: float) -> float:
+        """The share of `total` layers that goes at a nominal ratio; 0 for a stack that is too short for it."""
+        try:
+            return 1 - kept_count(total, ratio, least=self.least) / total
+        except InputError:
+            return 0.0
+
     def stacks(self, model: ir.Model) -> tuple[list[LayerStack], tuple[str, ...]]:
         """The stacks of a model that the options mean, and why there are no others."""
         from planish.passes.layers.units import stacks_of
@@ -174,8 +186,8 @@ class SkipLayers(ApproximatePass):
         if self.layers is not None:
             return dict.fromkeys(self._named(stack, indices), 0.0)
         try:
-            least = 1 if self.by == "importance" else 2
-            kept = kept_count(total, self.nominal or self.speedup or 1.0, f"{what} of '{stack.name}'", least=least)
+            ratio = self.nominal or self.speedup or 1.0
+            kept = kept_count(total, ratio, f"{what} of '{stack.name}'", least=self.least)
         except InputError as error:
             run.too_short.append(str(error))
             raise Decline(str(error)) from error
