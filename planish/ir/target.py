@@ -24,6 +24,7 @@ class Target:
         arch: GPU architecture such as ``"sm_75"``, or None.
         threads: intra-op threads; 0 lets the runtime choose.
         memory: memory budget in bytes, or None.
+        kernels: generated kernels may be used; a program then holds native code.
         dtype: preferred floating dtype (``"float32"``, ``"bfloat16"``), or None for the model's own.
         options: further options of the runtime, as sorted (name, value) pairs.
     """
@@ -34,6 +35,7 @@ class Target:
     threads: int = 0
     memory: int | None = None
     dtype: str | None = None
+    kernels: bool = False
     options: tuple[tuple[str, str], ...] = field(default=())
 
     @property
@@ -63,6 +65,8 @@ class Target:
             key, equals, value = item.partition("=")
             if not equals and re.fullmatch(r"sm_\d+[a-z]?", key):
                 values["arch"] = key
+            elif not equals and key == "kernels":
+                values["kernels"] = True
             elif key == "threads":
                 values["threads"] = _integer(text, key, value)
             elif key == "memory":
@@ -72,7 +76,7 @@ class Target:
             elif key.startswith("session.") and equals:
                 options.append((key, value))
             else:
-                raise unknown(f"feature in target '{text}':", key, ("threads", "memory", "arch", "dtype"))
+                raise unknown(f"feature in target '{text}':", key, ("threads", "memory", "arch", "dtype", "kernels"))
         return cls(runtime, device, options=tuple(sorted(options)), **values)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -84,6 +88,8 @@ class Target:
             parts.append(f"memory={gib}GiB" if not rest else f"memory={self.memory}")
         if self.dtype:
             parts.append(f"dtype={self.dtype}")
+        if self.kernels:
+            parts.append("kernels")
         parts += [f"{key}={value}" for key, value in self.options]
         return self.name + (":" + ",".join(parts) if parts else "")
 

@@ -51,9 +51,13 @@ _LOWER = (
 )
 # Numbers that are computed from sizes, the scale of attention among them, are known then.
 _TYPES = ("infer-shapes", "simplify-shapes", "fold-constants")
-_PIPELINES = {"ort-cpu": ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN, *_LOWER)}
+# With generated kernels a product takes what follows it along; what has no kernel is lowered as without them.
+_KERNELS = ("lower-linear",)
+_RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
+_PIPELINES = {"ort-cpu": (*_RECOGNIZE, *_LOWER), "ort-cpu:kernels": (*_RECOGNIZE, *_KERNELS, *_LOWER)}
 
 
 def default_pipeline(target: Target | str) -> str:
     """The pipeline string of a target's exact passes."""
-    return ",".join(_PIPELINES.get(Target.parse(target).name, CLEAN))
+    target = Target.parse(target)
+    return ",".join(_PIPELINES.get(target.name + (":kernels" if target.kernels else ""), CLEAN))

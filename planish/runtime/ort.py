@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+    from planish.runtime.kernels.library import Library
+
 _PROVIDERS = ["CPUExecutionProvider"]
 #: Models with more weights than this are worth the milliseconds that returning memory takes, in bytes.
 _LARGE = 32 << 20
@@ -52,6 +54,9 @@ def compile_ort(
     if target.name != "ort-cpu":
         raise UnsupportedError(f"target '{target}' is not one that planish.runtime.ort compiles for; use 'ort-cpu'.")
     settings = session_options(target, options, optimize)
+    library = _kernels(model, target)
+    if library is not None:
+        settings.register_custom_ops_library(str(library.path))
     proto, weights = to_proto_without_weights(with_bodies(model))
     kept = _hand_over(proto, weights, settings)
     graph = model.graph
@@ -66,6 +71,7 @@ def compile_ort(
         memory.trim()
         memory.drop_pages(weights.values())
     runner = OrtRunner(session, inputs, outputs, flush_denormals=_flushes(settings), keep_alive=kept)
+    runner.library = library
     if settings.graph_optimization_level != wanted:
         runner.notes.append("ONNX Runtime's own fusions break this model; it runs with its basic optimizations only.")
     return runner
@@ -97,6 +103,15 @@ def with_bodies(model: ir.Model) -> ir.Model:
     model = model.clone()
     import_functions(model)
     return model
+
+
+def _kernels(model: ir.Model, target: Target) -> Library | None:
+    """The library of generated kernels for a model, where the target allows them and the model has use for one."""
+    if not target.kernels or not any(node.domain == "planish" for node in model.graph.all_nodes()):
+        return None
+    from planish.runtime.kernels.library import library_for
+
+    return library_for([model])
 
 
 def _hand_over(
@@ -165,6 +180,7 @@ class OrtRunner:
         session: the ``onnxruntime.InferenceSession``.
         inputs, outputs: what `run` takes and gives.
         notes: what a report should mention about this session.
+        library: the generated kernels that it uses, or None.
     """
 
     def __init__(
@@ -180,6 +196,7 @@ class OrtRunner:
         self.inputs = list(inputs)
         self.outputs = list(outputs)
         self.notes: list[str] = []
+        self.library: Library | None = None
         self._keep_alive = list(keep_alive)
         self._optional = frozenset(v.name for v in session.get_overridable_initializers())
         self._names = [spec.name for spec in self.outputs]

@@ -21,6 +21,8 @@ from planish.ir.ops.base import (
     TensorInfo,
     broadcast_dims,
 )
+from planish.ir.ops.linear import LINEAR
+from planish.ir.ops.norms import NORMS
 from planish.ir.ops.swiglu import SWIGLU
 from planish.ir.schemas import DIALECT_DOMAIN, OpRecord
 
@@ -131,4 +133,5 @@ def _find(name: str) -> DialectOp | None:
     return DIALECT.get(name)
 
 
-register_op(SWIGLU)
+for _op in (SWIGLU, *LINEAR.values(), *NORMS.values()):
+    register_op(_op)

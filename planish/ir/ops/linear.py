@@ -1,0 +1,190 @@
+"""planish::Linear and its relatives: a product with a weight, and what follows it in one kernel.
+
+==================  ============================================
+Linear              x W + b
+LinearRelu          max(x W + b, 0)
+LinearGelu          gelu(x W + b), with erf
+LinearGeluTanh      gelu(x W + b), with tanh
+LinearSilu          silu(x W + b)
+LinearQuickGelu     h sigmoid(1.702 h), h = x W + b
+LinearAdd           x W + b + residual
+LinearSwiGLU        silu(x W_gate) * (x W_up) (arXiv:2002.05202)
+==================  ============================================
+
+An operator each, since the body of a function has neither optional inputs nor choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.ir.ops.base import Attribute, DialectOp, InferenceError, Operand, Schema, TensorInfo
+from planish.ir.schemas import DIALECT_DOMAIN
+
+_FLOAT = frozenset({ir.DataType.FLOAT})
+#: The attribute of the operands' dtype in the product, as ONNX counts dtypes: float32, or bfloat16 (then both are
+#: rounded to it, and sums stay float32).
+COMPUTE_TYPE = "compute_type"
+COMPUTE_TYPES = (int(ir.DataType.FLOAT), int(ir.DataType.BFLOAT16))
+#: Operator → activation, for those of one product.
+ACTIVATIONS: dict[str, str | None] = {
+    "Linear": None,
+    "LinearRelu": "relu",
+    "LinearGelu": "gelu",
+    "LinearGeluTanh": "gelu_tanh",
+    "LinearSilu": "silu",
+    "LinearQuickGelu": "quick_gelu",
+    "LinearAdd": None,
+}
+_QUICK = 1.702
+
+
+def _schema(name: str, inputs: Sequence[str], doc: str) -> Schema:
+    compute = Attribute(COMPUTE_TYPE, ir.AttributeType.INT, default=COMPUTE_TYPES[0])
+    return Schema(name, tuple(Operand(item, _FLOAT) for item in inputs), (Operand("y", _FLOAT),), (compute,), doc)
+
+
+def _infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:
+    """Of x (..., K), weights (K, N) and what else has N columns; a residual has the shape of y."""
+    x, weight, *others = inputs
+    assert x is not None and weight is not None
+    if attributes[COMPUTE_TYPE] not in COMPUTE_TYPES:
+        raise InferenceError(f"{COMPUTE_TYPE} is {attributes[COMPUTE_TYPE]}; it must be one of {COMPUTE_TYPES}")
+    if weight.dims is not None and len(weight.dims) != 2:
+        raise InferenceError(f"weight has rank {len(weight.dims)}; it must have 2")
+    columns = None if weight.dims is None else weight.dims[1]
+    for other in others:
+        last = other.dims[-1] if other is not None and other.dims else None
+        if isinstance(last, int) and isinstance(columns, int) and last != columns:
+            raise InferenceError(f"a weight has {columns} columns and another input {last}")
+    if x.dims is None:
+        return [TensorInfo(x.dtype)]
+    rows = None if weight.dims is None else weight.dims[0]
+    if not x.dims or (isinstance(x.dims[-1], int) and isinstance(rows, int) and x.dims[-1] != rows):
+        raise InferenceError(f"x has shape {x.dims} and the weight {rows} rows")
+    return [TensorInfo(x.dtype, (*x.dims[:-1], columns))]
+
+
+def _flops(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], _: Mapping[str, Any]) -> int:
+    weight = inputs[1]
+    assert weight is not None
+    return 2 * outputs[0].elements * weight.sizes[0]
+
+
+class _Body:
+    """Builds the graph of a function."""
+
+    def __init__(self, name: str, inputs: Sequence[str], opset: int) -> None:
+        self._name, self._opset = name, opset
+        self.values = {item: ir.Value(name=item) for item in inputs}
+        self._nodes: list[ir.Node] = []
+
+    def add(self, op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        label = f"{op.lower()}_{len(self._nodes)}"
+        outputs = [ir.Value(name=f"{label}_out")]
+        node = ir.node(op, list(inputs), attributes=attributes, name=label, outputs=outputs)
+        self._nodes.append(node)
+        return node.outputs[0]
+
+    def product(self, x: str, weight: str) -> ir.Value:
+        return self.add("MatMul", self._rounded(x), self._rounded(weight))
+
+    def _rounded(self, name: str) -> ir.Value:
+        to = ir.RefAttr("to", COMPUTE_TYPE, ir.AttributeType.INT)
+        return self.add("Cast", self.add("Cast", self.values[name], to=to), to=int(ir.DataType.FLOAT))
+
+    def activation(self, name: str | None, x: ir.Value) -> ir.Value:
+        if name is None:
+            return x
+        if name == "relu":
+            return self.add("Relu", x)
+        if name in ("gelu", "gelu_tanh"):
+            return self.add("Gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")
+        factor = x
+        if name == "quick_gelu":
+            number = self.add("Constant", value_float=_QUICK)
+            factor = self.add("Mul", x, number)
+        return self.add("Mul", x, self.add("Sigmoid", factor))
+
+    def function(self, result: ir.Value) -> ir.Function:
+        result.name = "y"
+        inputs = list(self.values.values())
+        graph = ir.Graph(inputs, [result], nodes=self._nodes, opset_imports={"": self._opset}, name=self._name)
+        attributes = [ir.Attr(COMPUTE_TYPE, ir.AttributeType.INT, COMPUTE_TYPES[0])]
+        return ir.Function(DIALECT_DOMAIN, self._name, graph=graph, attributes=attributes)
+
+
+def _activated(name: str | None, x: np.ndarray) -> np.ndarray:
+    """An activation in float64."""
+    if name is None:
+        return x
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "gelu":
+        gate = 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
+    elif name == "gelu_tanh":
+        gate = 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    else:
+        gate = 0.5 * (1 + np.tanh(x * (_QUICK if name == "quick_gelu" else 1.0) / 2))
+    product: np.ndarray = x * gate
+    return product
+
+
+def _operand(array: np.ndarray, compute_type: int) -> np.ndarray:
+    if compute_type == int(ir.DataType.BFLOAT16):
+        import ml_dtypes
+
+        array = np.asarray(array, np.float32).astype(ml_dtypes.bfloat16)
+    return np.asarray(array).astype(np.float64)
+
+
+def _one_product(name: str) -> DialectOp:
+    activation, residual = ACTIVATIONS[name], name == "LinearAdd"
+    inputs = ("x", "weight", "bias", *(["residual"] if residual else []))
+    after = "plus residual" if residual else f"then {activation}" if activation else "and no activation"
+    schema = _schema(name, inputs, f"x (..., K) times weight (K, N) plus bias (N), {after}; y is (..., N).")
+
+    def body(opset: int) -> ir.Function:
+        made = _Body(name, inputs, opset)
+        y = made.activation(activation, made.add("Add", made.product("x", "weight"), made.values["bias"]))
+        return made.function(made.add("Add", y, made.values["residual"]) if residual else y)
+
+    def reference(
+        x: np.ndarray, weight: np.ndarray, bias: np.ndarray, *more: np.ndarray, compute_type: int = COMPUTE_TYPES[0]
+    ) -> tuple[np.ndarray, ...]:
+        y = _activated(activation, _operand(x, compute_type) @ _operand(weight, compute_type) + bias.astype(np.float64))
+        return (y + sum(item.astype(np.float64) for item in more),)
+
+    return DialectOp(schema, _infer, body, reference, _flops, min_opset=20)
+
+
+def _swiglu() -> DialectOp:
+    name, inputs = "LinearSwiGLU", ("x", "gate_weight", "up_weight")
+    schema = _schema(name, inputs, "silu(x gate_weight) * (x up_weight); x (..., K), weights (K, N), y (..., N).")
+
+    def body(opset: int) -> ir.Function:
+        made = _Body(name, inputs, opset)
+        gate = made.activation("silu", made.product("x", "gate_weight"))
+        return made.function(made.add("Mul", gate, made.product("x", "up_weight")))
+
+    def reference(
+        x: np.ndarray, gate_weight: np.ndarray, up_weight: np.ndarray, compute_type: int = COMPUTE_TYPES[0]
+    ) -> tuple[np.ndarray, ...]:
+        rows = _operand(x, compute_type)
+        return (
+            _activated("silu", rows @ _operand(gate_weight, compute_type)) * (rows @ _operand(up_weight, compute_type)),
+        )
+
+    def flops(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> int:
+        return 2 * _flops(inputs, outputs, attributes)
+
+    return DialectOp(schema, _infer, body, reference, flops, min_opset=20)
+
+
+#: The family, by name.
+LINEAR: dict[str, DialectOp] = {**{name: _one_product(name) for name in ACTIVATIONS}, "LinearSwiGLU": _swiglu()}

@@ -1,0 +1,169 @@
+"""Products with weights, and what follows them, as one operator that has a generated kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.ir.graphs import constant_tensor, is_op
+from planish.ir.ops import DIALECT_DOMAIN, import_functions
+from planish.ir.program import Program
+from planish.passes.base import Decline, PassContext, PassResult
+from planish.passes.pattern import OrValue, Var
+from planish.passes.registry import register
+from planish.passes.rewrite import Match, RewritePass, Rule
+
+_QUICK = 1.702
+_Build = Callable[..., Any]
+
+
+@register
+@dataclass(frozen=True)
+class LowerLinear(RewritePass):
+    """Writes MatMul or Gemm by a weight, its bias, and an activation or a residual, as planish::Linear and relatives.
+
+    Their kernels have the weight packed once and the rest in the epilogue, while a tile of the result is in registers:
+    no pass over memory for bias, activation, gate or residual.
+
+    Attributes:
+        min_columns: weights with fewer rows or columns than this stay with ONNX Runtime.
+    """
+
+    name: ClassVar[str] = "lower-linear"
+    min_opset: ClassVar[int] = 20
+
+    min_columns: int = 16
+
+    def rules(self) -> Sequence[Rule]:
+        # A sweep goes from the end of the graph to its start, so larger forms are met before what is in them.
+        opset = self.min_opset
+        return [
+            Rule("linear-swiglu", _swiglu, self._swiglu, _check, opset),
+            *(Rule(f"linear-{op.lower()}", form, self._to(op), _check, opset) for op, form in _ACTIVATED),
+            *(Rule(f"linear-add-{n}", form, self._residual, _check, opset) for n, form in enumerate(_RESIDUALS)),
+            *(Rule(f"linear-{n}", form, self._to("Linear"), _check, opset) for n, form in enumerate(_PLAIN)),
+        ]
+
+    def apply(self, program: Program, ctx: PassContext) -> PassResult:
+        result = super().apply(program, ctx)
+        if result.modified:
+            for model in program.entries.values():
+                import_functions(model)
+        return result
+
+    def _to(self, op_type: str) -> _Build:
+        def rewrite(op: Any, match: Match) -> Any:
+            self._require_size(match["w"])
+            return _call(op, op_type, match["x"], match["w"], _bias(op, match))
+
+        return rewrite
+
+    def _residual(self, op: Any, match: Match) -> Any:
+        self._require_size(match["w"])
+        x, residual = match["x"], match["residual"]
+        shape, wanted = match.shape(residual), match.shape(match.output)
+        if shape is None or wanted is None or None in shape or shape != wanted:
+            raise Decline(
+                f"the summand has shape {shape} and the sum {wanted}: a residual has the shape of the product"
+            )
+        if residual.producer() is not None and residual.producer() in match.nodes:
+            raise Decline("the summand is the product itself")
+        return _call(op, "LinearAdd", x, match["w"], _bias(op, match), residual)
+
+    def _swiglu(self, op: Any, match: Match) -> Any:
+        gate, up = match["w"], match["u"]
+        self._require_size(gate)
+        if match.shape(gate) != match.shape(up):
+            raise Decline(f"the gate's weight is {match.shape(gate)} and the other {match.shape(up)}")
+        return _call(op, "LinearSwiGLU", match["x"], gate, up)
+
+    def _require_size(self, weight: ir.Value) -> None:
+        tensor = constant_tensor(weight)
+        assert tensor is not None
+        sizes = [int(n) for n in tensor.shape.numpy()]
+        if min(sizes) < self.min_columns:
+            raise Decline(f"the weight is {sizes[0]} by {sizes[1]}; kernels pay from {self.min_columns} on")
+
+
+def _call(op: Any, op_type: str, *inputs: ir.Value) -> ir.Value:
+    made: ir.Value = getattr(op, op_type)(*inputs, _domain=DIALECT_DOMAIN)
+    return made
+
+
+def _bias(op: Any, match: Match) -> ir.Value:
+    """The bias of a match, of zeros where it has none."""
+    bias = match["bias"] if "bias" in match.values else None
+    if bias is not None:
+        found: ir.Value = bias
+        return found
+    columns = constant_tensor(match["w"]).shape.numpy()[1]  # type: ignore[union-attr]
+    zeros: ir.Value = op.initializer(np.zeros(int(columns), np.float32), name="no_bias")
+    return zeros
+
+
+def _is_matrix(_: Any, value: ir.Value | None) -> bool:
+    tensor = constant_tensor(value)
+    return tensor is not None and len(tensor.shape) == 2
+
+
+def _is_vector(_: Any, value: ir.Value | None) -> bool:
+    tensor = constant_tensor(value)
+    return tensor is not None and len(tensor.shape) == 1 and tensor.size > 1
+
+
+def _product(op: Any, x: Any) -> Any:
+    return op.MatMul(x, Var("w", check=_is_matrix))
+
+
+def _with_bias(op: Any, x: Any) -> Any:
+    return op.Add(_product(op, x), Var("bias", check=_is_vector))
+
+
+def _gemm(op: Any, x: Any) -> Any:
+    return op.Gemm(x, Var("w", check=_is_matrix), Var("bias", check=_is_vector), _allow_other_attributes=True)
+
+
+def _linear(op: Any, x: Any) -> Any:
+    return OrValue([_with_bias(op, x), _gemm(op, x), _product(op, x)], "h")
+
+
+def _times_sigmoid(op: Any, h: Any, factor: float | None) -> Any:
+    return op.Mul(h, op.Sigmoid(h if factor is None else op.Mul(h, factor)))
+
+
+_ACTIVATED: tuple[tuple[str, _Build], ...] = (
+    ("LinearRelu", lambda op, x: op.Relu(_linear(op, x))),
+    ("LinearGelu", lambda op, x: op.Gelu(_linear(op, x), approximate="none")),
+    ("LinearGeluTanh", lambda op, x: op.Gelu(_linear(op, x), approximate="tanh")),
+    ("LinearSilu", lambda op, x: _times_sigmoid(op, _linear(op, x), None)),
+    ("LinearQuickGelu", lambda op, x: _times_sigmoid(op, _linear(op, x), _QUICK)),
+)
+_PLAIN: tuple[_Build, ...] = (_with_bias, _gemm, _product)
+_RESIDUALS: tuple[_Build, ...] = (
+    lambda op, x, residual: op.Add(_linear(op, x), residual),
+    lambda op, x, residual: op.Sum(_linear(op, x), residual),
+    lambda op, x, residual: op.Sum(_product(op, x), Var("bias", check=_is_vector), residual),
+)
+
+
+def _swiglu(op: Any, x: Any) -> Any:
+    up = op.MatMul(x, Var("u", check=_is_matrix))
+    return op.SwiGLU(_product(op, x), up, _domain=DIALECT_DOMAIN)
+
+
+def _check(match: Match) -> None:
+    if match.target.name != "ort-cpu" or not match.target.kernels:
+        raise Decline(f"target '{match.target}' has no generated kernels; 'ort-cpu:kernels' has")
+    if match.dtype("w") != ir.DataType.FLOAT:
+        raise Decline("it is not float32, which alone has kernels")
+    gemm = next((node for node in match.nodes if is_op(node, "Gemm")), None)
+    if gemm is None:
+        return
+    for name, wanted in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0)):
+        attribute = gemm.attributes.get(name)
+        if attribute is not None and attribute.value != wanted:
+            raise Decline(f"Gemm has {name} {attribute.value}, and a kernel takes {wanted}")

@@ -1,0 +1,24 @@
+/* What the generated table says of an operator of the Linear family. */
+#ifndef PLANISH_LINEAR_H
+#define PLANISH_LINEAR_H
+
+#include "host.h"
+
+/* One way to compute the product. A weight (K, N) is packed to (panels of `width` columns, K in steps of `rows`,
+ * rows * width) elements of DLPack's `code` and `bits`. */
+typedef struct {
+  int64_t type; /* of the operands of the product, as in ONNX: 1 float32, 16 bfloat16 */
+  tvm_function call, pack;
+  int64_t width, rows;
+  int code, bits;
+} linear_form;
+
+typedef struct {
+  planish_op base;
+  int weights, bias, residual;
+  const linear_form *forms; /* ends with one whose `call` is NULL */
+} linear_op;
+
+void planish_linear(linear_op *op);
+
+#endif

@@ -1,0 +1,87 @@
+/* planish::LayerNorm and its relatives: x (..., width) normalized over its last axis. */
+#include "norms.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+  const norm_op *op;
+  float *epsilon;
+} norm;
+
+static void destroy(void *given) {
+  norm *kernel = given;
+  free(kernel->epsilon);
+  free(kernel);
+}
+
+static ort_status *create(const ort_custom_op *op, ort_api api, const ort_info *info, void **made) {
+  (void)api;
+  norm *kernel = calloc(1, sizeof *kernel);
+  if (kernel) kernel->epsilon = planish_allocate(sizeof *kernel->epsilon);
+  if (!kernel || !kernel->epsilon) {
+    free(kernel);
+    return planish_error("no memory for a kernel");
+  }
+  kernel->op = (const norm_op *)op;
+  *kernel->epsilon = planish_float(info, "epsilon", 1e-5f); /* ONNX's default */
+  *made = kernel;
+  return NULL;
+}
+
+enum { X, RESIDUAL, SCALE, BIAS, Y, SUM, TENSORS };
+
+static ort_status *vector(const norm_op *op, const char *what, const tensor *t, int64_t width) {
+  if (t->rank == 1 && t->shape[0] == width) return NULL;
+  return planish_error("%s: %s must have shape (%ld), as x has columns", op->base.name, what, (long)width);
+}
+
+static ort_status *run(const norm *kernel, ort_context *context, tensor *all) {
+  const norm_op *op = kernel->op;
+  size_t next = 0;
+  CHECK(planish_input(context, next++, sizeof(float), &all[X]));
+  if (op->residual) CHECK(planish_input(context, next++, sizeof(float), &all[RESIDUAL]));
+  CHECK(planish_input(context, next++, sizeof(float), &all[SCALE]));
+  if (op->bias) CHECK(planish_input(context, next, sizeof(float), &all[BIAS]));
+  const tensor *x = &all[X], *residual = &all[RESIDUAL];
+  if (!x->rank) return planish_error("%s: x has rank 0", op->base.name);
+  if (op->residual && (residual->rank != x->rank || memcmp(residual->shape, x->shape, x->rank * sizeof *x->shape)))
+    return planish_error("%s: the residual must have the shape of x", op->base.name);
+  int64_t one[1] = {1}, width[1] = {x->shape[x->rank - 1]};
+  int64_t rows[2] = {planish_product(x->shape, x->rank - 1), width[0]};
+  CHECK(vector(op, "scale", &all[SCALE], width[0]));
+  if (op->bias) CHECK(vector(op, "bias", &all[BIAS], width[0]));
+  CHECK(planish_output(context, 0, sizeof(float), x->shape, x->rank, &all[Y]));
+  if (op->residual) CHECK(planish_output(context, 1, sizeof(float), x->shape, x->rank, &all[SUM]));
+
+  dl_tensor tensors[TENSORS + 1];
+  tvm_any arguments[TENSORS + 1];
+  int count = 0;
+#define ARGUMENT(...) arguments[count] = planish_argument(&tensors[count], __VA_ARGS__), ++count
+  ARGUMENT(all[X].data, DL_FLOAT, 32, 2, rows);
+  if (op->residual) ARGUMENT(all[RESIDUAL].data, DL_FLOAT, 32, 2, rows);
+  ARGUMENT(all[SCALE].data, DL_FLOAT, 32, 1, width);
+  if (op->bias) ARGUMENT(all[BIAS].data, DL_FLOAT, 32, 1, width);
+  ARGUMENT(kernel->epsilon, DL_FLOAT, 32, 1, one);
+  ARGUMENT(all[Y].data, DL_FLOAT, 32, 2, rows);
+  if (op->residual) ARGUMENT(all[SUM].data, DL_FLOAT, 32, 2, rows);
+  CHECK(planish_call(context, op->call, arguments, count));
+  planish_finish(&all[Y]);
+  if (op->residual) planish_finish(&all[SUM]);
+  return NULL;
+}
+
+static ort_status *compute(void *kernel, ort_context *context) {
+  tensor all[TENSORS];
+  memset(all, 0, sizeof all);
+  ort_status *status = run(kernel, context, all);
+  for (int i = 0; i < TENSORS; ++i) planish_release(&all[i]);
+  return status;
+}
+
+void planish_norm(norm_op *op) {
+  planish_fill(&op->base);
+  op->base.op.create2 = create;
+  op->base.op.compute2 = compute;
+  op->base.op.destroy = destroy;
+}

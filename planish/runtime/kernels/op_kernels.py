@@ -1,0 +1,71 @@
+"""Which dialect operators have kernels, and how the library for ONNX Runtime is told of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from planish.ir.schemas import DIALECT_DOMAIN
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from planish.runtime.kernels.template import Template
+
+
+@dataclass(frozen=True)
+class OpKernel(ABC):
+    """The kernel of an operator: all compiled code that the nodes of a program need.
+
+    Class attributes:
+        source: its glue, a C file of ``native/`` with a header of the same name.
+        setup: the C function that completes a declaration before it is registered.
+
+    Attributes:
+        op: name of the dialect operator.
+    """
+
+    source: ClassVar[str]
+    setup: ClassVar[str]
+    op: str
+
+    @classmethod
+    @abstractmethod
+    def of(cls, op: str, nodes: Sequence[ir.Node]) -> OpKernel | None:
+        """The kernel for nodes of one operator, or None if a node has attributes that there is none for."""
+
+    @abstractmethod
+    def templates(self) -> list[Template]:
+        """What is compiled for it."""
+
+    @abstractmethod
+    def declaration(self) -> str:
+        """C: the definition of the variable ``op_<operator>``."""
+
+
+def types_declaration(op: str, types: list[int]) -> str:
+    """C: the element types of inputs and outputs, as ``types_<operator>``."""
+    return f"static const int types_{op}[] = {{{', '.join(map(str, types))}}};"
+
+
+def kernels_for(nodes: Iterable[ir.Node]) -> tuple[OpKernel, ...]:
+    """The kernels for all dialect operators among `nodes` that have one, by name."""
+    families = _families()
+    grouped: dict[str, list[ir.Node]] = {}
+    for node in nodes:
+        if node.domain == DIALECT_DOMAIN and node.op_type in families:
+            grouped.setdefault(node.op_type, []).append(node)
+    found = [families[op].of(op, grouped[op]) for op in sorted(grouped)]
+    return tuple(kernel for kernel in found if kernel is not None)
+
+
+def _families() -> dict[str, type[OpKernel]]:
+    """Operator → the class of its kernels."""
+    from planish.ir.ops.linear import LINEAR
+    from planish.ir.ops.norms import NORMS
+    from planish.runtime.kernels.linear import LinearKernel
+    from planish.runtime.kernels.norm_ops import NormKernel
+
+    return {**dict.fromkeys(LINEAR, LinearKernel), **dict.fromkeys(NORMS, NormKernel)}
