@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,9 +22,12 @@ from planish.ir.ledger import ErrorStats
 from planish.ir.target import Target
 from planish.runtime.executable import Executable
 from planish.runtime.fingerprint import differences, fingerprint
+from planish.runtime.kernels.cpu import missing
 from planish.runtime.manifest import MAX_BYTES, NAME, EntryInfo, Manifest
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
+
     from planish.runtime.ort import OrtRunner
     from planish.runtime.report import Report
 
@@ -254,11 +258,7 @@ def _runner(folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, ta
     _check_references(model, manifest, where)
     settings = session_options(target, None, optimize=True)
     settings.add_session_config_entry(FOLDER, str(folder))
-    for name in manifest.native:
-        try:
-            settings.register_custom_ops_library(str(folder / name))
-        except Exception as error:
-            raise ArtifactError(f"'{folder / name}' does not load: {' '.join(str(error).split())}") from error
+    refused = _register_kernels(folder, manifest, settings)
     session = create_session(model, settings)
     for kind, specs, values in (
         ("inputs", entry.inputs, session.get_inputs()),
@@ -267,7 +267,30 @@ def _runner(folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, ta
         if [s.name for s in specs] != [v.name for v in values]:
             raise ArtifactError(f"'{where}' has the {kind} {[v.name for v in values]}, not those of the manifest.")
     flushing = settings.get_session_config_entry(FLUSH) == "1"
-    return OrtRunner(session, entry.inputs, entry.outputs, flush_denormals=flushing)
+    runner = OrtRunner(session, entry.inputs, entry.outputs, flush_denormals=flushing)
+    if refused:
+        runner.notes.append(refused)
+    return runner
+
+
+def _register_kernels(folder: Path, manifest: Manifest, settings: ort.SessionOptions) -> str:
+    """Gives the session the artifact's kernels. Returns why they are not used, if so: the model then runs with the
+    functions that it has in their place, which compute the same and are slower.
+    """
+    for name in manifest.native:
+        reason = ""
+        if lacking := missing(manifest.features.get(name, ())):
+            reason = f"they need {', '.join(lacking)}, which this processor does not have"
+        else:
+            try:
+                settings.register_custom_ops_library(str(folder / name))
+            except Exception as error:  # of another version of ONNX Runtime, or not for this system
+                reason = " ".join(str(error).split())
+        if reason:
+            text = f"the kernels in '{folder / name}' are not used: {reason}. The model runs without them, slower."
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return text
+    return ""
 
 
 def _check_references(model: bytes, manifest: Manifest, where: str) -> None:

@@ -128,6 +128,7 @@ def _write_program(exe: Executable, program: Program, files: _Files, target: Pat
     if order:
         files.write(WEIGHTS, header, *(item.raw for item in order))
     notes: list[str] = []
+    features = _write_kernels(exe, files)
     manifest = Manifest(
         pipeline=exe.pipeline,
         target=str(exe.target),
@@ -135,12 +136,25 @@ def _write_program(exe: Executable, program: Program, files: _Files, target: Pat
         opsets=opsets,
         entries=entries,
         weights=WEIGHTS if order else None,
+        native=list(features),
+        features=features,
         golden=_write_golden(exe, program, files, notes),
         ledger=_write_report(exe, files),
         provenance={str(k): str(v) for k, v in exe.provenance.items()},
         notes=notes,
     )
     files.close(manifest)
+
+
+def _write_kernels(exe: Executable, files: _Files) -> dict[str, list[str]]:
+    """Writes the library of generated kernels, if there is one; returns what a processor must have, by file."""
+    found = {runner.library for runner in exe.runners.values() if runner.library is not None}
+    features = {}
+    for number, library in enumerate(sorted(found, key=lambda item: str(item.path))):
+        name = f"kernels/kernels{number or ''}.so"
+        files.write(name, library.path.read_bytes())
+        features[name] = sorted(library.features)
+    return features
 
 
 class _Store:

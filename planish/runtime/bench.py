@@ -12,7 +12,7 @@ from planish.ir.ledger import Ratio
 from planish.ir.program import Calibration, Program
 from planish.ir.target import Target
 from planish.runtime.measure import speedup
-from planish.runtime.ort import OrtRunner, compile_ort
+from planish.runtime.ort import OrtRunner, compile_ort, kernel_library
 
 #: Sessions kept: the baseline and one candidate. Each holds a packed copy of the weights, so no more are.
 KEPT = 2
@@ -43,7 +43,9 @@ class OrtBench:
         if entry is None:
             entry = program.default_entry if self.calibration is None else self.calibration.entry
         if entry not in known[1]:
-            known[1][entry] = compile_ort(program.entry(entry), self.target)
+            # One library for all entries, since an artifact has one.
+            library = kernel_library(list(program.entries.values()), self.target)
+            known[1][entry] = compile_ort(program.entry(entry), self.target, library=library)
         return known[1][entry]
 
     def run_inputs(self, program: Program, inputs: dict[str, np.ndarray], entry: str | None = None) -> dict[str, Any]:

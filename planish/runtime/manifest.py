@@ -63,6 +63,7 @@ class Manifest:
         opsets: entry → domain → version.
         weights: the file that holds the weights of all entries, or None.
         native: files of native code.
+        features: what a processor must have for them, by file, as Linux names it.
         ledger: the verdict on each pass; the report file has the details.
         files: every file but the manifest.
     """
@@ -74,6 +75,7 @@ class Manifest:
     entries: dict[str, EntryInfo]
     weights: str | None = None
     native: list[str] = field(default_factory=list)
+    features: dict[str, list[str]] = field(default_factory=dict)
     golden: list[Golden] = field(default_factory=list)
     ledger: dict[str, Any] | None = None
     provenance: dict[str, str] = field(default_factory=dict)
@@ -193,6 +195,8 @@ def _read(data: dict[str, Any]) -> Manifest:
         entries=entries,
         weights=None if data["weights"] is None else listed(data["weights"]),
         native=[listed(path) for path in data["native"]],
+        # Absent from artifacts that were written before there were generated kernels.
+        features={listed(path): [_text(name) for name in names] for path, names in data.get("features", {}).items()},
         golden=golden,
         ledger=None if data["ledger"] is None else dict(_mapping(data["ledger"])),
         provenance={_text(k): _text(v) for k, v in _mapping(data["provenance"]).items()},

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from planish.ir.errors import InputError, PlanishError, UnsupportedError
+from planish.ir.schemas import DIALECT_DOMAIN
 from planish.ir.signature import check_inputs
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
@@ -35,7 +36,12 @@ _BASIC = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
 
 
 def compile_ort(
-    model: ir.Model, target: Target, *, optimize: bool = True, options: Mapping[str, str] | None = None
+    model: ir.Model,
+    target: Target,
+    *,
+    optimize: bool = True,
+    options: Mapping[str, str] | None = None,
+    library: Library | None = None,
 ) -> OrtRunner:
     """Makes a session for a model; the weights are used where they lie, not copied.
 
@@ -44,6 +50,7 @@ def compile_ort(
         target: threads and ``session.*`` options are taken from it.
         optimize: False turns off all of ONNX Runtime's own graph optimizations.
         options: further ``session.*`` options, which win over the target's.
+        library: generated kernels; None: those of this model, if the target has them.
 
     Raises:
         UnsupportedError: ONNX Runtime has no kernel for a node, or does not take the model.
@@ -54,9 +61,9 @@ def compile_ort(
     if target.name != "ort-cpu":
         raise UnsupportedError(f"target '{target}' is not one that planish.runtime.ort compiles for; use 'ort-cpu'.")
     settings = session_options(target, options, optimize)
-    library = _kernels(model, target)
+    library = library or kernel_library([model], target)
     if library is not None:
-        settings.register_custom_ops_library(str(library.path))
+        _register(library, settings)
     proto, weights = to_proto_without_weights(with_bodies(model))
     kept = _hand_over(proto, weights, settings)
     graph = model.graph
@@ -95,7 +102,7 @@ def create_session(model: bytes, settings: ort.SessionOptions, named: ir.Model |
 
 def with_bodies(model: ir.Model) -> ir.Model:
     """The model with the function body of every dialect operator in it; the given one if nothing is missing."""
-    from planish.ir.ops import DIALECT_DOMAIN, import_functions
+    from planish.ir.ops import import_functions
 
     used = {n.op_identifier() for n in model.graph.all_nodes() if n.domain == DIALECT_DOMAIN}
     if used <= set(model.functions):
@@ -105,13 +112,24 @@ def with_bodies(model: ir.Model) -> ir.Model:
     return model
 
 
-def _kernels(model: ir.Model, target: Target) -> Library | None:
-    """The library of generated kernels for a model, where the target allows them and the model has use for one."""
-    if not target.kernels or not any(node.domain == "planish" for node in model.graph.all_nodes()):
+def kernel_library(models: Sequence[ir.Model], target: Target) -> Library | None:
+    """The library of generated kernels for the entries of a program, where the target has them and there is a use.
+
+    Raises:
+        UnsupportedError: what compiles kernels is not installed, or the processor has no use for them.
+    """
+    if not target.kernels or not any(n.domain == DIALECT_DOMAIN for m in models for n in m.graph.all_nodes()):
         return None
     from planish.runtime.kernels.library import library_for
 
-    return library_for([model])
+    return library_for(models)
+
+
+def _register(library: Library, settings: ort.SessionOptions) -> None:
+    try:
+        settings.register_custom_ops_library(str(library.path))
+    except Exception as error:
+        raise UnsupportedError(f"generated kernels can not be used: {_one_line(error)}") from error
 
 
 def _hand_over(
