@@ -12,7 +12,6 @@ import numpy as np
 import onnxruntime as ort
 
 from planish.ir.errors import InputError, PlanishError, UnsupportedError
-from planish.ir.schemas import DIALECT_DOMAIN
 from planish.ir.signature import check_inputs
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
@@ -102,7 +101,7 @@ def create_session(model: bytes, settings: ort.SessionOptions, named: ir.Model |
 
 def with_bodies(model: ir.Model) -> ir.Model:
     """The model with the function body of every dialect operator in it; the given one if nothing is missing."""
-    from planish.ir.ops import import_functions
+    from planish.ir.ops import DIALECT_DOMAIN, import_functions
 
     used = {n.op_identifier() for n in model.graph.all_nodes() if n.domain == DIALECT_DOMAIN}
     if used <= set(model.functions):
@@ -118,7 +117,11 @@ def kernel_library(models: Sequence[ir.Model], target: Target) -> Library | None
     Raises:
         UnsupportedError: what compiles kernels is not installed, or the processor has no use for them.
     """
-    if not target.kernels or not any(n.domain == DIALECT_DOMAIN for m in models for n in m.graph.all_nodes()):
+    if not target.kernels:
+        return None
+    from planish.ir.schemas import DIALECT_DOMAIN  # not at import: loading an artifact does without
+
+    if not any(n.domain == DIALECT_DOMAIN for m in models for n in m.graph.all_nodes()):
         return None
     from planish.runtime.kernels.library import library_for
 
