@@ -7,27 +7,18 @@ import itertools
 import numpy as np
 import pytest
 
-from planish.runtime.kernels.cpu import LEVELS, Cpu, missing
+from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.norms import LayerNorm, RmsNorm
 from planish.runtime.kernels.template import Template, aligned, function
+from tests.runtime.kernels.levels import VECTORS, level
 
 pytest.importorskip("tvm")
 
-LEVEL_NAMES = ("avx2", "avx512", "neon")
 SHAPES = ((0, 8), (3, 0), (1, 1), (1, 768), (5, 7), (2, 15), (3, 16), (4, 17), (7, 63), (3, 64), (2, 197), (9, 384))
 TEMPLATES: tuple[Template, ...] = (
     *(LayerNorm(r, s, b) for r, s, b in itertools.product((False, True), (False, True), (False, True)) if r or not s),
     *(RmsNorm(r, s) for r, s in ((False, False), (True, False), (True, True))),
 )
-
-
-def level(name: str) -> Cpu:
-    import platform
-
-    found = LEVELS[name]
-    if found.machine != platform.machine() or missing(found.features):
-        pytest.skip(f"this processor lacks {name}")
-    return found
 
 
 def arguments(
@@ -55,7 +46,7 @@ def run(template: Template, inputs: list[np.ndarray], cpu: Cpu | None = None) ->
     return got
 
 
-@pytest.mark.parametrize("name", LEVEL_NAMES)
+@pytest.mark.parametrize("name", VECTORS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.symbol)
 def test_against_float64(template: Template, name: str) -> None:
     call, rng = function(template, level(name)), np.random.default_rng()
