@@ -181,6 +181,17 @@ class DialectOp:
         return OpCost(self.flops(inputs, outputs, attributes), moved)
 
 
+def same_dim(a: Dim, b: Dim, where: str) -> Dim:
+    """Two sizes that a definition says are equal: the more precise one.
+
+    Raises:
+        InferenceError: they are numbers that differ.
+    """
+    if isinstance(a, int) and isinstance(b, int) and a != b:
+        raise InferenceError(f"{where}: sizes {a} and {b} must be equal")
+    return b if a is None or (isinstance(b, int) and not isinstance(a, int)) else a
+
+
 def broadcast_dims(a: Sequence[Dim], b: Sequence[Dim], where: str) -> tuple[Dim, ...]:
     """Shape of an elementwise result under ONNX's broadcasting, as far as symbols tell.
 

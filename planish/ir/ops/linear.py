@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from planish.ir.ops.base import Attribute, DialectOp, InferenceError, Operand, Schema, TensorInfo
+from planish.ir.ops.base import Attribute, DialectOp, Dim, InferenceError, Operand, Schema, TensorInfo, same_dim
 from planish.ir.schemas import DIALECT_DOMAIN
 
 _FLOAT = frozenset({ir.DataType.FLOAT})
@@ -49,25 +49,41 @@ def _schema(name: str, inputs: Sequence[str], doc: str) -> Schema:
     return Schema(name, tuple(Operand(item, _FLOAT) for item in inputs), (Operand("y", _FLOAT),), (compute,), doc)
 
 
-def _infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:
-    """Of x (..., K), weights (K, N) and what else has N columns; a residual has the shape of y."""
-    x, weight, *others = inputs
-    assert x is not None and weight is not None
-    if attributes[COMPUTE_TYPE] not in COMPUTE_TYPES:
-        raise InferenceError(f"{COMPUTE_TYPE} is {attributes[COMPUTE_TYPE]}; it must be one of {COMPUTE_TYPES}")
-    if weight.dims is not None and len(weight.dims) != 2:
-        raise InferenceError(f"weight has rank {len(weight.dims)}; it must have 2")
-    columns = None if weight.dims is None else weight.dims[1]
-    for other in others:
-        last = other.dims[-1] if other is not None and other.dims else None
-        if isinstance(last, int) and isinstance(columns, int) and last != columns:
-            raise InferenceError(f"a weight has {columns} columns and another input {last}")
-    if x.dims is None:
-        return [TensorInfo(x.dtype)]
-    rows = None if weight.dims is None else weight.dims[0]
-    if not x.dims or (isinstance(x.dims[-1], int) and isinstance(rows, int) and x.dims[-1] != rows):
-        raise InferenceError(f"x has shape {x.dims} and the weight {rows} rows")
-    return [TensorInfo(x.dtype, (*x.dims[:-1], columns))]
+def _infer(weights: int) -> Any:
+    """The rule for an operator over x (..., K), `weights` weights (K, N), a bias (N), and a residual of y's shape."""
+
+    def infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:
+        if attributes[COMPUTE_TYPE] not in COMPUTE_TYPES:
+            raise InferenceError(f"{COMPUTE_TYPE} is {attributes[COMPUTE_TYPE]}; it must be one of {COMPUTE_TYPES}")
+        known = [item or TensorInfo() for item in inputs]
+        dtype = next((item.dtype for item in known if item.dtype is not None), None)
+        rows: Dim = None
+        columns: Dim = None
+        for weight in known[1 : 1 + weights]:
+            if weight.dims is None:
+                continue
+            if len(weight.dims) != 2:
+                raise InferenceError(f"a weight has rank {len(weight.dims)}; it must have 2")
+            rows, columns = same_dim(rows, weight.dims[0], "weights"), same_dim(columns, weight.dims[1], "weights")
+        bias, residual = (*(item.dims for item in known[1 + weights :]), None, None)[:2]
+        if bias is not None:
+            if len(bias) != 1:
+                raise InferenceError(f"the bias has rank {len(bias)}; it must have 1")
+            columns = same_dim(columns, bias[0], "the weight's columns and the bias")
+        x = known[0].dims
+        if x is None:
+            return [TensorInfo(dtype, residual)]
+        if not x:
+            raise InferenceError("x has rank 0; it must have columns")
+        same_dim(x[-1], rows, "the columns of x and the weight's rows")
+        dims: tuple[Dim, ...] = (*x[:-1], columns)
+        if residual is not None:
+            if len(residual) != len(dims):
+                raise InferenceError(f"the result has rank {len(dims)} and the residual {len(residual)}")
+            dims = tuple(same_dim(a, b, "the result and the residual") for a, b in zip(dims, residual, strict=True))
+        return [TensorInfo(dtype, dims)]
+
+    return infer
 
 
 def _flops(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], _: Mapping[str, Any]) -> int:
@@ -160,7 +176,7 @@ def _one_product(name: str) -> DialectOp:
         y = _activated(activation, _operand(x, compute_type) @ _operand(weight, compute_type) + bias.astype(np.float64))
         return (y + sum(item.astype(np.float64) for item in more),)
 
-    return DialectOp(schema, _infer, body, reference, _flops, min_opset=20)
+    return DialectOp(schema, _infer(1), body, reference, _flops, min_opset=20)
 
 
 def _swiglu() -> DialectOp:
@@ -183,7 +199,7 @@ def _swiglu() -> DialectOp:
     def flops(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> int:
         return 2 * _flops(inputs, outputs, attributes)
 
-    return DialectOp(schema, _infer, body, reference, flops, min_opset=20)
+    return DialectOp(schema, _infer(2), body, reference, flops, min_opset=20)
 
 
 #: The family, by name.

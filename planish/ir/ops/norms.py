@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from planish.ir.ops.base import Attribute, DialectOp, Dim, InferenceError, Operand, Schema, TensorInfo
+from planish.ir.ops.base import Attribute, DialectOp, Dim, InferenceError, Operand, Schema, TensorInfo, same_dim
 from planish.ir.schemas import DIALECT_DOMAIN
 
 _FLOAT = frozenset({ir.DataType.FLOAT})
@@ -37,13 +37,6 @@ def _schema(name: str, added: bool, bias: bool) -> Schema:
     return Schema(name, tuple(Operand(item, _FLOAT) for item in inputs), outputs, (epsilon,), doc)
 
 
-def _same(a: Dim, b: Dim, where: str) -> Dim:
-    """Two sizes that the definition says are equal: the more precise one."""
-    if isinstance(a, int) and isinstance(b, int) and a != b:
-        raise InferenceError(f"{where}: sizes {a} and {b} must be equal")
-    return b if a is None or (isinstance(b, int) and not isinstance(a, int)) else a
-
-
 def _infer(added: bool) -> Any:
     def infer(inputs: Sequence[TensorInfo | None], _: Mapping[str, Any]) -> Sequence[TensorInfo]:
         known = [item or TensorInfo() for item in inputs]
@@ -58,16 +51,16 @@ def _infer(added: bool) -> Any:
         for vector in vectors:
             if vector.dims is not None and len(vector.dims) != 1:
                 raise InferenceError(f"scale and bias must have rank 1, not shape {vector.dims}")
-            width = _same(width, vector.dims[0] if vector.dims else None, "scale and bias")
+            width = same_dim(width, vector.dims[0] if vector.dims else None, "scale and bias")
         dims: tuple[Dim, ...] | None = None
         if shapes:
             merged = [shapes[0][axis] for axis in range(len(shapes[0]))]
             for shape in shapes[1:]:
                 merged = [
-                    _same(a, b, f"axis {axis} of x and residual")
+                    same_dim(a, b, f"axis {axis} of x and residual")
                     for axis, (a, b) in enumerate(zip(merged, shape, strict=True))
                 ]
-            merged[-1] = _same(merged[-1], width, "the last axis of x, and scale")
+            merged[-1] = same_dim(merged[-1], width, "the last axis of x, and scale")
             dims = tuple(merged)
         return [TensorInfo(dtype, dims)] * (1 + added)
 

@@ -35,6 +35,10 @@ ort_status *planish_error(const char *format, ...) {
   return API(SLOT_CREATE_STATUS, int, const char *)(ORT_FAIL, text);
 }
 
+static void forget(ort_status *status) {
+  if (status) ((void (*)(ort_status *))planish_api[SLOT_RELEASE_STATUS])(status);
+}
+
 /* TVM's compiled code reports what is wrong with its arguments through this. */
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
   size_t used = (size_t)snprintf(failure, sizeof failure, "%s: ", kind);
@@ -91,8 +95,9 @@ static int launch(task_function run, void *data, int tasks) {
     all.group.tasks = 1;
     return run(0, &all.group, data);
   }
-  void *status = API(SLOT_PARALLEL_FOR, const ort_context *, void (*)(void *, size_t), size_t, size_t, void *)(
+  ort_status *status = API(SLOT_PARALLEL_FOR, const ort_context *, void (*)(void *, size_t), size_t, size_t, void *)(
       running, run_task, (size_t)all.group.tasks, 0, &all);
+  forget(status);
   return status || all.failed ? -1 : 0;
 }
 
@@ -178,10 +183,6 @@ void planish_finish(tensor *t) {
 void planish_release(tensor *t) {
   free(t->copy);
   t->copy = NULL;
-}
-
-static void forget(ort_status *status) {
-  if (status) ((void (*)(ort_status *))planish_api[SLOT_RELEASE_STATUS])(status);
 }
 
 int64_t planish_int(const ort_info *info, const char *name, int64_t otherwise) {

@@ -8,7 +8,7 @@ typedef struct {
   const linear_op *op;
   const linear_form *form;
   void *packed[2]; /* NULL where the weight is no constant */
-  int64_t k, n;    /* of the packed weights */
+  int64_t shape[2][2]; /* K and N of the packed weights */
 } linear;
 
 static int64_t panels(const linear_form *form, int64_t n) { return (n + form->width - 1) / form->width; }
@@ -56,11 +56,8 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
     tensor weight;
     int found;
     status = planish_constant(info, (size_t)(1 + i), sizeof(float), &weight, &found);
-    if (!status && found) {
-      kernel->k = weight.shape[0];
-      kernel->n = weight.shape[1];
-      status = pack(kernel->form, NULL, &weight, &kernel->packed[i]);
-    }
+    if (!status && found) status = pack(kernel->form, NULL, &weight, &kernel->packed[i]);
+    if (!status && found) memcpy(kernel->shape[i], weight.shape, sizeof kernel->shape[i]);
     planish_release(&weight);
   }
   if (status) {
@@ -82,14 +79,17 @@ static ort_status *fetch(const linear *kernel, ort_context *context, operands *a
   size_t next = 1;
   CHECK(planish_input(context, 0, sizeof(float), &all->x));
   if (!all->x.rank) return planish_error("%s: x has rank 0", op->base.name);
-  *k = kernel->k;
-  *n = kernel->n;
   for (int i = 0; i < op->weights; ++i, ++next) {
-    if (kernel->packed[i]) continue;
-    CHECK(planish_input(context, next, sizeof(float), &all->weight[i]));
-    CHECK(pack(kernel->form, context, &all->weight[i], &all->packed[i]));
-    *k = all->weight[i].shape[0];
-    *n = all->weight[i].shape[1];
+    const int64_t *shape = kernel->shape[i];
+    if (!kernel->packed[i]) {
+      CHECK(planish_input(context, next, sizeof(float), &all->weight[i]));
+      CHECK(pack(kernel->form, context, &all->weight[i], &all->packed[i]));
+      shape = all->weight[i].shape;
+    }
+    if (i && (shape[0] != *k || shape[1] != *n))
+      return planish_error("%s: the weights have shapes (%ld, %ld) and (%ld, %ld)", op->base.name, (long)*k, (long)*n, (long)shape[0], (long)shape[1]);
+    *k = shape[0];
+    *n = shape[1];
   }
   if (all->x.shape[all->x.rank - 1] != *k)
     return planish_error(
