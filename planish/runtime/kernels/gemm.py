@@ -196,12 +196,21 @@ def for_row_blocks(m: Any, k: Any, panels: Any, shape: Tile, body: Callable[[Any
 
     # No divisor can be zero: TVM takes sizes for positive, and drops a guard such as max(k, 1).
     fit = tx.max(const(4 * shape.rows), tx.min(const(_BLOCK_ROWS), const(_BLOCK_NUMBERS) // (k + 1)))
-    blocks = T.bind(m // (fit + 1) + 1)
+    blocks = opaque(m // (fit + 1) + 1)
     # Blocks of equal size, in whole tiles; after rounding up, the last ones may be empty.
-    size = T.bind(((m + blocks - 1) // blocks + shape.rows - 1) // shape.rows * shape.rows)
+    size = opaque(((m + blocks - 1) // blocks + shape.rows - 1) // shape.rows * shape.rows)
     with T.parallel(const(0), blocks * panels) as t:
-        row = T.bind(t // panels * size)
-        body(T.bind(t % panels), row, T.bind(tx.min(size, m - row)))
+        row = opaque(t // panels * size)
+        body(opaque(t % panels), row, opaque(tx.min(size, m - row)))
+
+
+def opaque(value: Any) -> Any:
+    """An integer that TVM does not substitute by its definition, which would grow with every use of a use."""
+    from tvm.tirx.script.builder import ir as T
+
+    buffer = T.alloc_buffer((1,), "int64", scope="local", annotations=ON_STACK)
+    T.buffer_store(buffer, value, [0])
+    return buffer[0]
 
 
 def _task(
@@ -213,8 +222,8 @@ def _task(
 
     results = [_stack(shape.rows * shape.width) for _ in packed]
     with T.serial((rows + shape.rows - 1) // shape.rows) as step:
-        first = T.bind(row + step * shape.rows)
-        height = T.bind(tx.min(tx.const(shape.rows, "int64"), row + rows - first))
+        first = opaque(row + step * shape.rows)
+        height = opaque(tx.min(tx.const(shape.rows, "int64"), row + rows - first))
         for weight, result in zip(packed, results, strict=True):
             _tile_rows(shape, x, weight, result, p, first, height)
         finish(shape, results, activation, b, r, y, p, first, height)
@@ -237,7 +246,7 @@ def _tile_rows(shape: Tile, x: Any, weight: Any, result: Any, p: Any, first: Any
             rows = shape.rows // 2
             while rows:
                 with T.If((height // rows) % 2 == 1), T.Then():
-                    done = T.bind(height // (2 * rows) * (2 * rows))
+                    done = opaque(height // (2 * rows) * (2 * rows))
                     _multiply(shape, rows, x, weight, result, p, first + done, done)
                 rows //= 2
 
