@@ -54,13 +54,13 @@ def generate(
 
     first = prefill.run({IDS: prompts, LENGTHS: lengths})
     logits = _last(first.pop(LOGITS), lengths)
-    step = _Step(decode, first, lengths, prompts.shape[1] + int(max_new_tokens) - 1, logits)
+    step: _Step | None = None  # made after the first token, which does not have to wait for it
     result = np.empty((len(ids), ids.shape[1] + int(max_new_tokens)), np.int64)
     end = ids.shape[1]
     result[:, :end] = ids
     live = np.ones(len(ids), bool)
     while True:
-        tokens = np.where(live, sampling.choose(step.logits, result[:, :end], random), pad)
+        tokens = np.where(live, sampling.choose(logits, result[:, :end], random), pad)
         result[:, end] = tokens
         end += 1
         if stream is not None:
@@ -68,6 +68,9 @@ def generate(
         live &= ~np.isin(tokens, eos)
         if end == result.shape[1] or not live.any():
             break
+        if step is None:
+            step = _Step(decode, first, lengths, prompts.shape[1] + int(max_new_tokens) - 1, logits)
+            logits = step.logits
         step(tokens)
     found = result[:, :end].copy()
     return to_torch(found) if as_torch else found
