@@ -18,7 +18,7 @@ from planish.runtime.kernels.template import ON_STACK, import_tvm
 def script() -> Any:
     """TVM's builder of TIR, as a module."""
     import_tvm()
-    from tvm.script.ir_builder import tirx
+    from tvm.script.ir_builder import tirx  # type: ignore[import-untyped]
 
     return tirx
 
@@ -27,12 +27,12 @@ def script() -> Any:
 def prim_func(symbol: str) -> Iterator[list[Any]]:
     """Builds a function in its body; the list that it gives holds the PrimFunc afterwards."""
     import_tvm()
-    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import IRBuilder  # type: ignore[import-untyped]
 
     T = script()
     built: list[Any] = []
     with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):  # noqa: SIM117 -- the builder has it only after it is closed
+        with T.prim_func(s_tir=True):
             T.func_name(symbol)
             T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
             yield built
@@ -130,3 +130,44 @@ def sweep(cpu: Cpu, width: Any, unroll: int, body: Body) -> None:
             store(group.scalar, f(group.scalar[0]), 0)
 
         body(width // lanes * lanes + rest, update)
+
+
+#: Most vectors that `blocks` gives to a body at once: with as many accumulators there are registers left for the rest.
+_BLOCK_VECTORS = 8
+
+
+def blocks(cpu: Cpu, width: Any, body: Callable[[Any, int, int], None]) -> None:
+    """Runs `body(first column, vectors, lanes)` for blocks that cover `width` columns.
+
+    For bodies with a loop of their own over something else, whose accumulators a block is: wide blocks first; an
+    incomplete last vector starts earlier, so that columns in it are computed twice, with equal results. Below one
+    vector, narrower ones.
+    """
+    T, lanes = script(), cpu.lanes
+    vectors = _BLOCK_VECTORS
+    with T.serial(width // (vectors * lanes)) as block:
+        body(block * (vectors * lanes), vectors, lanes)
+    while vectors > 1:
+        vectors //= 2
+        step = vectors * lanes
+        with T.If(width // step % 2 == 1), T.Then():
+            body(T.bind(width // (2 * step) * (2 * step)), vectors, lanes)
+    with T.If(width >= lanes):
+        with T.Then(), T.If(width % lanes > 0), T.Then():
+            body(T.bind(width - lanes), 1, lanes)
+        with T.Else():
+            narrow = lanes // 2
+            while narrow:
+                with T.If(width // narrow % 2 == 1), T.Then():
+                    body(T.bind(width // (2 * narrow) * (2 * narrow)), 1, narrow)
+                narrow //= 2
+
+
+def each_lane(lanes: int, body: Callable[[Any], None]) -> None:
+    """A vectorized loop; of one lane, just the body."""
+    T = script()
+    if lanes == 1:
+        body(T.int64(0))
+    else:
+        with T.vectorized(T.int64(lanes)) as j:
+            body(j)
