@@ -86,6 +86,21 @@ def detect(*levels: str) -> Cpu | None:
     return None
 
 
+@functools.cache
+def permit_tiles() -> bool:
+    """Asks Linux, once for this process, for the use of AMX's tile registers; false if it refuses.
+
+    Without it, the first instruction on a tile ends the process ("Using XSTATE features in user space applications",
+    Linux kernel documentation: ARCH_REQ_XCOMP_PERM for XTILEDATA).
+    """
+    if missing(LEVELS["amx"].features):
+        return False
+    import ctypes
+
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+
+
 def host() -> Cpu:
     """The widest level of vector instructions of this processor (AMX is asked for by name: `detect`).
 
