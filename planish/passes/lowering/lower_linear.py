@@ -64,15 +64,16 @@ class LowerLinear(RewritePass):
 
     def _residual(self, op: Any, match: Match) -> Any:
         self._require_size(match["w"])
-        x, residual = match["x"], match["residual"]
-        shape, wanted = match.shape(residual), match.shape(match.output)
+        x, residual, bias = match["x"], match["residual"], _bias(op, match)
+        rows, shape = match.shape(x), match.shape(residual)
+        wanted = rows and (*rows[:-1], *match.shape(match["w"])[1:])
         if shape is None or wanted is None or None in shape or shape != wanted:
-            raise Decline(
-                f"the summand has shape {shape} and the sum {wanted}: a residual has the shape of the product"
-            )
+            raise Decline(f"the summand has shape {shape} and the product {wanted}: a residual has that of the product")
+        if match.values.get("bias") is None and _is_vector(None, residual):
+            raise Decline("the summand is the bias")
         if residual.producer() is not None and residual.producer() in match.nodes:
             raise Decline("the summand is the product itself")
-        return _call(op, "LinearAdd", x, match["w"], _bias(op, match), residual)
+        return _call(op, "LinearAdd", x, match["w"], bias, residual)
 
     def _swiglu(self, op: Any, match: Match) -> Any:
         gate, up = match["w"], match["u"]
@@ -96,9 +97,8 @@ def _call(op: Any, op_type: str, *inputs: ir.Value) -> ir.Value:
 
 def _bias(op: Any, match: Match) -> ir.Value:
     """The bias of a match, of zeros where it has none."""
-    bias = match["bias"] if "bias" in match.values else None
-    if bias is not None:
-        found: ir.Value = bias
+    found: ir.Value | None = match.values.get("bias")
+    if found is not None:
         return found
     columns = constant_tensor(match["w"]).shape.numpy()[1]  # type: ignore[union-attr]
     zeros: ir.Value = op.initializer(np.zeros(int(columns), np.float32), name="no_bias")
