@@ -71,6 +71,10 @@ class Input:
     name: str = ""
     number: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.number is not None and not math.isfinite(self.number):
+            raise InputError(f"the constant {self.number} is not finite; give it as an input.")
+
     def __str__(self) -> str:
         return self.name if self.number is None else repr(self.number)
 
@@ -170,7 +174,8 @@ def _term(node: ast.expr) -> Term:
     negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
     number = node.operand if isinstance(node, ast.UnaryOp) and negative else node
     if isinstance(number, ast.Constant) and type(number.value) in (int, float):
-        return Input(number=-float(number.value) if negative else float(number.value))
+        value = float(ast.literal_eval(number))
+        return Input(number=-value if negative else value)
     raise ValueError(f"'{ast.unparse(node)}' is neither a name, nor a number, nor an operation on such")
 
 
@@ -209,7 +214,8 @@ class Elementwise(Template):
         """The chain at `lanes` columns from `column` on."""
         import tvm.tirx as tx
 
-        T, values = script(), {}
+        T = script()
+        values: dict[Term, Any] = {}
 
         def spread(value: Any) -> Any:
             return value if lanes == 1 else tx.Broadcast(value, lanes)
@@ -238,7 +244,8 @@ class Elementwise(Template):
 
     def reference(self, *arguments: np.ndarray) -> tuple[np.ndarray, ...]:
         """Takes shapes from a last argument (rows, width) if no input is full and two do not tell them."""
-        given, values = {}, {}
+        given: dict[str, Any] = {}
+        values: dict[Term, Any] = {}
         rows = width = 1
         for (name, kind), array in zip(self.chain.inputs, arguments, strict=False):
             rows = array.shape[0] if kind in ("full", "row") else rows

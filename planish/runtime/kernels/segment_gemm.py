@@ -7,13 +7,14 @@ gathered rows and no weight per row in memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from planish.ir.errors import InputError
 from planish.runtime.kernels.cpu import Cpu
-from planish.runtime.kernels.loops import argument, const, local, prim_func, script, size, store
+from planish.runtime.kernels.loops import argument, const, each_lane, local, prim_func, script, size, store
 from planish.runtime.kernels.template import Template
 
 #: Rows that are multiplied at once: with four vectors each they fill the 32 registers of AVX-512 and NEON.
@@ -199,7 +200,7 @@ class _Kernel:
         T = script()
         sums = [[local(lanes) for _ in range(vectors)] for _ in range(rows)]
         for buffer in (vector for line in sums for vector in line):
-            self._each(lanes, lambda j, buffer=buffer: store(buffer, const(0.0), j))
+            each_lane(lanes, partial(store, buffer, const(0.0)))
         source = [T.bind(row + i if self.gather is None else self.gather[row + i]) for i in range(rows)]
         with T.serial(self.x.shape[1]) as k:
             for i in range(rows):
@@ -211,19 +212,11 @@ class _Kernel:
                         at = (segment, p, k, column) if packed else (segment, k, first + column)
                         store(buffer, buffer[j] + self.x[source[i], k] * self.weight[at], j)
 
-                    self._each(lanes, add)
+                    each_lane(lanes, add)
         if left is None:
             self._write(sums, row, first, lanes)
         else:
             self._write_part(sums, row, first, lanes, left)
-
-    def _each(self, lanes: int, body: Any) -> None:
-        T = script()
-        if lanes == 1:
-            body(T.int64(0))
-        else:
-            with T.vectorized(T.int64(lanes)) as j:
-                body(j)
 
     def _value(self, value: Any, row: Any, to: Any, column: Any) -> Any:
         if self.scale is not None:
@@ -243,7 +236,7 @@ class _Kernel:
                     column = first + v * lanes + j
                     store(self.y, self._value(buffer[j], row + i, to, column), to, column)
 
-                self._each(lanes, write)
+                each_lane(lanes, write)
 
     def _write_part(self, sums: list[list[Any]], row: Any, first: Any, lanes: int, left: Any) -> None:
         """The last panel: zeros that filled it up are not for y."""
@@ -252,6 +245,10 @@ class _Kernel:
         for i, line in enumerate(sums):
             to = self._target(row + i)
             for v, buffer in enumerate(line):
-                self._each(lanes, lambda j, buffer=buffer, v=v: store(line_of, buffer[j], v * lanes + j))
+
+                def copy(j: Any, buffer: Any = buffer, v: int = v) -> None:
+                    store(line_of, buffer[j], v * lanes + j)
+
+                each_lane(lanes, copy)
             with T.serial(left) as c:
                 store(self.y, self._value(line_of[c], row + i, to, first + c), to, first + c)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -263,9 +264,13 @@ class _WeightedSum:
 
 def _fill(vectors: list[Any], lanes: int, value: float) -> None:
     for buffer in vectors:
-        each_lane(lanes, lambda j, buffer=buffer: store(buffer, const(value), j))
+        each_lane(lanes, partial(store, buffer, const(value)))
 
 
 def _write(vectors: list[Any], lanes: int, first: Any, y: Any, v: Any, h: Any, finish: Callable[[Any], Any]) -> None:
     for i, buffer in enumerate(vectors):
-        each_lane(lanes, lambda j, buffer=buffer, i=i: store(y, finish(buffer[j]), v, h, first + i * lanes + j))
+
+        def write(j: Any, buffer: Any = buffer, start: int = i * lanes) -> None:
+            store(y, finish(buffer[j]), v, h, first + start + j)
+
+        each_lane(lanes, write)

@@ -91,6 +91,8 @@ def test_text_form() -> None:
         ("x full -> add(x)", "takes 2"),
         ("x full -> x + 1", "neither a name"),
         ("x full -> add(x, 'a')", "neither a name"),
+        ("x full -> add(x, 1e999)", "not finite"),
+        ("x full -> add(x, True)", "neither a name"),
         ("x full -> gelu(", "no chain"),
         ("x full -> ", "no chain"),
     ],
