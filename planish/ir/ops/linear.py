@@ -140,7 +140,8 @@ def _activated(name: str | None, x: np.ndarray) -> np.ndarray:
     if name is None:
         return x
     if name == "relu":
-        return np.maximum(x, 0)
+        positive: np.ndarray = np.maximum(x, 0)
+        return positive
     if name == "gelu":
         gate = 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
     elif name == "gelu_tanh":

@@ -66,7 +66,7 @@ class LowerLinear(RewritePass):
         self._require_size(match["w"])
         x, residual, bias = match["x"], match["residual"], _bias(op, match)
         rows, shape = match.shape(x), match.shape(residual)
-        wanted = rows and (*rows[:-1], *match.shape(match["w"])[1:])
+        wanted = rows and (*rows[:-1], *_sizes(match["w"])[1:])
         if shape is None or wanted is None or None in shape or shape != wanted:
             raise Decline(f"the summand has shape {shape} and the product {wanted}: a residual has that of the product")
         if match.values.get("bias") is None and _is_vector(None, residual):
@@ -83,9 +83,7 @@ class LowerLinear(RewritePass):
         return _call(op, "LinearSwiGLU", match["x"], gate, up)
 
     def _require_size(self, weight: ir.Value) -> None:
-        tensor = constant_tensor(weight)
-        assert tensor is not None
-        sizes = [int(n) for n in tensor.shape.numpy()]
+        sizes = _sizes(weight)
         if min(sizes) < self.min_columns:
             raise Decline(f"the weight is {sizes[0]} by {sizes[1]}; kernels pay from {self.min_columns} on")
 
@@ -95,13 +93,18 @@ def _call(op: Any, op_type: str, *inputs: ir.Value) -> ir.Value:
     return made
 
 
+def _sizes(weight: ir.Value) -> list[int]:
+    tensor = constant_tensor(weight)
+    assert tensor is not None
+    return [int(n) for n in tensor.shape.numpy()]
+
+
 def _bias(op: Any, match: Match) -> ir.Value:
     """The bias of a match, of zeros where it has none."""
     found: ir.Value | None = match.values.get("bias")
     if found is not None:
         return found
-    columns = constant_tensor(match["w"]).shape.numpy()[1]  # type: ignore[union-attr]
-    zeros: ir.Value = op.initializer(np.zeros(int(columns), np.float32), name="no_bias")
+    zeros: ir.Value = op.initializer(np.zeros(_sizes(match["w"])[1], np.float32), name="no_bias")
     return zeros
 
 
