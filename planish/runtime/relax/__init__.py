@@ -1,0 +1,1 @@
+"""ONNX-level programs as Relax modules of TVM, over symbolic sizes."""

@@ -1,0 +1,74 @@
+"""One entry of a program as compiled code of TVM."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.ir.errors import UnsupportedError
+from planish.ir.spec import TensorSpec
+from planish.runtime.kernels.cpu import LEVELS, Cpu
+from planish.runtime.kernels.template import Template, compile_module, import_tvm, target
+from planish.runtime.relax.translator import CHECK, Translator, weights_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass
+class Compiled:
+    """Code and weights.
+
+    Attributes:
+        executable: of Relax's virtual machine; its function ``main`` takes the inputs, then the weights.
+        weights: name → array, in the order in which the function takes them.
+    """
+
+    executable: Any
+    weights: dict[str, np.ndarray]
+
+
+def build(model: ir.Model, inputs: Sequence[TensorSpec], cpu: Cpu) -> Compiled:
+    """Compiles the graph of a model.
+
+    Raises:
+        UnsupportedError: an operator, dtype or form that has no code; TVM is not installed.
+    """
+    tvm = import_tvm()
+    from tvm import relax
+
+    # Every emitter is registered by its module.
+    from planish.runtime.relax import blocks, elementwise, gathers, images, products, views  # noqa: F401
+
+    translator = Translator(cpu, model)
+    module, _ = translator.function(model.graph, inputs)
+    with tvm.transform.PassContext(opt_level=3), target(cpu):
+        module = relax.transform.DeadCodeElimination()(module)
+        from planish.runtime.relax.schedules import schedule_module
+
+        module = schedule_module(module, cpu)
+        module[CHECK] = translator.check()
+        try:
+            executable = tvm.compile(module, target=target(cpu), relax_pipeline=relax.get_pipeline("default_build"))
+        except tvm.error.InternalError as error:
+            raise UnsupportedError(
+                f"TVM {tvm.__version__} does not compile the program: {_last_line(error)}"
+            ) from error
+    for template in translator.kernels.values():
+        executable.mod.import_module(_kernel(template, cpu.name))
+    return Compiled(executable, weights_of(translator.parameters))
+
+
+@functools.cache
+def _kernel(template: Template, level: str) -> Any:
+    """The compiled module of a template: programs of one process share it."""
+    return compile_module([template], LEVELS[level])
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:400] if lines else type(error).__name__
