@@ -88,9 +88,10 @@ static void run_task(void *given, size_t task) {
   if (all->run((int)task, &all->group, all->data)) __atomic_store_n(&all->failed, 1, __ATOMIC_RELAXED);
 }
 
+static long processors = 1; /* asked for once: the C library reads a file for it */
+
 static int launch(task_function run, void *data, int tasks) {
-  long processors = tasks > 0 ? tasks : sysconf(_SC_NPROCESSORS_ONLN);
-  job all = {run, data, {NULL, (int32_t)(processors > 0 ? processors : 1)}, 0};
+  job all = {run, data, {NULL, (int32_t)(tasks > 0 ? tasks : processors)}, 0};
   if (!running || all.group.tasks == 1) {
     all.group.tasks = 1;
     return run(0, &all.group, data);
@@ -107,6 +108,8 @@ extern void *__TVMBackendAllocWorkspace __attribute__((weak));
 extern void *__TVMBackendFreeWorkspace __attribute__((weak));
 
 static void connect(void) {
+  long online = sysconf(_SC_NPROCESSORS_ONLN);
+  if (online > 0) processors = online;
   if (&__TVMBackendParallelLaunch) __TVMBackendParallelLaunch = (void *)launch;
   if (&__TVMBackendAllocWorkspace) __TVMBackendAllocWorkspace = (void *)allocate;
   if (&__TVMBackendFreeWorkspace) __TVMBackendFreeWorkspace = (void *)release;
