@@ -4,7 +4,8 @@
 
 Float32 (and bfloat16 on AMX, against the same float32 baseline), one thread, processor time, both sides interleaved
 in one process. ONNX Runtime gets MatMul, Add and Gelu (or what the row says) with constant weights and all of its own
-optimizations. A ratio above 1 means that the generated kernel is faster; the interval is a 95 % bootstrap of its median.
+optimizations. A ratio above 1 means that the generated kernel is faster; its interval is a 95 % bootstrap of the
+median.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The products of `gemm` in bfloat16 with float32 sums, on Intel's matrix unit (AMX).
 
 Operands are rounded to nearest even: weights when they are packed, x inside of the kernel. Tiles and their instructions
-are those of the "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 1, chapter 18: sixteen rows of 64
-bytes; ``tdpbf16ps`` adds the product of 16 x 32 and 32 x 16 numbers to a tile of float32, rows of the second in pairs.
+are those of the "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 1, chapter 18: sixteen rows of
+64 bytes; ``tdpbf16ps`` adds the product of 16 x 32 and 32 x 16 numbers to a tile of float32, rows of the second in
+pairs.
 A process must ask Linux once for the use of tiles: `planish.runtime.kernels.cpu.permit_tiles`.
 """
 
