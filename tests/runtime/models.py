@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,7 +11,10 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from planish.ir.program import Calibration, Program
+from planish.runtime import artifact_writer
+from planish.runtime.artifact import read_manifest
 from planish.runtime.executable import Executable
+from planish.runtime.manifest import NAME
 from planish.runtime.ort import OrtRunner, compile_ort
 
 ONE_THREAD = "ort-cpu:threads=1"
@@ -68,3 +72,16 @@ def identity(kind: str, shape: str = "[n]", op: str = "Identity", opset: int = 2
 
 def all_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def reseal(path: Path, **changed: Any) -> None:
+    """Makes the manifest fit the files again: what an author of a hostile artifact would do."""
+    manifest = read_manifest(path)
+    for name in list(manifest.files):
+        digest = artifact_writer._Files(path)
+        if (path / name).is_file():
+            digest.add(name)
+            manifest.files[name] = digest.written[name]
+    for key, value in changed.items():
+        setattr(manifest, key, value)
+    (path / NAME).write_bytes(manifest.to_bytes())

@@ -25,7 +25,7 @@ from planish.runtime.artifact import load, read_manifest, verify_artifact
 from planish.runtime.executable import Executable
 from planish.runtime.manifest import NAME, FileInfo
 from planish.runtime.ort import compile_ort
-from tests.runtime.models import ONE_THREAD, all_files, executable, limited, model, two_layers
+from tests.runtime.models import ONE_THREAD, all_files, executable, limited, model, reseal, two_layers
 
 
 @pytest.fixture
@@ -42,19 +42,6 @@ def batch() -> dict[str, np.ndarray]:
     calibration = two_layers().calibration
     assert calibration is not None
     return calibration.batches[0]
-
-
-def reseal(path: Path, **changed: Any) -> None:
-    """Makes the manifest fit the files again: what an author of a hostile artifact would do."""
-    manifest = read_manifest(path)
-    for name in list(manifest.files):
-        digest = artifact_writer._Files(path)
-        if (path / name).is_file():
-            digest.add(name)
-            manifest.files[name] = digest.written[name]
-    for key, value in changed.items():
-        setattr(manifest, key, value)
-    (path / NAME).write_bytes(manifest.to_bytes())
 
 
 def test_round_trip(artifact: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,9 +17,9 @@ from planish.ir.errors import InputError, PlanishError, UnsupportedError
 _NAMES = ("cc", "gcc", "clang")
 _FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-s")
 _SECONDS = 120
+_ERROR = re.compile(r"\berror:|undefined (reference|symbol)")
 
 
-@functools.cache
 def compiler(chosen: str | None = None) -> tuple[str, ...]:
     """The command of a C compiler: `chosen`, else ``$CC``, ``cc``, ``gcc``, ``clang``, or that of the package ziglang.
 
@@ -27,9 +27,12 @@ def compiler(chosen: str | None = None) -> tuple[str, ...]:
         InputError: ``$CC`` names nothing that can be run.
         UnsupportedError: there is none; the message says what to install.
     """
-    chosen = chosen or os.environ.get("CC")
+    chosen = (chosen or os.environ.get("CC", "")).strip()
     if chosen:
-        command = shlex.split(chosen)
+        try:
+            command = shlex.split(chosen) or [chosen]
+        except ValueError:  # a quote is missing
+            command = [chosen]
         if not shutil.which(command[0]):
             raise InputError(f"CC is '{chosen}', which is not a command; unset it, or name a C compiler.")
         return tuple(command)
@@ -68,5 +71,8 @@ def link(
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PlanishError(f"linking kernels failed: {error}.") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        lines = done.stderr.splitlines()
+        lines = [line for line in lines if _ERROR.search(line)] or lines
         raise PlanishError(f"linking kernels with {command[0]} failed: {(lines or ['no message'])[0].strip()}")
+    if not output.is_file():
+        raise PlanishError(f"linking kernels with {command[0]} failed: it wrote no library.")
