@@ -48,10 +48,18 @@ def norm_rows() -> Iterator[Row]:
     from planish.ir.ops import import_functions
     from planish.runtime.kernels.library import library_for
 
-    def text(body: str, width: int, outputs: str) -> str:
-        return f"""<ir_version: 10, opset_import: ["" : 23, "planish" : 1]>
-            g (float[N, {width}] x, float[N, {width}] r, float[{width}] w, float[{width}] b)
-              => ({outputs}) {{ {body} }}"""
+    def model(body: str, width: int, outputs: str, weights: dict[str, np.ndarray]) -> ir.Model:
+        inputs = f"float[N, {width}] x, float[N, {width}] r"
+        parsed = ir.from_onnx_text(
+            f"""<ir_version: 10, opset_import: ["" : 23, "planish" : 1]>
+            g ({inputs}, float[{width}] w, float[{width}] b) => ({outputs}) {{ {body} }}"""
+        )
+        for value in [item for item in parsed.graph.inputs if item.name in weights]:
+            value.const_value = ir.tensor(weights[str(value.name)], name=value.name)
+            parsed.graph.inputs.remove(value)
+            if value.uses():
+                parsed.graph.initializers.add(value)
+        return parsed
 
     forms = (
         ("LayerNorm", "y = LayerNormalization(x, w, b)", "y = planish.LayerNorm(x, w, b)", 1),
@@ -64,20 +72,19 @@ def norm_rows() -> Iterator[Row]:
     for name, plain, fused, results in forms:
         for rows, width in NORM_SHAPES:
             rng = np.random.default_rng(0)
-            arrays = {k: rng.normal(size=(rows, width)).astype("f") for k in "xr"} | {
-                k: rng.normal(size=width).astype("f") for k in "wb"
-            }
+            arrays = {key: rng.normal(size=(rows, width)).astype("f") for key in "xr"}
+            weights = {key: rng.normal(size=width).astype("f") for key in "wb"}
             outputs, runs, found = ", ".join(f"float[N, {width}] {o}" for o in "yz"[:results]), [], []
             for body in (plain, fused):
-                model = ir.from_onnx_text(text(body, width, outputs))
+                made = model(body, width, outputs, weights)
                 options = ort.SessionOptions()
                 options.intra_op_num_threads = 1
                 if body is fused:
-                    import_functions(model)
-                    library = library_for([model])
+                    import_functions(made)
+                    library = library_for([made])
                     assert library is not None
                     options.register_custom_ops_library(str(library.path))
-                data = ir.to_proto(model).SerializeToString()
+                data = ir.to_proto(made).SerializeToString()
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
                 binding, given = session.io_binding(), {item.name for item in session.get_inputs()}
                 for key in given:

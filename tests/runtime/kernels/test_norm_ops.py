@@ -72,6 +72,19 @@ def test_operator_body_and_reference_agree(name: str, epsilon: float | None, lib
             np.testing.assert_allclose(kernel, body, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_constant_scale_and_bias(name: str, library: Library) -> None:
+    model, inputs = model_of(name, None), arrays(name, (3, 2, 20))
+    want = run(model, inputs, library)
+    for value in [item for item in model.graph.inputs if item.name in ("scale", "bias")]:
+        value.const_value = ir.tensor(inputs.pop(str(value.name)), name=value.name)
+        value.shape = ir.Shape([20])
+        model.graph.inputs.remove(value)
+        model.graph.initializers.add(value)
+    for constant, given in zip(run(model, inputs, library), want, strict=True):
+        np.testing.assert_array_equal(constant, given)
+
+
 def test_rows_on_several_threads(library: Library) -> None:
     model, inputs = model_of("AddLayerNormalization", None), arrays("AddLayerNormalization", (5, 41, 96))
     for one, two in zip(run(model, inputs, library), run(model, inputs, library, 2), strict=True):
