@@ -15,7 +15,7 @@ from pathlib import Path
 from planish.ir.errors import InputError, PlanishError, UnsupportedError
 
 _NAMES = ("cc", "gcc", "clang")
-_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-s")
+_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-s,-Bsymbolic")
 _SECONDS = 120
 _ERROR = re.compile(r"\berror:|undefined (reference|symbol)")
 

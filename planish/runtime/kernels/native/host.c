@@ -8,6 +8,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #ifdef PLANISH_AMX
 #include <sys/syscall.h>
 #endif
@@ -267,27 +270,52 @@ void planish_fill(planish_op *all) {
   op->variadic_input_homogeneous = op->variadic_output_homogeneous = one;
 }
 
+#if defined(__x86_64__)
+enum { EAX, EBX, ECX, EDX };
+/* Where CPUID has a feature (Intel's manual, volume 2), and the parts of the processor's state that the operating
+ * system must keep for it (bits of XCR0). The compilers' own __builtin_cpu_supports does not work with all linkers. */
+static const struct {
+  const char *name;
+  unsigned leaf, subleaf, part, bit, state;
+} known_features[] = {
+    {"fma", 1, 0, ECX, 12, 0x6},          {"movbe", 1, 0, ECX, 22, 0},          {"avx", 1, 0, ECX, 28, 0x6},
+    {"f16c", 1, 0, ECX, 29, 0x6},         {"bmi1", 7, 0, EBX, 3, 0},            {"avx2", 7, 0, EBX, 5, 0x6},
+    {"bmi2", 7, 0, EBX, 8, 0},            {"avx512f", 7, 0, EBX, 16, 0xe6},     {"avx512dq", 7, 0, EBX, 17, 0xe6},
+    {"avx512cd", 7, 0, EBX, 28, 0xe6},    {"avx512bw", 7, 0, EBX, 30, 0xe6},    {"avx512vl", 7, 0, EBX, 31, 0xe6},
+    {"amx_bf16", 7, 0, EDX, 22, 0x60000}, {"amx_tile", 7, 0, EDX, 24, 0x60000}, {"avx512_bf16", 7, 1, EAX, 5, 0xe6},
+};
+
+static uint64_t kept_state(void) {
+  unsigned parts[4], low, high;
+  __cpuid_count(1, 0, parts[EAX], parts[EBX], parts[ECX], parts[EDX]);
+  if (!(parts[ECX] >> 27 & 1)) return 0; /* no XGETBV */
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t)high << 32 | low;
+}
+
+static int has(const char *name) {
+  for (size_t i = 0; i < sizeof known_features / sizeof *known_features; ++i) {
+    unsigned parts[4], state = known_features[i].state;
+    if (strcmp(name, known_features[i].name)) continue;
+    if (!__get_cpuid_count(known_features[i].leaf, known_features[i].subleaf, parts, parts + 1, parts + 2, parts + 3))
+      return 0;
+    if (!(parts[known_features[i].part] >> known_features[i].bit & 1) || (kept_state() & state) != state) return 0;
+#ifdef PLANISH_AMX
+    /* Linux gives a process the tile registers only if it asks for them: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
+    if (!strcmp(name, "amx_tile")) return !syscall(SYS_arch_prctl, 0x1023, 18);
+#endif
+    return 1;
+  }
+  return 0;
+}
+#else
+static int has(const char *name) { return !strcmp(name, "asimd"); } /* every 64-bit Arm has it */
+#endif
+
 /* NULL, or the first feature that this processor lacks. */
 static const char *lacking(void) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#define HAS(feature) \
-  if (!strcmp(name, #feature)) found = __builtin_cpu_supports(#feature);
-  for (const char *const *at = planish_features; *at; ++at) {
-    const char *name = *at;
-    int found = 1; /* the others come with these */
-    HAS(avx2) HAS(fma) HAS(avx512f) HAS(avx512bw) HAS(avx512dq) HAS(avx512vl)
-#ifdef PLANISH_AMX
-    if (!strcmp(name, "amx_bf16")) {
-      unsigned a = 7, b, c = 0, d;
-      __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-      /* Linux gives a process the tile registers only if it asks for them: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
-      found = (d >> 22 & 1) && (d >> 24 & 1) && !syscall(SYS_arch_prctl, 0x1023, 18);
-    }
-#endif
-    if (!found) return name;
-  }
-#endif
+  for (const char *const *at = planish_features; *at; ++at)
+    if (!has(*at)) return *at;
   return NULL;
 }
 
