@@ -64,7 +64,7 @@ def unpack(panels: np.ndarray, depth: int, columns: int) -> np.ndarray:
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
-    return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    return np.asarray(x.astype(ml_dtypes.bfloat16), np.float64)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Gemm(Template):
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
         x, panels, bias = arguments[:3]
-        y = _rounded(x) @ unpack(panels, x.shape[1], len(bias)).astype(np.float64) + bias
+        y: np.ndarray = _rounded(x) @ unpack(panels, x.shape[1], len(bias)).astype(np.float64) + bias
         if self.activation:
             y = tir_math.REFERENCES[self.activation](y)
         return y + arguments[3] if self.residual else y
@@ -131,7 +131,7 @@ class GatedGemm(Template):
         activated = _rounded(x) @ gate
         if self.activation:
             activated = tir_math.REFERENCES[self.activation](activated)
-        return activated * (_rounded(x) @ up)
+        return np.asarray(activated * (_rounded(x) @ up))
 
     def build(self, cpu: Cpu) -> Any:
         return _build(self.symbol, 2, self.activation, bias=False, residual=False)
@@ -192,7 +192,7 @@ def _build(symbol: str, weights: int, activation: str | None, *, bias: bool, res
         tiles = T.alloc_buffer(((bands * steps + 1) * _TILE,), "uint16", align=64)
         with T.parallel(tx.const(0, "int64"), bands) as band:
             _round_band(x, tiles, gemm.opaque(band), steps)
-        gemm.for_row_blocks(m, k, panels, _SHAPE, lambda *at: _task(tiles, steps, packed, activation, b, r, y, *at))
+        gemm.for_row_blocks(m, panels, _SHAPE, lambda *at: _task(tiles, steps, packed, activation, b, r, y, *at))
     return built[0]
 
 

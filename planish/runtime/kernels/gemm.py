@@ -2,7 +2,7 @@
 
 The scheme is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (ACM TOMS 34(3), 2008):
 weights are packed once into panels of `panel_width` columns, a tile of rows times such a panel is accumulated in
-registers, and rows are visited in blocks that stay in the second-level cache together with one panel.
+registers, and all rows of a block use a panel before the next one, so that it comes from memory once per block.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import argument, prim_func, size
 from planish.runtime.kernels.template import ON_STACK, Template
 
-#: Rows of x that one task works on at most, and float32 numbers of x that it keeps in the second-level cache.
-_BLOCK_ROWS, _BLOCK_NUMBERS = 256, 1 << 18
+#: Rows of x that one task works on, about, at most: the more, the fewer times weights come from memory, the fewer tasks.
+_BLOCK_ROWS = 256
 #: Steps of the inner loop that are written out, and how many steps ahead weights are fetched into the nearest cache.
 _UNROLL, _AHEAD = 4, 16
 
@@ -93,7 +93,7 @@ class Gemm(Template):
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
         x, panels, bias = arguments[:3]
-        y = x.astype(np.float64) @ unpack(panels, len(bias)).astype(np.float64) + bias
+        y: np.ndarray = x.astype(np.float64) @ unpack(panels, len(bias)).astype(np.float64) + bias
         if self.activation:
             y = tir_math.REFERENCES[self.activation](y)
         return y + arguments[3] if self.residual else y
@@ -129,7 +129,7 @@ class GatedGemm(Template):
         activated = x @ unpack(gate, columns)
         if self.activation:
             activated = tir_math.REFERENCES[self.activation](activated)
-        return activated * (x @ unpack(up, columns))
+        return np.asarray(activated * (x @ unpack(up, columns)))
 
     def build(self, cpu: Cpu) -> Any:
         return _build(self.symbol, cpu, 2, self.activation, bias=False, residual=False)
@@ -182,11 +182,11 @@ def _build(symbol: str, cpu: Cpu, weights: int, activation: str | None, *, bias:
         b = argument("bias", (n,)) if bias else None
         r = argument("residual", (m, n)) if residual else None
         y = argument("y", (m, n))
-        for_row_blocks(m, k, panels, shape, lambda *at: _task(shape, x, packed, activation, b, r, y, *at))
+        for_row_blocks(m, panels, shape, lambda *at: _task(shape, x, packed, activation, b, r, y, *at))
     return built[0]
 
 
-def for_row_blocks(m: Any, k: Any, panels: Any, shape: Tile, body: Callable[[Any, Any, Any], None]) -> None:
+def for_row_blocks(m: Any, panels: Any, shape: Tile, body: Callable[[Any, Any, Any], None]) -> None:
     """Runs `body(panel, first row, rows)` in parallel; one after the other, tasks find their rows in the cache."""
     import tvm.tirx as tx
     from tvm.tirx.script.builder import ir as T
@@ -194,9 +194,7 @@ def for_row_blocks(m: Any, k: Any, panels: Any, shape: Tile, body: Callable[[Any
     def const(value: int) -> Any:
         return tx.const(value, "int64")
 
-    # No divisor can be zero: TVM takes sizes for positive, and drops a guard such as max(k, 1).
-    fit = tx.max(const(4 * shape.rows), tx.min(const(_BLOCK_ROWS), const(_BLOCK_NUMBERS) // (k + 1)))
-    blocks = opaque(m // (fit + 1) + 1)
+    blocks = opaque(m // (_BLOCK_ROWS + 1) + 1)
     # Blocks of equal size, in whole tiles; after rounding up, the last ones may be empty.
     size = opaque(((m + blocks - 1) // blocks + shape.rows - 1) // shape.rows * shape.rows)
     with T.parallel(const(0), blocks * panels) as t:

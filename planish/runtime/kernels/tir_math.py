@@ -189,7 +189,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 
 def _reference_sigmoid(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return 1.0 / (1.0 + np.exp(-x))
+        return np.asarray(1.0 / (1.0 + np.exp(-x)))
 
 
 def _reference_gelu(x: np.ndarray) -> np.ndarray:
