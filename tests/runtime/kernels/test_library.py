@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -40,19 +41,15 @@ def model_of(name: str, ranks: dict[str, int], constants: dict[str, np.ndarray],
     operands = [o.name for o in LINEAR[name].schema.inputs]
     inputs = [f"float[{', '.join('?' * ranks[item])}] {item}" for item in operands if item not in constants]
     rank = ranks.get("x", 2)
-    model = parse_model(
+    proto = onnx.parser.parse_model(
         f"""
         <ir_version: 10, opset_import: ["" : 23, "planish" : 1]>
         g ({", ".join(inputs)}) => (float[{", ".join("?" * rank)}] y)
         {{ [node] y = planish.{name} <compute_type = {compute_type}> ({", ".join(operands)}) }}
         """
     )
-    for node in model.graph:
-        for value in node.inputs:
-            if value is not None and value.name in constants:
-                value.const_value = ir.tensor(constants[value.name], name=value.name)
-                model.graph.register_initializer(value)
-    return model
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, item) for item, array in constants.items())
+    return ir.from_proto(proto)
 
 
 def ranks_of(inputs: dict[str, np.ndarray]) -> dict[str, int]:
