@@ -54,7 +54,7 @@ from planish.passes.layers.skip_layers import SkipLayers  # noqa: E402
 from planish.passes.layers.units import drop_inputs, remove, units_of  # noqa: E402
 from planish.passes.manager import PassManager  # noqa: E402
 from planish.passes.pipeline import parse_pipeline  # noqa: E402
-from planish.runtime.bench import OrtBench  # noqa: E402
+from planish.runtime.bench import Bench  # noqa: E402
 from planish.runtime.measure import bootstrap, interleave  # noqa: E402
 from planish.runtime.ort import OrtRunner, compile_ort  # noqa: E402
 from planish.runtime.ort_bound import BoundRun  # noqa: E402
@@ -169,7 +169,7 @@ def peers(name: str, model: Any, exe: planish.Executable, given: argparse.Namesp
 
 def chosen(program: Program, asked: float, seconds: float) -> tuple[Program, str, list[str]]:
     """The program with the layers that `skip-layers` leaves out for a measured ratio, the variant, and notes."""
-    bench = OrtBench(program.target, program.calibration)
+    bench = Bench(program.target, program.calibration)
     context = PassContext(program.target, run=bench.run_entry)
 
     def apply(p: Pass, candidate: Program) -> PassResult:

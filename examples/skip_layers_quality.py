@@ -36,7 +36,7 @@ from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PREFILL, cache_la
 from planish.passes.base import PassContext
 from planish.passes.manager import PassManager
 from planish.passes.pipeline import parse_pipeline
-from planish.runtime.bench import OrtBench
+from planish.runtime.bench import Bench
 from planish.runtime.measure import bootstrap, interleave
 from planish.runtime.ort import OrtRunner
 from planish.runtime.ort_bound import BoundRun
@@ -137,7 +137,7 @@ def without_layers(exe: planish.Executable, pipeline: str) -> tuple[OrtRunner, s
     """`decode` after a pipeline, and which layers are gone; what was captured once is used for all variants."""
     assert exe.program is not None
     program = exe.program.clone()
-    bench = OrtBench(program.target, program.calibration)
+    bench = Bench(program.target, program.calibration)
     result = PassManager(parse_pipeline(pipeline)).apply(program, PassContext(program.target, run=bench.run_entry))
     assert result.fired, result.declined
     note = result.notes[0]

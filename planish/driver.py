@@ -20,7 +20,7 @@ from planish.ir.target import IMPLEMENTED, Target
 from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.gates import DEFAULT_APPROXIMATE_ERROR, Gates, Interrupted
 from planish.passes.journal import DecisionJournal
-from planish.runtime.bench import OrtBench
+from planish.runtime.bench import Bench
 from planish.runtime.executable import Executable
 from planish.runtime.report import Report
 
@@ -90,7 +90,7 @@ def optimize(
         raise InputError(f"budget is a {type(budget).__name__}; give planish.Budget(error=..., seconds=...).")
     pipeline = resolve_pipeline(passes, target)
     hooks.progress("reading the model")
-    compare: Callable[[OrtBench], Any] | None
+    compare: Callable[[Bench], Any] | None
     if task is not None:
         program, compare = _capture_causal_lm(hooks, model, example_inputs, dynamic_shapes, calibration, target, task)
         note = ""
@@ -98,7 +98,7 @@ def optimize(
         program, compare, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
         note = _calibrate(program, calibration if calibration is not None else example)
     pipeline = _with_shapes(program, pipeline)
-    bench = OrtBench(target, program.calibration)
+    bench = Bench(target, program.calibration)
     if compare is not None:
         hooks.progress("comparing the captured program with the module")
         compare(bench)
@@ -154,7 +154,7 @@ def _with_shapes(program: Program, pipeline: list[Pass]) -> list[Pass]:
 
 def _capture(
     hooks: Hooks, model: Any, example_inputs: Any, dynamic_shapes: Any, target: Target
-) -> tuple[Program, Callable[[OrtBench], Any] | None, Any]:
+) -> tuple[Program, Callable[[Bench], Any] | None, Any]:
     """The program, its comparison with the module it came from, and inputs to measure with, where there are any."""
     if _is_module(model):
         from planish.frontends.torch import capture
@@ -176,7 +176,7 @@ def _capture_causal_lm(
     calibration: Any,
     target: Target,
     task: str | CausalLM,
-) -> tuple[Program, Callable[[OrtBench], Any]]:
+) -> tuple[Program, Callable[[Bench], Any]]:
     """The calibrated program of a causal language model, and its comparison with the model."""
     options = CausalLM.parse(task)
     if not _is_module(model):
@@ -213,7 +213,7 @@ def _calibrate(program: Program, given: Any) -> str:
 
 
 def _run_passes(
-    hooks: Hooks, program: Program, pipeline: list[Pass], bench: OrtBench, budget: Budget, note: str
+    hooks: Hooks, program: Program, pipeline: list[Pass], bench: Bench, budget: Budget, note: str
 ) -> tuple[Program, Ledger]:
     from planish.passes.instruments import Verify
     from planish.passes.manager import PassManager
@@ -241,7 +241,7 @@ def _run_passes(
     return gates.optimize(program, pipeline)
 
 
-def _can_not_run(bench: OrtBench, program: Program) -> str:
+def _can_not_run(bench: Bench, program: Program) -> str:
     """Why the original does not run on made-up inputs; inputs of the user that fail are the user's error."""
     assert program.calibration is not None
     if not program.calibration.synthetic:

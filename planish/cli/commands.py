@@ -116,8 +116,8 @@ def salvage(
 ) -> Executable | None:
     """The best program of an interrupted run as an executable, or None if nothing had been kept yet."""
     from planish.passes.defaults import default_pipeline
+    from planish.runtime.compile import compile_entry
     from planish.runtime.executable import Executable
-    from planish.runtime.ort import compile_ort
     from planish.runtime.report import Report
 
     if not any(entry.kept and entry.fired for entry in interrupted.ledger.entries):
@@ -136,7 +136,7 @@ def salvage(
         speedup=None,
         seconds=sum(entry.seconds for entry in interrupted.ledger.entries),
     )
-    return Executable(best, {"main": compile_ort(best.main, target)}, report=report, pipeline=text)
+    return Executable(best, {"main": compile_entry(best, "main", target)}, report=report, pipeline=text)
 
 
 def one_batch(paths: Sequence[str]) -> dict[str, np.ndarray] | None:

@@ -38,6 +38,8 @@ def open_program(path: str | Path, target: Target | str = "ort-cpu") -> Program:
     from planish.runtime.artifact import read_manifest
 
     manifest, folder = read_manifest(path), Path(path)
+    if any(entry.file in manifest.native for entry in manifest.entries.values()):
+        raise InputError(f"'{folder}' holds compiled code for {manifest.target} and no graph; give the model's file.")
     entries = {name: load_onnx(folder / entry.file, target) for name, entry in manifest.entries.items()}
     merged = Program({name: program.main for name, program in entries.items()}, target)
     merged.provenance = {**manifest.provenance, "artifact": str(folder), "pipeline": manifest.pipeline}
@@ -72,10 +74,10 @@ def open_executable(path: str | Path, target: Target | str | None = None, *, all
         from planish.runtime.artifact import load
 
         return load(Path(path), allow_native=allow_native, threads=wanted.threads or None)
-    from planish.runtime.ort import compile_ort
+    from planish.runtime.compile import compile_entry
 
     program = open_program(path, wanted)
-    return Executable(program, {"main": compile_ort(program.main, wanted)})
+    return Executable(program, {"main": compile_entry(program, "main", wanted)})
 
 
 def load_inputs(path: str | Path) -> dict[str, np.ndarray]:

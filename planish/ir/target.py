@@ -10,7 +10,7 @@ from planish.ir.errors import InputError, unknown
 RUNTIMES = ("ort", "tvm")
 DEVICES = ("cpu", "cuda")
 # Names that this version can compile for; the others parse, so that artifacts of later versions can be read.
-IMPLEMENTED = ("ort-cpu",)
+IMPLEMENTED = ("ort-cpu", "tvm-cpu")
 _UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -21,7 +21,7 @@ class Target:
     Attributes:
         runtime: ``"ort"`` or ``"tvm"``.
         device: ``"cpu"`` or ``"cuda"``.
-        arch: GPU architecture such as ``"sm_75"``, or None.
+        arch: GPU architecture such as ``"sm_75"``; for ``tvm-cpu`` a level of instructions such as ``"avx2"``; or None.
         threads: intra-op threads; 0 lets the runtime choose.
         memory: memory budget in bytes, or None.
         kernels: generated kernels may be used; a program then holds native code.
@@ -42,6 +42,11 @@ class Target:
     def name(self) -> str:
         """The short name without features: ``"ort-cpu"``."""
         return f"{self.runtime}-{self.device}"
+
+    @property
+    def generates(self) -> bool:
+        """Whether programs for it may use generated kernels."""
+        return self.runtime == "tvm" or self.kernels
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:

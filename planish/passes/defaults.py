@@ -52,12 +52,17 @@ _LOWER = (
 # Numbers that are computed from sizes, the scale of attention among them, are known then.
 _TYPES = ("infer-shapes", "simplify-shapes", "fold-constants")
 # With generated kernels a product takes what follows it along; what has no kernel is lowered as without them.
-_KERNELS = ("lower-linear",)
+_KERNELS = ("lower-linear", "lower-normalization")
 _RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
-_PIPELINES = {"ort-cpu": (*_RECOGNIZE, *_LOWER), "ort-cpu:kernels": (*_RECOGNIZE, *_KERNELS, *_LOWER)}
+_PIPELINES = {
+    "ort-cpu": (*_RECOGNIZE, *_LOWER),
+    "ort-cpu:kernels": (*_RECOGNIZE, *_KERNELS, *_LOWER),
+    "tvm-cpu": (*_RECOGNIZE, *_KERNELS, "eliminate-dead-code"),
+}
 
 
 def default_pipeline(target: Target | str) -> str:
     """The pipeline string of a target's exact passes."""
     target = Target.parse(target)
-    return ",".join(_PIPELINES.get(target.name + (":kernels" if target.kernels else ""), CLEAN))
+    name = f"{target.name}:kernels" if target.runtime == "ort" and target.kernels else target.name
+    return ",".join(_PIPELINES.get(name, CLEAN))

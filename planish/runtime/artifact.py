@@ -20,7 +20,7 @@ from planish.ir.confined import ConfinedFile, open_confined
 from planish.ir.errors import ArtifactError, InputError, PlanishError, UnsafeModelError, UnsupportedError
 from planish.ir.ledger import ErrorStats
 from planish.ir.target import Target
-from planish.runtime.executable import Executable
+from planish.runtime.executable import Executable, Runner
 from planish.runtime.fingerprint import differences, fingerprint
 from planish.runtime.kernels.cpu import missing
 from planish.runtime.manifest import MAX_BYTES, NAME, EntryInfo, Manifest
@@ -178,7 +178,7 @@ def _checked(path: str | os.PathLike[str]) -> tuple[Path, Manifest, dict[str, by
         order = sorted(opened, key=lambda name: -manifest.files[name].size)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             results = pool.map(check, order)
-            _import_what_loading_needs()
+            _import_what_loading_needs(manifest.target)
             contents = dict(results)
     finally:
         for file in opened.values():
@@ -186,8 +186,10 @@ def _checked(path: str | os.PathLike[str]) -> tuple[Path, Manifest, dict[str, by
     return folder, manifest, {name: contents[name] for name in keep}
 
 
-def _import_what_loading_needs() -> None:
+def _import_what_loading_needs(target: str) -> None:
     """Imports, a tenth of a second of them, while other threads hash the weights."""
+    if not target.startswith("ort-"):
+        return
     import onnx  # noqa: F401
 
     import planish.runtime.ort  # noqa: F401
@@ -234,11 +236,22 @@ def _load(
         if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 9999:
             raise InputError(f"threads is {threads!r}; it must be a number from 0 to 9999.")
         target = replace(target, threads=threads)
-    if target.name != "ort-cpu":
+    runners: dict[str, Runner]
+    if target.name == "ort-cpu":
+        runners = {
+            name: _runner(folder, manifest, entry, contents[entry.file], target)
+            for name, entry in manifest.entries.items()
+        }
+    elif target.name == "tvm-cpu":
+        from planish.runtime import tvm_artifact
+
+        weights = tvm_artifact.read_weights(folder, manifest)
+        runners = {
+            name: tvm_artifact.load_entry(folder, manifest, entry, weights, target)
+            for name, entry in manifest.entries.items()
+        }
+    else:
         raise UnsupportedError(f"'{folder}' is for target '{target}', which this version of planish can not run.")
-    runners = {
-        name: _runner(folder, manifest, entry, contents[entry.file], target) for name, entry in manifest.entries.items()
-    }
     return Executable(
         None,
         runners,

@@ -42,7 +42,8 @@ def write(exe: Executable, path: Path, overwrite: bool) -> Path:
     check_target(target, overwrite)
     with whole_folder(target, overwrite) as folder:
         if exe.program is not None:
-            _write_program(exe, exe.program, _Files(folder), target)
+            write_files = _write_program if exe.target.runtime == "ort" else _write_compiled
+            write_files(exe, exe.program, _Files(folder), target)
         elif exe.source is not None:
             _copy(exe.source, _Files(folder), target)
         else:
@@ -127,15 +128,46 @@ def _write_program(exe: Executable, program: Program, files: _Files, target: Pat
         entries[name] = EntryInfo(file, exe.runners[name].inputs, exe.runners[name].outputs)
     if order:
         files.write(WEIGHTS, header, *(item.raw for item in order))
+    _write_rest(exe, program, files, entries, opsets, WEIGHTS if order else None, _write_kernels(exe, files))
+
+
+def _write_compiled(exe: Executable, program: Program, files: _Files, target: Path) -> None:
+    """The files of a target that compiles all of the program: code for each entry, weights as the code reads them."""
+    from planish.runtime import tvm_artifact
+
+    store, names = tvm_artifact.parameters_of(exe)
+    header, order, _ = tensorfile.layout(tvm_artifact.items_of(store), tensorfile.PAGE)
+    require_space(target, len(header) + sum(item.nbytes for item in order))
+    entries, features, opsets = {}, {}, {}
+    for name, runner in exe.runners.items():
+        file = f"kernels/{name}.so"
+        files.write(file, tvm_artifact.write_code(runner))
+        entries[name] = EntryInfo(file, runner.inputs, runner.outputs, names[name])
+        features[file] = sorted(runner.features)  # type: ignore[attr-defined]
+        opsets[name] = dict(program.entry(name).opset_imports)
+    if order:
+        files.write(WEIGHTS, header, *(item.raw for item in order))
+    _write_rest(exe, program, files, entries, opsets, WEIGHTS if order else None, features)
+
+
+def _write_rest(
+    exe: Executable,
+    program: Program,
+    files: _Files,
+    entries: dict[str, EntryInfo],
+    opsets: dict[str, dict[str, int]],
+    weights: str | None,
+    features: dict[str, list[str]],
+) -> None:
+    """Golden data, report and manifest."""
     notes: list[str] = []
-    features = _write_kernels(exe, files)
     manifest = Manifest(
         pipeline=exe.pipeline,
         target=str(exe.target),
         fingerprint=fingerprint(),
         opsets=opsets,
         entries=entries,
-        weights=WEIGHTS if order else None,
+        weights=weights,
         native=list(features),
         features=features,
         golden=_write_golden(exe, program, files, notes),
@@ -148,7 +180,8 @@ def _write_program(exe: Executable, program: Program, files: _Files, target: Pat
 
 def _write_kernels(exe: Executable, files: _Files) -> dict[str, list[str]]:
     """Writes the library of generated kernels, if there is one; returns what a processor must have, by file."""
-    found = {runner.library for runner in exe.runners.values() if runner.library is not None}
+    libraries = (getattr(runner, "library", None) for runner in exe.runners.values())
+    found = {library for library in libraries if library is not None}
     features = {}
     for number, library in enumerate(sorted(found, key=lambda item: str(item.path))):
         name = f"kernels/kernels{number or ''}.so"

@@ -1,4 +1,4 @@
-"""Runs and times programs on ONNX Runtime for the gates, on the calibration inputs."""
+"""Runs and times programs on their target for the gates, on the calibration inputs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from planish.ir.causal_lm import KEPT_HEADS, cache_layer
 from planish.ir.ledger import Ratio
 from planish.ir.program import Calibration, Program
 from planish.ir.target import Target
+from planish.runtime.compile import compile_entry
+from planish.runtime.executable import CompiledEntry
 from planish.runtime.measure import speedup
-from planish.runtime.ort import OrtRunner, compile_ort, kernel_library
 
-#: Sessions kept: the baseline and one candidate. Each holds a packed copy of the weights, so no more are.
+#: Programs kept compiled: the baseline and one candidate. Each holds a packed copy of the weights, so no more are.
 KEPT = 2
 
 
-class OrtBench:
-    """Sessions for the programs of one optimization, and what they give on the calibration inputs.
+class Bench:
+    """Compiled entries for the programs of one optimization, and what they give on the calibration inputs.
 
     Args:
         target: what to compile for.
@@ -30,10 +31,10 @@ class OrtBench:
     def __init__(self, target: Target, calibration: Calibration | None) -> None:
         self.target, self.calibration = target, calibration
         # Keyed by identity, and holding the program so that an identity is not used twice.
-        self._runners: OrderedDict[int, tuple[Program, dict[str, OrtRunner]]] = OrderedDict()
+        self._runners: OrderedDict[int, tuple[Program, dict[str, CompiledEntry]]] = OrderedDict()
 
-    def runner(self, program: Program, entry: str | None = None) -> OrtRunner:
-        """The session of an entry, by default the calibrated one; those of the two programs used last are kept."""
+    def runner(self, program: Program, entry: str | None = None) -> CompiledEntry:
+        """The compiled entry, by default the calibrated one; those of the two programs used last are kept."""
         known = self._runners.pop(id(program), None)
         if known is None:
             while len(self._runners) >= KEPT:
@@ -43,9 +44,7 @@ class OrtBench:
         if entry is None:
             entry = program.default_entry if self.calibration is None else self.calibration.entry
         if entry not in known[1]:
-            # One library for all entries, since an artifact has one.
-            library = kernel_library(list(program.entries.values()), self.target)
-            known[1][entry] = compile_ort(program.entry(entry), self.target, library=library)
+            known[1][entry] = compile_entry(program, entry, self.target)
         return known[1][entry]
 
     def run_inputs(self, program: Program, inputs: dict[str, np.ndarray], entry: str | None = None) -> dict[str, Any]:
@@ -95,5 +94,5 @@ class OrtBench:
         return fitting
 
     def forget(self, program: Program) -> None:
-        """Drops the session of a program."""
+        """Drops what was compiled of a program."""
         self._runners.pop(id(program), None)

@@ -24,6 +24,14 @@ class Runner(Protocol):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
+class CompiledEntry(Runner, Protocol):
+    """What a target's compiler gives: a runner that can be measured and exported."""
+
+    notes: list[str]
+
+    def prepared(self, feeds: Mapping[str, Any]) -> Callable[[], Any]: ...
+
+
 class Executable:
     """An optimized program, compiled for its target.
 

@@ -35,11 +35,15 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """An entry: its ONNX file, inputs and outputs."""
+    """An entry: its ONNX file (or its library, for ``tvm-cpu``), inputs and outputs.
+
+    `parameters` are the weights that a library takes behind the inputs, in its order.
+    """
 
     file: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    parameters: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Manifest:
                 "file": entry.file,
                 "inputs": [s.to_dict() for s in entry.inputs],
                 "outputs": [s.to_dict() for s in entry.outputs],
+                **({"parameters": entry.parameters} if entry.parameters else {}),
             }
             for name, entry in self.entries.items()
         ]
@@ -178,6 +183,7 @@ def _read(data: dict[str, Any]) -> Manifest:
             listed(e["file"]),
             [TensorSpec.from_dict(s) for s in e["inputs"]],
             [TensorSpec.from_dict(s) for s in e["outputs"]],
+            [_text(name) for name in e.get("parameters", [])],
         )
         for e in data["entries"]
     }

@@ -12,10 +12,10 @@ import numpy as np
 import onnxruntime as ort
 
 from planish.ir.errors import InputError, PlanishError, UnsupportedError
-from planish.ir.signature import check_inputs
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
 from planish.runtime import flush, memory
+from planish.runtime.checks import InputChecks
 from planish.runtime.empty import EmptyOutputs
 from planish.runtime.ort_options import BUFFERS, FLUSH, session_options
 from planish.runtime.tensors import EXTENDED, NATIVE, PACKED, from_ortvalue, to_arrays, to_ortvalue, to_torch
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _PROVIDERS = ["CPUExecutionProvider"]
 #: Models with more weights than this are worth the milliseconds that returning memory takes, in bytes.
 _LARGE = 32 << 20
-#: Shapes whose check is remembered; a server that sees more distinct shapes than this checks each time.
-_REMEMBERED = 4096
 _BASIC = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
 
 
@@ -219,9 +217,8 @@ class OrtRunner:
         self.notes: list[str] = []
         self.library: Library | None = None
         self._keep_alive = list(keep_alive)
-        self._optional = frozenset(v.name for v in session.get_overridable_initializers())
+        self._checks = InputChecks(self.inputs, frozenset(v.name for v in session.get_overridable_initializers()))
         self._names = [spec.name for spec in self.outputs]
-        self._checked: set[tuple[Any, ...]] = set()
         self._empty = EmptyOutputs(self.inputs, self.outputs)
         self._flush = flush_denormals
         self._run = session.run
@@ -257,15 +254,7 @@ class OrtRunner:
 
     def check(self, arrays: Mapping[str, Any]) -> None:
         """Raises InputError if the inputs do not fit; shapes that were fine before are not checked again."""
-        try:
-            key = tuple([(name, type(a), a.dtype, a.shape) for name, a in arrays.items()])
-        except AttributeError:  # sequences and optionals
-            self._check(arrays)
-            return
-        if key not in self._checked:
-            self._check(arrays)
-            if len(self._checked) < _REMEMBERED:
-                self._checked.add(key)
+        self._checks(arrays)
 
     def prepared(self, feeds: Mapping[str, Any]) -> Callable[[], Any]:
         """A function without arguments that runs on these inputs, checked once: what a measurement calls."""
@@ -277,16 +266,6 @@ class OrtRunner:
         if self._extended:
             return lambda: self._run_values(arrays)
         return lambda: self._run_arrays(arrays)
-
-    def _check(self, arrays: Mapping[str, Any]) -> None:
-        for spec in self.inputs:
-            value = arrays.get(spec.name)
-            if spec.dtype is not None and spec.name in arrays and not isinstance(value, np.ndarray):
-                raise InputError(
-                    f"input '{spec.name}' is of type {type(value).__name__}, expected {spec}; "
-                    "give a numpy array or a torch tensor."
-                )
-        check_inputs(self.inputs, arrays, self._optional)
 
     def _run_arrays(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         flushing = self._flush

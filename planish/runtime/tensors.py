@@ -9,7 +9,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime as ort
 
 from planish.ir.errors import InputError
 from planish.ir.spec import ElementType
@@ -121,7 +120,9 @@ def to_ortvalue(array: np.ndarray, element: int) -> Any:
     Raises:
         TypeError: an element type that has no OrtValue over a buffer (text).
     """
-    binding = ort.OrtValue
+    import onnxruntime
+
+    binding = onnxruntime.OrtValue
     if element in NATIVE:
         return binding.ortvalue_from_numpy(array)
     if element in EXTENDED:

@@ -159,7 +159,7 @@ def _swiglu(op: Any, x: Any) -> Any:
 
 
 def _check(match: Match) -> None:
-    if match.target.name != "ort-cpu" or not match.target.kernels:
+    if match.target.device != "cpu" or not match.target.generates:
         raise Decline(f"target '{match.target}' has no generated kernels; 'ort-cpu:kernels' has")
     if match.dtype("w") != ir.DataType.FLOAT:
         raise Decline("it is not float32, which alone has kernels")

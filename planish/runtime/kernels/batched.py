@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from planish.runtime.kernels.attention import tile
+from planish.runtime.kernels.attention_task import tile
 from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import argument, const, prim_func, script, size, store
 from planish.runtime.kernels.template import Template
@@ -51,15 +51,13 @@ class BatchedMatMul(Template):
 
                 def rows(at: Any, height: int, limit: Any) -> None:
                     acc = tile(
-                        lanes,
-                        height,
-                        _VECTORS,
+                        (height, _VECTORS, lanes),
                         k,
                         lambda r, d: a[left, T.min(at + r, limit), d],
                         lambda c, d, j: pack[d, c * lanes + j],
-                        None,
+                        lambda r, c, j: const(0.0),
                     )
-                    _write(y, acc, i, at, first, width, limit, lanes)
+                    _write(y, acc, height, i, at, first, width, limit, lanes)
 
                 with T.serial(m // tall) as block:
                     rows(block * tall, tall, m - 1)
@@ -81,18 +79,18 @@ class BatchedMatMul(Template):
                 with T.serial(panel - width) as j:
                     store(pack, const(0.0), d, width + j)
 
-    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+    def reference(self, *arguments: np.ndarray) -> Any:
         a, b = (np.asarray(x, np.float64) for x in arguments[:2])
         return np.matmul(a, b)
 
 
-def _write(y: Any, acc: list[list[Any]], i: Any, at: Any, first: Any, width: Any, limit: Any, lanes: int) -> None:
+def _write(y: Any, acc: Any, height: int, i: Any, at: Any, first: Any, width: Any, limit: Any, lanes: int) -> None:
     T = script()
-    for r, row in enumerate(acc):
+    for r in range(height):
         with T.If(at + r <= limit), T.Then():
-            for c, part in enumerate(row):
+            for c in range(_VECTORS):
                 with T.If(width >= (c + 1) * lanes):
                     with T.Then(), T.vectorized(lanes) as j:
-                        store(y, part[j], i, at + r, first + c * lanes + j)
+                        store(y, acc[r, c, j], i, at + r, first + c * lanes + j)
                     with T.Else(), T.serial(T.max(width - c * lanes, 0)) as j:
-                        store(y, part[j], i, at + r, first + c * lanes + j)
+                        store(y, acc[r, c, j], i, at + r, first + c * lanes + j)

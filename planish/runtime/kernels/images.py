@@ -36,7 +36,7 @@ class Window:
         """The first row (column) of the window of an output row (column)."""
         return at * self.strides[axis] - self.begins[axis]
 
-    def patches(self, x: np.ndarray, rows: int, columns: int, fill: float) -> np.ndarray:
+    def patches(self, x: np.ndarray, rows: int, columns: int, fill: float) -> Any:
         """(batch, rows, columns, kernel height · kernel width, channels), `fill` outside of the image."""
         batch, height, width, channels = x.shape
         made = np.full((batch, rows, columns, self.kernel[0] * self.kernel[1], channels), fill)
@@ -91,7 +91,7 @@ class Patches(Template):
                                         store(y, const(0.0), b, r, c, start + kx * channels + k)
         return built[0]
 
-    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+    def reference(self, *arguments: np.ndarray) -> Any:
         """Takes the sizes of the output from a last argument y."""
         x, y = arguments
         found = self.window.patches(np.asarray(x, np.float64), y.shape[1], y.shape[2], 0.0)
@@ -147,7 +147,10 @@ class _Windowed(Template):
         T = script()
         acc = T.alloc_buffer((block,), "float32", scope="local")
         count = T.alloc_buffer((1,), "float32", scope="local")
-        each = (lambda: T.vectorized(block)) if block > 1 else (lambda: T.serial(1))
+
+        def each() -> Any:
+            return T.vectorized(block) if block > 1 else T.serial(1)
+
         with each() as j:
             store(acc, self._start(more, first + j), j)
         store(count, const(0.0), 0)
@@ -202,7 +205,7 @@ class DepthwiseConv(_Windowed):
     def _step(self, so_far: Any, value: Any, more: tuple[Any, ...], tap: Any, channel: Any) -> Any:
         return so_far + value * more[0][tap, channel]
 
-    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+    def reference(self, *arguments: np.ndarray) -> Any:
         """Takes the sizes of the output from a last argument y."""
         x, weight, bias, y = arguments
         found = self.window.patches(np.asarray(x, np.float64), y.shape[1], y.shape[2], 0.0)
@@ -234,7 +237,7 @@ class Pool(_Windowed):
             return value
         return value / (count if self.kind == "mean" else const(float(self.window.kernel[0] * self.window.kernel[1])))
 
-    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+    def reference(self, *arguments: np.ndarray) -> Any:
         """Takes the sizes of the output from a last argument y."""
         x, y = arguments
         fill = float("-inf") if self.kind == "max" else 0.0

@@ -57,7 +57,7 @@ class Softmax(Template):
                     sweep(cpu, width, 1, lambda c, _: store(y, y[r, c] * total[0], r, c))
         return built[0]
 
-    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+    def reference(self, *arguments: np.ndarray) -> Any:
         x = np.asarray(arguments[0], np.float64)
         shifted = x - x.max(-1, keepdims=True, initial=_LOWEST)
         total = np.exp(shifted).sum(-1, keepdims=True)
@@ -122,7 +122,10 @@ class Reduce(Template):
         """Some columns side by side: sums of a block stay in registers where it is whole."""
         T = script()
         mean = const(1.0) / T.Cast("float32", width)
-        finish = lambda v: v * mean if self.kind == "mean" else v  # noqa: E731
+
+        def finish(value: Any) -> Any:
+            return value * mean if self.kind == "mean" else value
+
         with T.If(first + block <= inner):
             with T.Then():
                 acc = T.alloc_buffer((block,), "float32", scope="local")
@@ -141,7 +144,7 @@ class Reduce(Template):
                 with T.serial(rest) as j:
                     store(y, finish(y[o, first + j]), o, first + j)
 
-    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+    def reference(self, *arguments: np.ndarray) -> Any:
         x = np.asarray(arguments[0], np.float64)
         if self.kind in ("max", "min"):
             return (x.max if self.kind == "max" else x.min)(1, initial=self._start)

@@ -199,9 +199,11 @@ def _rotary(t: Translator, node: ir.Node) -> Operand:
     tir = t.tir
 
     def element(i: Sequence[Any], v: Any, c: Any, s: Any) -> Any:
+        def read(d: Any) -> Any:
+            return v(*i[:3], d)
+
         at = i[3]
         row = (0 if one else i[0], i[1] if flat else i[2])
-        read = lambda d: v(*i[:3], d)  # noqa: E731
         if paired:
             pair = tir.floordiv(at, 2)
             a, b = read(pair * 2), read(pair * 2 + 1)
@@ -221,3 +223,25 @@ def _rotary(t: Translator, node: ir.Node) -> Operand:
 def _own(t: Translator, size: Any, batch: Any) -> Any:
     size = t.plain(size)
     return size if isinstance(size, int) and size == 1 else batch
+
+
+@emits("LayerNorm", "RMSNorm", "AddLayerNormalization", "AddRMSNormalization", domain="planish")
+def _dialect_norm(t: Translator, node: ir.Node) -> list[Operand]:
+    from planish.runtime.kernels.norms import LayerNorm, RmsNorm
+
+    x, *rest = t.inputs(node)
+    assert x is not None
+    added = node.op_type.startswith("Add")
+    inputs = [t.rows(x)]
+    if added:
+        residual = rest.pop(0)
+        assert residual is not None
+        inputs.append(t.rows(t.match(residual, x.dims)))
+    inputs += [t.tensor(w) for w in rest if w is not None]
+    inputs.append(_number(t, float(attribute(node, "epsilon", 1e-5))))
+    keep = added and bool(node.outputs[1].uses() or node.outputs[1].is_graph_output())
+    kind = LayerNorm if "Layer" in node.op_type else RmsNorm
+    out = (list(inputs[0].ty.shape), "float32")
+    made = t.call(kind(residual=added, keep_sum=keep), inputs, *[out] * (1 + keep))
+    found = made if keep else [made]
+    return [Operand("float32", x.dims, t.reshape(var, x.dims)) for var in found]

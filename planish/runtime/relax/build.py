@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,19 @@ class Compiled:
 
     executable: Any
     weights: dict[str, np.ndarray]
+
+    def export(self, path: Path) -> None:
+        """Writes the code as one shared library.
+
+        Raises:
+            UnsupportedError: there is no C compiler that links it.
+        """
+        try:
+            self.executable.export_library(str(path))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UnsupportedError(
+                f"the compiled program can not be linked ({_last_line(error)}); a C compiler (cc) must be installed."
+            ) from error
 
 
 def build(model: ir.Model, inputs: Sequence[TensorSpec], cpu: Cpu) -> Compiled:

@@ -35,9 +35,9 @@ def broadcast(t: Translator, operands: Sequence[Operand]) -> tuple[list[Any], li
             if isinstance(size, int) and size == 1:
                 continue
             # A number is more certain than an expression, a symbol more than a longer one.
-            if isinstance(found, int) and found == 1:
-                found = size
-            elif not isinstance(found, int) and (isinstance(size, int) or isinstance(size, t.tir.Var)):
+            if (isinstance(found, int) and found == 1) or (
+                not isinstance(found, int) and isinstance(size, int | t.tir.Var)
+            ):
                 found = size
         dims.append(found)
     fitted = []
@@ -65,7 +65,8 @@ def elementwise(t: Translator, name: str, operands: Sequence[Operand], body: Cal
     rank = len(dims)
     order = _order(operands, rank)
     own = order or tuple(range(rank))
-    variables, readers = [], []
+    variables: list[Any] = []
+    readers: list[Callable[[Any, Any], Any]] = []
     for operand in operands:
         number = operand.scalar()
         if number is not None:

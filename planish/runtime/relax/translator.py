@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import onnx_ir as ir
@@ -378,7 +378,7 @@ class Translator:
         if isinstance(operand.var, Lazy):
             operand.var = self.force(operand.var)
 
-    def refuse(self, node: ir.Node, why: str) -> Any:
+    def refuse(self, node: ir.Node, why: str) -> NoReturn:
         """Raises UnsupportedError that names a node."""
         domain = f"{node.domain}::" if node.domain else ""
         raise UnsupportedError(f"target tvm-cpu does not take {domain}{node.op_type} (node '{node.name}'): {why}.")

@@ -1,0 +1,32 @@
+"""From an entry of a program to what runs it, by target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from planish.ir.errors import UnsupportedError
+from planish.ir.target import Target
+from planish.runtime.executable import CompiledEntry
+
+if TYPE_CHECKING:
+    from planish.ir.program import Program
+
+
+def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry:
+    """Compiles an entry of a program for a target.
+
+    Raises:
+        UnsupportedError: an operator has no code there, or what compiles it is not installed.
+        InputError: an unknown option of the target.
+    """
+    if target.name == "ort-cpu":
+        from planish.runtime.ort import compile_ort, kernel_library
+
+        # One library for all entries, since an artifact has one.
+        library = kernel_library(list(program.entries.values()), target)
+        return compile_ort(program.entry(entry), target, library=library)
+    if target.name == "tvm-cpu":
+        from planish.runtime.tvm import compile_tvm
+
+        return compile_tvm(program.entry(entry), target)
+    raise UnsupportedError(f"target '{target.name}' is not implemented yet.")
