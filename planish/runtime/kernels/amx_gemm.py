@@ -64,7 +64,8 @@ def unpack(panels: np.ndarray, depth: int, columns: int) -> np.ndarray:
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x.astype(ml_dtypes.bfloat16), np.float64)
+    rounded: np.ndarray = x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    return rounded
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import argument, prim_func, size
 from planish.runtime.kernels.template import ON_STACK, Template
 
-#: Rows of x that one task works on, about, at most: the more, the fewer times weights come from memory, the fewer tasks.
+#: Rows of x for one task, about, at most: the more, the fewer times weights come from memory, the fewer tasks.
 _BLOCK_ROWS = 256
 #: Steps of the inner loop that are written out, and how many steps ahead weights are fetched into the nearest cache.
 _UNROLL, _AHEAD = 4, 16
@@ -302,7 +302,7 @@ def finish(
         last = T.bind(results[0].vload([at], dtype) if bias is None else results[0].vload([at], dtype) + bias)
         return act(last) if len(results) == 1 else act(last) * results[1].vload([at], dtype)
 
-    with T.If(start + shape.width <= columns):
+    with tir_math.constants_in_memory(act), T.If(start + shape.width <= columns):
         with T.Then(), T.serial(height) as i, T.serial(tx.const(shape.vectors, "int64")) as j:
             at = [first + i, start + j * lanes]
             out = value(i * shape.width + j * lanes, vector, None if b is None else b.vload([at[1]], vector))

@@ -10,7 +10,9 @@ relative to the exact result, unless a function says otherwise. NaN gives NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,44 @@ _TANH_SMALL = (
     0.13330950243892647,
     -0.3333326473966494,
 )
+
+
+#: Where constants are looked up while code is built: their places in a table, by value, or None.
+_table: ContextVar[Callable[[float], Any] | None] = ContextVar("constants", default=None)
+
+
+@contextmanager
+def constants_in_memory(*functions: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, constants of these functions are read from the stack, through loads that the compiler may not move.
+
+    LLVM takes the constants of an epilogue out of all loops around it, into registers that then are not there for the
+    sums of the inner loop: those are spilled (only where it emits an object; its just-in-time compiler does not).
+    To be entered while a PrimFunc is built, just outside of the loop that uses the functions.
+    """
+    import tvm.tirx as tx
+    from tvm.tirx.script.builder import ir as T
+
+    from planish.runtime.kernels.template import ON_STACK
+
+    found: dict[float, int] = {}
+    token = _table.set(lambda value: found.setdefault(value, len(found)) and None)
+    try:
+        for function in functions:
+            function(tx.Var("x", "float32"))
+    finally:
+        _table.reset(token)
+    if not found:
+        yield
+        return
+    volatile = {"tirx.volatile": True, **ON_STACK}
+    table = T.alloc_buffer((len(found),), "float32", scope="local", annotations=volatile)
+    for value, place in found.items():
+        T.buffer_store(table, tx.const(value, "float32"), [place])
+    token = _table.set(lambda value: table[found[value]] if value in found else None)
+    try:
+        yield
+    finally:
+        _table.reset(token)
 
 
 class _Names:
@@ -157,7 +197,7 @@ def gelu_tanh(x: Any) -> Any:
     let = _Names()
     x = let(_most(-9.5, x))  # where the result is 0 to 1e-32
     scale = 2.0 * math.sqrt(2.0 / math.pi)
-    inner = let(x * (x * x * (0.044715 * scale) + _like(x, scale)))
+    inner = let(x * (x * x * _like(x, 0.044715 * scale) + _like(x, scale)))
     return let.close(x / _one_plus_exp(let, inner))
 
 
@@ -172,7 +212,7 @@ def quick_gelu(x: Any) -> Any:
     """x sigmoid(1.702 x)."""
     let = _Names()
     x = let(_most(-51.0, x))
-    return let.close(x / _one_plus_exp(let, let(x * 1.702)))
+    return let.close(x / _one_plus_exp(let, let(x * _like(x, 1.702))))
 
 
 #: By name; each takes an expression and gives one.
@@ -219,15 +259,15 @@ def _one_plus_exp(let: _Names, x: Any) -> Any:
 
 def _exp(let: _Names, x: Any) -> Any:
     """e**x where the result is normal; anything elsewhere."""
-    shifted = let(x * _LOG2E + _like(x, _ROUND))
-    r = let(x - (shifted - _like(x, _ROUND)) * _LN2)
+    shifted = let(x * _like(x, _LOG2E) + _like(x, _ROUND))
+    r = let(x - (shifted - _like(x, _ROUND)) * _like(x, _LN2))
     return _scale(_horner(_EXP, r), shifted)
 
 
 def _exp2(let: _Names, x: Any) -> Any:
     """2**x where the result is normal; anything elsewhere."""
     shifted = let(x + _like(x, _ROUND))
-    r = let((x - (shifted - _like(x, _ROUND))) * _LN2)
+    r = let((x - (shifted - _like(x, _ROUND))) * _like(x, _LN2))
     return _scale(_horner(_EXP, r), shifted)
 
 
@@ -253,9 +293,13 @@ def _copy_sign(magnitude: Any, sign: Any) -> Any:
 
 
 def _like(x: Any, value: float) -> Any:
+    """A constant of the dtype of x."""
     import tvm.tirx as tx
 
-    return tx.const(value, x.ty.dtype)
+    dtype, look_up = str(x.ty.dtype), _table.get()
+    if look_up is not None and value and (found := look_up(value)) is not None:
+        return tx.Broadcast(found, int(lanes)) if (lanes := dtype.removeprefix("float32x")) != dtype else found
+    return tx.const(value, dtype)
 
 
 def _pick(condition: Any, yes: Any, no: Any) -> Any:
