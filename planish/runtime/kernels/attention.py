@@ -1,0 +1,360 @@
+"""Flash attention for CPUs, dense and over a list of key blocks, float32; see :mod:`.attention_task` for its inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planish.runtime.kernels.attention_task import LOG2E, LOWEST, Mask, Task, tile
+from planish.runtime.kernels.cpu import Cpu
+from planish.runtime.kernels.loops import argument, const, local, prim_func, script, size, store
+from planish.runtime.kernels.template import Template
+
+MASKS = ("none", "float", "bool")
+#: Keys that a task takes at a time: the softmax is rescaled once for so many, and they stay in the second level cache.
+_KEYS = 128
+#: Vectors of queries in a task.
+_VECTORS = 4
+
+
+class _Operands:
+    """The arguments that all kinds have, and the place of the task in them."""
+
+    def __init__(self, head_size: int) -> None:
+        self.d = head_size
+        self.batch, self.length, self.width, self.keys, self.narrow = size(), size(), size(), size(), size()
+        self.q = argument("q", (self.batch, self.length, self.width))
+        self.k = argument("k", (self.batch, self.keys, self.narrow))
+        self.v = argument("v", (self.batch, self.keys, self.narrow))
+        self.heads = self.width // head_size
+
+    def close(self) -> None:
+        self.y = argument("y", (self.batch, self.length, self.width))
+
+    def place(self, head: Any, batch: Any, first: Any, rows: Any, lanes: int) -> None:
+        """The task: `rows` queries of a head from `first` on."""
+        T = script()
+        self.head, self.b, self.first, self.rows = head, batch, first, rows
+        self.kv = T.Bind(head // (self.heads // T.max(self.narrow // self.d, 1)))
+        self.vectors = T.Bind((rows + lanes - 1) // lanes)
+
+    def start(self, task: Task, scale: Any) -> None:
+        T = script()
+        factor = T.Bind(scale[0] * const(LOG2E))
+
+        def load(row: Any, d: Any) -> Any:
+            item = self.q[self.b, self.first + row, self.head * self.d + d] * factor
+            return T.if_then_else(row < self.rows, item, const(0.0))
+
+        task.start(self.vectors, load)
+
+    def gather(self, task: Task, into: Any, at: Any, count: Any) -> None:
+        """`count` keys and values from key `at` on."""
+        task.gather(
+            into,
+            count,
+            lambda r, d: self.k[self.b, at + r, self.kv * self.d + d],
+            lambda r, d: self.v[self.b, at + r, self.kv * self.d + d],
+        )
+
+    def finish(self, task: Task) -> None:
+        def write(row: Any, d: Any, value: Any) -> None:
+            store(self.y, value, self.b, self.first + row, self.head * self.d + d)
+
+        task.finish(self.rows, write)
+
+
+@dataclass(frozen=True)
+class FlashAttention(Template):
+    """softmax(scale · q kᵀ + mask) v by heads, with heads side by side as a graph has them. Arguments, compact:
+
+    - ``q`` (batch, queries, heads · head_size), float32;
+    - ``k``, ``v`` (batch, keys, kv heads · head_size), float32; heads is a multiple of kv heads;
+    - ``mask`` (batch or 1, heads or 1, queries or 1, keys or 1), if there is one: float32, added to the scaled scores,
+      or bool, true where a key is seen;
+    - ``scale`` (1,), float32;
+    - ``offset`` (1,), int64, if `causal`: query i sees keys 0 … i + offset. In ONNX's Attention that is the length of
+      the past, 0 without one, however many keys there are;
+    - ``y`` as q, out.
+
+    A query that sees no key gives zeros, as ONNX's Attention says; a float mask hides a key by -inf or by the lowest
+    float32 (by anything below -2.3e38).
+
+    Attributes:
+        head_size: size of a head of q, k and v.
+        causal: see `offset`.
+        mask: ``"none"``, ``"float"`` or ``"bool"``.
+    """
+
+    head_size: int
+    causal: bool = False
+    mask: str = "none"
+
+    def __post_init__(self) -> None:
+        _check_head(self.head_size)
+        if self.mask not in MASKS:
+            raise ValueError(f"mask is one of {', '.join(MASKS)}, not '{self.mask}'")
+
+    @property
+    def symbol(self) -> str:
+        mask = "" if self.mask == "none" else f"_{self.mask}_mask"
+        return f"flash_attention_f32_d{self.head_size}{'_causal' * self.causal}{mask}"
+
+    def build(self, cpu: Cpu) -> Any:
+        T, lanes = script(), cpu.lanes
+        most = _VECTORS * lanes
+        with prim_func(self.symbol) as built:
+            at = _Operands(self.head_size)
+            mask = None
+            if self.mask != "none":
+                dtype = "float32" if self.mask == "float" else "bool"
+                mask = argument("mask", [size() for _ in range(4)], dtype)
+            scale = argument("scale", (1,))
+            offset = argument("offset", (1,), "int64") if self.causal else None
+            at.close()
+            # Blocks of about equal height, in whole vectors.
+            count = T.max((at.length + most - 1) // most, 1)
+            even = ((at.length + count - 1) // count + lanes - 1) // lanes * lanes
+            height = T.Bind(T.max(even, lanes))
+            blocks = T.Bind((at.length + height - 1) // height)
+            with T.parallel(at.batch * at.heads * blocks) as t:
+                first = T.Bind(t % blocks * height)
+                rows = T.Bind(T.min(height, at.length - first))
+                at.place(T.Bind(t // blocks % at.heads), T.Bind(t // blocks // at.heads), first, rows, lanes)
+                task = Task(cpu, self.head_size, most, _KEYS)
+                at.start(task, scale)
+                self._keys(task, at, mask, offset)
+                at.finish(task)
+        return built[0]
+
+    def _keys(self, task: Task, at: _Operands, mask: Any, offset: Any) -> None:
+        T = script()
+        seen = at.keys if offset is None else T.min(at.keys, at.first + at.rows + offset[0])
+        seen = T.Bind(T.max(seen, 0))
+        with T.serial((seen + _KEYS - 1) // _KEYS) as p:
+            key = T.Bind(p * _KEYS)
+            n = T.Bind(T.min(_KEYS, seen - key))
+            at.gather(task, T.int64(0), key, n)
+
+            def hide(row: Any, query: Any, acc: Any, shape: tuple[int, int]) -> None:
+                if mask is not None:
+                    _add_mask(mask, at, key + row, query, acc, shape, task.lanes)
+                if offset is not None:
+                    crosses = key + n - 1 > at.first + offset[0]
+                    lanes = task.lanes
+                    _hide_later(crosses, lambda r: key + r, offset, at, row, query, acc, shape, n, lanes)
+
+            task.attend(at.rows, at.vectors, n, hide)
+
+    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+        q, k, v, *rest = arguments
+        mask = rest.pop(0) if self.mask != "none" else None
+        scale = float(rest.pop(0)[0])
+        seen = np.ones((q.shape[1], k.shape[1]), bool)
+        if self.causal:
+            seen = np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + int(rest.pop(0)[0])
+        return attention(q, k, v, self.head_size, scale, seen, mask)
+
+
+@dataclass(frozen=True)
+class BlockSparseFlashAttention(Template):
+    """Attention where a block of queries sees the blocks of keys that a list names. Arguments, compact:
+
+    - ``q``, ``k``, ``v`` as of :class:`FlashAttention`;
+    - ``indptr`` (layouts, query blocks + 1), int32, and ``indices`` (entries,), int32: block r of queries sees, in
+      layout l, the blocks of keys ``indices[indptr[l, r] : indptr[l, r + 1]]``, in any order, each at most once;
+    - ``head_layout`` (heads,), int32: the layout of each head of q;
+    - ``scale`` (1,), float32;
+    - ``offset`` (1,), int64: the position of the first query, past keys that lie in a cache; blocks of queries are
+      those of positions;
+    - ``y`` as q, out.
+
+    A query that sees no key gives zeros; so does one whose position has no row in the layout.
+
+    Attributes:
+        head_size: size of a head of q, k and v.
+        causal: keys after the query's position are hidden, in the blocks of the list.
+        block_size: queries and keys in a block: 16 or a multiple.
+    """
+
+    head_size: int
+    causal: bool = False
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_head(self.head_size)
+        if self.block_size < 16 or self.block_size % 16:
+            raise ValueError(f"block_size is {self.block_size}; it must be a multiple of 16")
+
+    @property
+    def symbol(self) -> str:
+        return f"block_sparse_attention_f32_d{self.head_size}_b{self.block_size}{'_causal' * self.causal}"
+
+    def build(self, cpu: Cpu) -> Any:
+        T, lanes = script(), cpu.lanes
+        most = min(_VECTORS * lanes, self.block_size)
+        while self.block_size % most:
+            most -= lanes
+        parts, room = self.block_size // most, max(_KEYS, self.block_size)
+        with prim_func(self.symbol) as built:
+            at = _Operands(self.head_size)
+            layouts, ends, entries = size(), size(), size()
+            lists = (argument("indptr", (layouts, ends), "int32"), argument("indices", (entries,), "int32"))
+            layout_of = argument("head_layout", (at.heads,), "int32")
+            scale, offset = argument("scale", (1,)), argument("offset", (1,), "int64")
+            at.close()
+            shift = T.Bind(offset[0] // most)
+            tasks = T.Bind((offset[0] + at.length + most - 1) // most - shift)
+            with T.parallel(at.batch * at.heads * tasks) as t:
+                part = T.Bind(t % tasks + shift)
+                head, b = T.Bind(t // tasks % at.heads), T.Bind(t // tasks // at.heads)
+                first = T.Bind(T.max(part * most - offset[0], 0))
+                rows = T.Bind(T.min(part * most + most - offset[0], at.length) - first)
+                at.place(head, b, first, rows, lanes)
+                task = Task(cpu, self.head_size, most, room)
+                at.start(task, scale)
+                layout = T.Cast("int64", layout_of[head])
+                self._blocks(task, at, lists, (layout, T.Bind(part // parts)), offset)
+                at.finish(task)
+        return built[0]
+
+    def _blocks(self, task: Task, at: _Operands, lists: Any, place: Any, offset: Any) -> None:
+        """Several blocks at a time, side by side, wherever they come from."""
+        T, block = script(), self.block_size
+        (indptr, indices), (layout, row) = lists, place
+        layouts, ends = indptr.shape
+        inside = T.And(T.And(row >= 0, row + 1 < ends), T.And(layout >= 0, layout < layouts))
+        limits = local(2, dtype="int64")
+        for i in range(2):
+            store(limits, T.int64(0), i)
+        with T.If(inside), T.Then():
+            for i in range(2):
+                found = T.Cast("int64", indptr[layout, row + i])
+                store(limits, T.min(T.max(found, 0), indices.shape[0]), i)
+        seen = at.keys
+        if self.causal:
+            seen = T.min(at.keys, at.first + at.rows + offset[0])
+        seen = T.Bind(seen)
+        step = max(_KEYS // block, 1)
+        state = local(2, dtype="int64")  # keys gathered, and the last position among them
+        where = T.alloc_buffer((task.keys + task.slack,), "int64", scope="global") if self.causal else None
+        begin, end = T.Bind(limits[0]), T.Bind(limits[1])
+        with T.serial(T.max((end - begin + step - 1) // step, 0)) as p:
+            store(state, T.int64(0), 0)
+            store(state, T.int64(0), 1)
+            with T.serial(T.min(step, end - begin - p * step)) as i:
+                key = T.Bind(T.Cast("int64", indices[begin + p * step + i]) * block)
+                n = T.Bind(T.min(block, seen - key))
+                with T.If(T.And(n > 0, key >= 0)), T.Then():
+                    into = T.Bind(state[0])
+                    at.gather(task, into, key, n)
+                    if where is not None:
+                        with T.serial(n) as r:
+                            store(where, key + r, into + r)
+                    store(state, into + n, 0)
+                    store(state, T.max(state[1], key + n - 1), 1)
+            total = T.Bind(state[0])
+            with T.If(total > 0), T.Then():
+                task.attend(at.rows, at.vectors, total, self._hide(task, at, where, state[1], total, offset))
+
+    def _hide(self, task: Task, at: _Operands, where: Any, last: Any, total: Any, offset: Any) -> Mask:
+        def hide(row: Any, query: Any, acc: Any, shape: tuple[int, int]) -> None:
+            if self.causal:
+                crosses = last > at.first + offset[0]
+                _hide_later(crosses, lambda r: where[r], offset, at, row, query, acc, shape, total, task.lanes)
+
+        return hide
+
+    def reference(self, *arguments: np.ndarray) -> np.ndarray:
+        q, k, v, indptr, indices, head_layout, scale, offset = arguments
+        seen = layout_mask(indptr, indices, self.block_size, q.shape[1], k.shape[1], int(offset[0]))
+        if self.causal:
+            seen &= np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + int(offset[0])
+        return attention(q, k, v, self.head_size, float(scale[0]), seen[head_layout], None)
+
+
+def _check_head(head_size: int) -> None:
+    if head_size < 1:
+        raise ValueError(f"head_size is {head_size}; it must be 1 or more")
+
+
+def _add_mask(mask: Any, at: _Operands, key: Any, query: Any, acc: Any, shape: tuple[int, int], lanes: int) -> None:
+    from tvm import tirx
+
+    T = script()
+    # Axes of size 1 are broadcast.
+    b, head, row, column = (tirx.Select(size == 1, T.int64(0), T.int64(1)) for size in mask.shape)
+    with T.unroll(shape[0]) as r, T.unroll(shape[1]) as c, T.vectorized(lanes) as j:
+        # Tiles reach past the last key and the last query.
+        at_key = T.min(key + r, at.keys - 1)
+        at_query = T.min(at.first + query + c * lanes + j, at.length - 1)
+        item = mask[at.b * b, at.head * head, at_query * row, at_key * column]
+        if mask.dtype == "bool":
+            store(acc, tirx.Select(item, acc[r, c, j], const(float("-inf"))), r, c, j)
+        else:
+            store(acc, acc[r, c, j] + item * const(LOG2E), r, c, j)
+
+
+def _hide_later(
+    crosses: Any,
+    position: Any,
+    offset: Any,
+    at: _Operands,
+    row: Any,
+    query: Any,
+    acc: Any,
+    shape: tuple[int, int],
+    count: Any,
+    lanes: int,
+) -> None:
+    """Hides keys past the query's own position."""
+    from tvm import tirx
+
+    T = script()
+    with T.If(crosses), T.Then(), T.unroll(shape[0]) as r, T.unroll(shape[1]) as c, T.vectorized(lanes) as j:
+        oldest = position(T.min(row + r, count - 1)) - at.first - offset[0]
+        sees = query + c * lanes + j >= oldest
+        store(acc, tirx.Select(sees, acc[r, c, j], const(float("-inf"))), r, c, j)
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, head_size: int, scale: float, seen: np.ndarray, mask: np.ndarray | None
+) -> np.ndarray:
+    """Attention in float64; `seen` broadcasts to (batch, heads, queries, keys); rows without a key are 0."""
+    batch, length, width = q.shape
+
+    def split(x: np.ndarray) -> np.ndarray:
+        heads = x.astype(np.float64).reshape(*x.shape[:2], x.shape[2] // head_size, head_size).transpose(0, 2, 1, 3)
+        return np.repeat(heads, width // max(x.shape[2], 1), 1)
+
+    q4, k4, v4 = split(q), split(k), split(v)
+    scores = scale * q4 @ k4.transpose(0, 1, 3, 2)
+    hidden = ~np.broadcast_to(seen, scores.shape)
+    if mask is not None and mask.dtype == bool:
+        hidden = hidden | ~mask
+    elif mask is not None:
+        scores, hidden = scores + mask, hidden | (mask <= LOWEST)
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True, initial=LOWEST))
+    total = weights.sum(-1, keepdims=True)
+    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0)
+    return np.asarray((weights @ v4).transpose(0, 2, 1, 3).reshape(batch, length, width))
+
+
+def layout_mask(
+    indptr: np.ndarray, indices: np.ndarray, block: int, queries: int, keys: int, offset: int = 0
+) -> np.ndarray:
+    """(layouts, queries, keys): which keys the lists let a query see; the first query is at position `offset`."""
+    mask = np.zeros((len(indptr), queries, keys), bool)
+    rows = (np.arange(queries) + offset) // block
+    for layout, ends in enumerate(indptr):
+        for r in range(len(ends) - 1):
+            for block_of_keys in indices[ends[r] : ends[r + 1]]:
+                mask[layout, rows == r, block_of_keys * block : (block_of_keys + 1) * block] = True
+    return mask
+
+
+__all__: Sequence[str] = ("BlockSparseFlashAttention", "FlashAttention", "attention", "layout_mask", "tile")
