@@ -60,12 +60,11 @@ def unpack(panels: np.ndarray, depth: int, columns: int) -> np.ndarray:
     """The inverse of `pack`, as float32 (K, N)."""
     count, steps, _ = panels.shape
     tiles = panels.view(ml_dtypes.bfloat16).reshape(count, steps, 2, _SIDE, _SIDE, 2).transpose(1, 3, 5, 0, 2, 4)
-    return tiles.reshape(steps * STEP, count * _SHAPE.width)[:depth, :columns].astype(np.float32)
+    return np.asarray(tiles.reshape(steps * STEP, count * _SHAPE.width)[:depth, :columns], np.float32)
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
-    rounded: np.ndarray = x.astype(ml_dtypes.bfloat16).astype(np.float64)
-    return rounded
+    return np.asarray(x.astype(ml_dtypes.bfloat16), np.float64)
 
 
 @dataclass(frozen=True)

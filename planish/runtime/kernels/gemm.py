@@ -22,7 +22,7 @@ from planish.runtime.kernels.template import ON_STACK, Template
 #: Rows of x for one task, about, at most: the more, the fewer times weights come from memory, the fewer tasks.
 _BLOCK_ROWS = 256
 #: Steps of the inner loop that are written out, and how many steps ahead weights are fetched into the nearest cache.
-_UNROLL, _AHEAD = 4, 16
+_UNROLL, _AHEAD = 4, 32
 
 
 @dataclass(frozen=True)
