@@ -104,7 +104,7 @@ def plain(job: Job) -> Built:
     return session(job.model, job)
 
 
-def planish(job: Job) -> Built:
+def planish(job: Job, features: str = "") -> Built:
     """What planish makes of the file; gates are off, as this benchmark measures."""
     import onnx_ir as ir
 
@@ -113,7 +113,8 @@ def planish(job: Job) -> Built:
     text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n] x) => (float[n] y) { y = Relu(x) }'
     planish.optimize(ir.from_onnx_text(text), budget=planish.Budget(gates=False))  # imports are no part of the cost
     started, used = time.monotonic(), time.process_time()
-    made = planish.optimize(job.model, f"ort-cpu:threads={job.threads}", budget=planish.Budget(gates=False))
+    target = f"ort-cpu:threads={job.threads}{features}"
+    made = planish.optimize(job.model, target, budget=planish.Budget(gates=False))
     about = {
         "optimize_seconds": time.monotonic() - started,
         "optimize_processor_seconds": time.process_time() - used,
@@ -125,6 +126,15 @@ def planish(job: Job) -> Built:
     }
     runner = made.runners["main"]
     return Built(runner.prepared, lambda result: list(result.values()), about)
+
+
+def kernels(job: Job) -> Built:
+    """The same with generated kernels."""
+    import importlib.util
+
+    if importlib.util.find_spec("tvm") is None:
+        raise NotInstalled("apache-tvm")
+    return planish(job, ",kernels")
 
 
 def transformers(job: Job) -> Built:
@@ -219,6 +229,7 @@ def broken(job: Job) -> Built:
 PEERS: dict[str, Callable[[Job], Built]] = {
     "ort": plain,
     "planish": planish,
+    "kernels": kernels,
     "transformers": transformers,
     "ort_fusions": ort_fusions,
     "eager": eager,
