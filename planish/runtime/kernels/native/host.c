@@ -319,9 +319,16 @@ static const char *lacking(void) {
   return NULL;
 }
 
+/* What all sessions are given: ONNX Runtime never frees a domain. */
+static void *shared_domain;
+
 __attribute__((visibility("default"))) ort_status *RegisterCustomOps(void *options, const ort_api_base *base) {
-  planish_api = base->get_api(16);
-  if (!planish_api) return NULL; /* no table to make an error with; there is no such version of ONNX Runtime */
+  ort_api api = base->get_api(16);
+  if (!api) return NULL; /* no table to make an error with; there is no such version of ONNX Runtime */
+  if (planish_api && planish_api != api)
+    return ((ort_status * (*)(int, const char *)) api[SLOT_CREATE_STATUS])(
+        ORT_FAIL, "planish's kernels are in use by another ONNX Runtime in this process");
+  planish_api = api;
   int major = 0, minor = 0;
   sscanf(base->version(), "%d.%d", &major, &minor);
   if (major != 1 || minor < planish_minor_first || minor > planish_minor_last)
@@ -330,11 +337,14 @@ __attribute__((visibility("default"))) ort_status *RegisterCustomOps(void *optio
         "runs with the functions in it", planish_minor_first, planish_minor_last, base->version());
   const char *feature = lacking();
   if (feature) return planish_error("planish's kernels need %s, which this processor does not have", feature);
-  connect();
-  planish_setup();
-  void *domain = NULL;
-  CHECK(API(SLOT_CREATE_DOMAIN, const char *, void **)("planish", &domain));
-  for (planish_op *const *op = planish_ops; *op; ++op)
-    CHECK(API(SLOT_DOMAIN_ADD, void *, const ort_custom_op *)(domain, &(*op)->op));
+  void *domain = __atomic_load_n(&shared_domain, __ATOMIC_ACQUIRE);
+  if (!domain) {
+    connect();
+    planish_setup();
+    CHECK(API(SLOT_CREATE_DOMAIN, const char *, void **)("planish", &domain));
+    for (planish_op *const *op = planish_ops; *op; ++op)
+      CHECK(API(SLOT_DOMAIN_ADD, void *, const ort_custom_op *)(domain, &(*op)->op));
+    __atomic_store_n(&shared_domain, domain, __ATOMIC_RELEASE);
+  }
   return API(SLOT_ADD_DOMAIN, void *, void *)(options, domain);
 }
