@@ -14,6 +14,7 @@ from planish.ir.graphs import dims_of
 
 Path = tuple[str, ...]
 _NO_WEIGHTS = "holds no weights"
+_SHARED = "shared keys and values, norms across layers, or states of others"
 
 # --- scopes ------------------------------------------------------------------------------------------------
 
@@ -66,13 +67,26 @@ def _member(family: Path, paths: Sequence[Path]) -> int | None:
 
 
 def _uncut(stream: Stream, family: Path, paths: Sequence[Sequence[Path]]) -> str:
-    """A list of modules with weights that all lie in one segment: more than a hidden state goes between them."""
+    """A list of modules of which several lie in one segment: more than a hidden state goes between them."""
     size = len(family)
     for k, group in enumerate(paths):
         inside = {p[size] for p in group if p[:size] == family and len(p) > size and p[size].isdigit()}
-        attentions = sum(attends(stream, k, node) is not None for node in stream.core[k])
-        if len(inside) > 1 and attentions > 1:
-            return "more than a hidden state goes from layer to layer (shared keys and values, or states of others)"
+        if len(inside) > 1 and _attentions(stream, k) > 1:
+            return f"more than a hidden state goes from layer to layer ({_SHARED})"
+    return ""
+
+
+def _attentions(stream: Stream, k: int) -> int:
+    return sum(attends(stream, k, node) is not None for node in stream.core[k])
+
+
+def entangled(streams: Sequence[Stream]) -> str:
+    """Why several attentions of a model without scopes are no layers: they lie in one segment; else nothing."""
+    for stream in streams:
+        for k, (before, after) in enumerate(pairwise(stream.cuts)):
+            if (count := _attentions(stream, k)) > 1:
+                where = f"between '{before.name}' and '{after.name}' {count} attentions lie in a row"
+                return f"{where}, and more than a hidden state goes from one to the next ({_SHARED})"
     return ""
 
 
@@ -80,8 +94,9 @@ def _family(stream: Stream, family: Path, paths: Sequence[Sequence[Path]]) -> tu
     """The stack that a list of modules is, or why it is none; neither where nothing speaks for one."""
     name = ".".join(family)
     members = [_member(family, group) for group in paths]
-    if len({m for m in members if m is not None}) < 2:
-        return None, _uncut(stream, family, paths)
+    uncut = _uncut(stream, family, paths)
+    if uncut or len({m for m in members if m is not None}) < 2:
+        return None, uncut
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for k, member in enumerate(members):

@@ -131,7 +131,7 @@ def find_layers(item: ir.Model | ir.Graph, *, route: Literal["auto", "scopes", "
     Args:
         route: ``"auto"`` takes module scopes where they give stacks, structure on the streams where they do not.
     """
-    from planish.ir.analyses.layer_routes import by_scopes, by_structure
+    from planish.ir.analyses.layer_routes import by_scopes, by_structure, entangled
 
     flow = Flow(item.graph if isinstance(item, ir.Model) else item)
     spans: list[Span] = []
@@ -148,7 +148,7 @@ def find_layers(item: ir.Model | ir.Graph, *, route: Literal["auto", "scopes", "
     why_not = tuple(f"'{n}': {why}" for n, why in declined.items() if not any(_within(n, s.name) for s in spans))
     stacks = [_stack(flow, span, number) for number, span in enumerate(_in_order(flow, spans), 1)]
     if not stacks and not why_not:
-        why_not = ("no segments between values that all data passes through repeat",)
+        why_not = (entangled(streams) or "no segments between values that all data passes through repeat",)
     return LayerAnalysis(tuple(stacks), why_not)
 
 

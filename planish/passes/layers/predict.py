@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from planish.ir.analyses.cost import cost
+from planish.ir.analyses.stream import Flow
 from planish.ir.graphs import is_op, subgraphs_of
 from planish.ir.ops import OpCost
 from planish.ir.program import Program
@@ -24,15 +25,19 @@ FLOPS_PER_BYTE = 8.0
 def shares_gone(p: SkipLayers, program: Program, ratios: Sequence[float]) -> list[float]:
     """For each nominal ratio the share of a run's time, from 0 to 1, that leaving layers out should save.
 
-    A node takes max(operations / `FLOPS_PER_BYTE`, bytes), at the sizes of the calibration inputs: embeddings and the
-    head of the model stay. All layers of a stack count alike. Of several entries the one that gains most counts, as
-    when they are measured.
+    A node takes max(operations / `FLOPS_PER_BYTE`, bytes), at the sizes of the calibration inputs; what no input
+    changes, such as the transpose of a tied head, is computed once and takes none. Embeddings and the head of the model
+    stay. All layers of a stack count alike. Of several entries the one that gains most counts, as when measured.
     """
     found = [0.0] * len(ratios)
     for entry in p.entry_names(program):
         model = program.entry(entry)
-        costs = cost(model, dims=program.sizes()).nodes
-        whole = sum(_time(node, costs) for node in model.graph)
+        costs = dict(cost(model, dims=program.sizes()).nodes)
+        flow = Flow(model.graph)
+        for node in flow.nodes:
+            if flow.constant.issuperset(node.outputs):
+                costs.pop(node.name or "", None)
+        whole = sum(_time(node, costs) for node in flow.nodes)
         stacks = [units_of(stack, p.part) for stack in p.stacks(model)[0]]
         for k, ratio in enumerate(ratios):
             gone = sum(_gone(units, costs) * p.removed_share(len(units), ratio) for units in stacks)

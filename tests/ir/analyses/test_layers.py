@@ -88,14 +88,31 @@ def test_hidden_states_as_outputs_do_not_hide_layers() -> None:
     assert len(found(stack(3, states=True)).stacks[0]) == 3
 
 
-def test_shared_keys_leave_no_layers() -> None:
-    analysis = found(stack(4, shared=True))
-    assert analysis.stacks == ()
-    assert analysis.declined == ("no segments between values that all data passes through repeat",)
+#: What makes layers of a stack inseparable → its text.
+ENTANGLED = {
+    "shared keys": stack(4, shared=True),
+    "a norm of another layer": stack(4).replace("q2 = MatMul(n2, wq2)", "q2 = MatMul(n1, wq2)"),
+    "a norm over two states": stack(4).replace(
+        "n2 = LayerNormalization<axis = -1>(h1,", "two = Add(h0, h1)  n2 = LayerNormalization<axis = -1>(two,"
+    ),
+    "a norm over all states": stack(4).replace(
+        "last = LayerNormalization<axis = -1>(h3,",
+        "all = Sum(h0, h1, h2, h3)  last = LayerNormalization<axis = -1>(all,",
+    ),
+}
 
 
-def test_shared_keys_are_named_where_scopes_are() -> None:
-    model = model_of(stack(4, shared=True))
+@pytest.mark.parametrize("case", ENTANGLED)
+def test_what_goes_across_layers_leaves_none(case: str) -> None:
+    analysis = found(ENTANGLED[case])
+    (reason,) = analysis.declined
+    assert analysis.stacks == () and reason.startswith("between 'h")
+    assert "attentions lie in a row, and more than a hidden state goes from one to the next" in reason
+
+
+@pytest.mark.parametrize("case", ENTANGLED)
+def test_what_goes_across_layers_is_named_where_scopes_are(case: str) -> None:
+    model = model_of(ENTANGLED[case])
     for node in model.graph:
         number = "".join(c for c in node.outputs[0].name or "" if c.isdigit())
         node.metadata_props[SCOPES_KEY] = repr(["", f"blocks.{number}" if number else "", node.op_type])

@@ -154,3 +154,16 @@ def test_prediction_counts_what_is_outside_of_the_layers() -> None:
 def test_what_is_named_exactly_is_not_tuned(p: SkipLayers) -> None:
     machine = Machine(0.5)
     assert tuned(p, PROGRAM, machine.gain) == (p, "") and machine.measured == 0
+
+
+def test_a_transposed_weight_takes_no_time() -> None:
+    """An embedding that is the head too: its transpose is folded, and only the product reads it in each run."""
+    text = stack(8, width=16)
+    tied = text.replace("y = MatMul(last, wl)", "wt = Transpose<perm = [1, 0]>(wl)  y = MatMul(last, wt)")
+    assert tied != text
+    found = []
+    for source in (text, tied):
+        program = program_of(source)
+        infer_shapes(program.main)
+        found += shares_gone(SkipLayers(speedup=2), program, [2.0])
+    assert found[0] == found[1] > 0
