@@ -57,23 +57,23 @@ class LowerLinear(RewritePass):
 
     def _to(self, op_type: str) -> _Build:
         def rewrite(op: Any, match: Match) -> Any:
-            self._require_size(match["w"])
-            return _call(op, op_type, match["x"], match["w"], _bias(op, match))
+            weight = self._weight(op, match)
+            return _call(op, op_type, match["x"], weight, _bias(op, match, weight))
 
         return rewrite
 
     def _residual(self, op: Any, match: Match) -> Any:
-        self._require_size(match["w"])
-        x, residual, bias = match["x"], match["residual"], _bias(op, match)
+        x, residual, weight = match["x"], match["residual"], self._weight(op, match)
+        bias = _bias(op, match, weight)
         rows, shape = match.shape(x), match.shape(residual)
-        wanted = rows and (*rows[:-1], *_sizes(match["w"])[1:])
+        wanted = rows and (*rows[:-1], *_sizes(weight)[1:])
         if shape is None or wanted is None or None in shape or shape != wanted:
             raise Decline(f"the summand has shape {shape} and the product {wanted}: a residual has that of the product")
         if match.values.get("bias") is None and _is_vector(None, residual):
             raise Decline("the summand is the bias")
         if residual.producer() is not None and residual.producer() in match.nodes:
             raise Decline("the summand is the product itself")
-        return _call(op, "LinearAdd", x, match["w"], bias, residual)
+        return _call(op, "LinearAdd", x, weight, bias, residual)
 
     def _swiglu(self, op: Any, match: Match) -> Any:
         gate, up = match["w"], match["u"]
@@ -81,6 +81,18 @@ class LowerLinear(RewritePass):
         if match.shape(gate) != match.shape(up):
             raise Decline(f"the gate's weight is {match.shape(gate)} and the other {match.shape(up)}")
         return _call(op, "LinearSwiGLU", match["x"], gate, up)
+
+    def _weight(self, op: Any, match: Match) -> ir.Value:
+        """The weight (K, N) of a match; a Gemm may have its transpose, of which that is a view."""
+        weight: ir.Value = match["w"]
+        self._require_size(weight)
+        gemm = _gemm_of(match)
+        if gemm is None or not gemm.attributes.get_int("transB", 0):
+            return weight
+        tensor = constant_tensor(weight)
+        assert tensor is not None
+        made: ir.Value = op.initializer(ir.tensor(tensor.numpy().T), name=weight.name)
+        return made
 
     def _require_size(self, weight: ir.Value) -> None:
         sizes = _sizes(weight)
@@ -99,12 +111,12 @@ def _sizes(weight: ir.Value) -> list[int]:
     return [int(n) for n in tensor.shape.numpy()]
 
 
-def _bias(op: Any, match: Match) -> ir.Value:
+def _bias(op: Any, match: Match, weight: ir.Value) -> ir.Value:
     """The bias of a match, of zeros where it has none."""
     found: ir.Value | None = match.values.get("bias")
     if found is not None:
         return found
-    zeros: ir.Value = op.initializer(np.zeros(_sizes(match["w"])[1], np.float32), name="no_bias")
+    zeros: ir.Value = op.initializer(np.zeros(_sizes(weight)[1], np.float32), name="no_bias")
     return zeros
 
 
@@ -158,15 +170,19 @@ def _swiglu(op: Any, x: Any) -> Any:
     return op.SwiGLU(_product(op, x), up, _domain=DIALECT_DOMAIN)
 
 
+def _gemm_of(match: Match) -> ir.Node | None:
+    return next((node for node in match.nodes if is_op(node, "Gemm")), None)
+
+
 def _check(match: Match) -> None:
     if match.target.device != "cpu" or not match.target.generates:
         raise Decline(f"target '{match.target}' has no generated kernels; 'ort-cpu:kernels' has")
     if match.dtype("w") != ir.DataType.FLOAT:
         raise Decline("it is not float32, which alone has kernels")
-    gemm = next((node for node in match.nodes if is_op(node, "Gemm")), None)
+    gemm = _gemm_of(match)
     if gemm is None:
         return
-    for name, wanted in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0)):
+    for name, wanted in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)):
         attribute = gemm.attributes.get(name)
         if attribute is not None and attribute.value != wanted:
             raise Decline(f"Gemm has {name} {attribute.value}, and a kernel takes {wanted}")
