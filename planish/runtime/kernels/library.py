@@ -7,6 +7,8 @@ The library holds compiled TIR, the C glue of ``native/`` and a table that is ge
 from __future__ import annotations
 
 import atexit
+import functools
+import os
 import shutil
 import tempfile
 import threading
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.linker import link
 from planish.runtime.kernels.op_kernels import OpKernel, kernels_for
 from planish.runtime.kernels.template import Template, compile_module
@@ -62,16 +63,10 @@ def library_for(models: Iterable[ir.Model]) -> Library | None:
 
 
 def _build(kernels: tuple[OpKernel, ...]) -> Library:
-    folder = Path(tempfile.mkdtemp(prefix="planish-kernels-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    templates: dict[Cpu, dict[str, Template]] = {}
-    for template in (t for kernel in kernels for t in kernel.templates()):
-        templates.setdefault(template.cpu(), {})[template.symbol] = template
-    objects = []
-    for cpu, chosen in templates.items():
-        objects.append(folder / f"{cpu.name}.o")
-        compile_module(chosen.values(), cpu).write_to_file(str(objects[-1]), "o")
-    features = frozenset(feature for cpu in templates for feature in cpu.features)
+    folder = Path(tempfile.mkdtemp(prefix="kernels-", dir=_folder()))
+    templates = list(dict.fromkeys(template for kernel in kernels for template in kernel.templates()))
+    objects = [_object(template) for template in templates]
+    features = frozenset(feature for template in templates for feature in template.cpu().features)
     table = folder / "table.c"
     table.write_text(_table(kernels, sorted(features)), encoding="utf-8")
     sources = [_NATIVE / name for name in ("host.c", *sorted({kernel.source for kernel in kernels}))]
@@ -79,6 +74,27 @@ def _build(kernels: tuple[OpKernel, ...]) -> Library:
     path = folder / "kernels.so"
     link([*sources, table], objects, path, [_NATIVE], defines)
     return Library(path, features, kernels)
+
+
+@functools.cache
+def _object(template: Template) -> Path:
+    """A template compiled to an object file; programs that share operators share it."""
+    path = _folder() / f"{template.symbol}.o"
+    compile_module([template], template.cpu()).write_to_file(str(path), "o")
+    return path
+
+
+@functools.cache
+def _folder() -> Path:
+    """A folder that is there as long as this process is."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="planish-kernels-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a process that was forked from it
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def _table(kernels: tuple[OpKernel, ...], features: list[str]) -> str:
