@@ -290,6 +290,8 @@ def _register_kernels(folder: Path, manifest: Manifest, settings: ort.SessionOpt
     """Gives the session the artifact's kernels. Returns why they are not used, if so: the model then runs with the
     functions that it has in their place, which compute the same and are slower.
     """
+    from planish.runtime.ort import one_line
+
     for name in manifest.native:
         reason = ""
         if lacking := missing(manifest.features.get(name, ())):
@@ -298,7 +300,7 @@ def _register_kernels(folder: Path, manifest: Manifest, settings: ort.SessionOpt
             try:
                 settings.register_custom_ops_library(str(folder / name))
             except Exception as error:  # of another version of ONNX Runtime, or not for this system
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
         if reason:
             text = f"the kernels in '{folder / name}' are not used: {reason}. The model runs without them, slower."
             warnings.warn(text, RuntimeWarning, stacklevel=2)

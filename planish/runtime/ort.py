@@ -130,7 +130,7 @@ def _register(library: Library, settings: ort.SessionOptions) -> None:
     try:
         settings.register_custom_ops_library(str(library.path))
     except Exception as error:
-        raise UnsupportedError(f"generated kernels can not be used: {_one_line(error)}") from error
+        raise UnsupportedError(f"generated kernels can not be used: {one_line(error)}") from error
 
 
 def _hand_over(
@@ -310,7 +310,7 @@ _NODE = re.compile(r"running (\S+) node\. Name:'(.*?)' Status Message: (.*)", re
 
 
 def _load_error(error: Exception, model: ir.Model | None) -> PlanishError:
-    text = _one_line(error)
+    text = one_line(error)
     if match := _KERNEL.search(text):
         op, version, name = match.groups()
         place = f" at node '{name}'{_operands(model, name, op)}" if name else ""  # one inside of a function has no name
@@ -340,14 +340,14 @@ def run_error(error: Exception) -> PlanishError:
     """What ONNX Runtime raised in a run, as one line."""
     if isinstance(error, PlanishError):
         return error
-    text = _one_line(error)
+    text = one_line(error)
     if match := _NODE.search(text):
         op, name, message = match.groups()
         return InputError(f"node '{name}' ({op}) failed on these inputs: {message}")
     return InputError(f"ONNX Runtime {ort.__version__} failed on these inputs: {text}")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """ONNX Runtime's message without its prefix, source paths, C++ signatures and line breaks."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
     text = re.sub(r"/\S*onnxruntime\S*\.(cc|h):\d+\s*", "", text)

@@ -333,8 +333,8 @@ __attribute__((visibility("default"))) ort_status *RegisterCustomOps(void *optio
   sscanf(base->version(), "%d.%d", &major, &minor);
   if (major != 1 || minor < planish_minor_first || minor > planish_minor_last)
     return planish_error(
-        "planish's kernels were tested with ONNX Runtime 1.%d to 1.%d, not with %s; without the library the model "
-        "runs with the functions in it", planish_minor_first, planish_minor_last, base->version());
+        "planish's kernels were tested with ONNX Runtime 1.%d to 1.%d, not with %s", planish_minor_first,
+        planish_minor_last, base->version());
   const char *feature = lacking();
   if (feature) return planish_error("planish's kernels need %s, which this processor does not have", feature);
   void *domain = __atomic_load_n(&shared_domain, __ATOMIC_ACQUIRE);
