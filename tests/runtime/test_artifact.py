@@ -332,9 +332,13 @@ def test_entries_that_do_not_match_the_model(artifact: Path) -> None:
     reseal(artifact, entries={"main": entry}, target="ort-gpu")
     with pytest.raises(ArtifactError, match="unknown target 'ort-gpu'"):
         load(artifact)
-    reseal(artifact, target="tvm-cpu")
+    reseal(artifact, target="ort-cuda")
     with pytest.raises(InputError, match="can not run"):
         load(artifact)
+    # For this target the program is native code itself.
+    reseal(artifact, target="tvm-cpu")
+    with pytest.raises(ArtifactError, match="main.onnx' is not listed as native code"):
+        load(artifact, allow_native=True)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

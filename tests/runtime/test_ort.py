@@ -282,11 +282,11 @@ def test_flushing_is_turned_off_without_a_word(capfd: pytest.CaptureFixture[str]
 
 
 def test_checked_shapes_do_not_grow_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.runtime.ort._REMEMBERED", 3)
+    monkeypatch.setattr("planish.runtime.checks._REMEMBERED", 3)
     runner = identity("float")
     for size in range(1, 8):
         assert runner.run({"x": np.zeros(size, np.float32)})["y"].shape == (size,)
-    assert len(runner._checked) == 3
+    assert len(runner._checks._checked) == 3
 
 
 def test_prepared_runs_without_arguments() -> None:

@@ -67,7 +67,7 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], cpu: Cpu) -> Compiled:
         module = schedule_module(module, cpu)
         module[CHECK] = translator.check()
         try:
-            executable = tvm.compile(module, target=target(cpu), relax_pipeline=relax.get_pipeline("default_build"))
+            executable = tvm.compile(module, target=target(cpu), relax_pipeline=_lowering())
         except tvm.error.InternalError as error:
             raise UnsupportedError(
                 f"TVM {tvm.__version__} does not compile the program: {_last_line(error)}"
@@ -75,6 +75,30 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], cpu: Cpu) -> Compiled:
     for template in translator.kernels.values():
         executable.mod.import_module(_kernel(template, cpu.name))
     return Compiled(executable, weights_of(translator.parameters))
+
+
+def _lowering() -> Any:
+    """From calls of code and views to the instructions of the virtual machine.
+
+    Relax's own list begins with a pass that takes a copy for a view: outputs would share memory with weights.
+    """
+    tvm = import_tvm()
+    from tvm.relax import transform
+
+    return tvm.transform.Sequential(
+        [
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
 
 
 @functools.cache

@@ -152,7 +152,7 @@ def _sole_relu(node: ir.Node) -> ir.Node | None:
 
 def _channels(t: Translator, pixels: Any, first: int, count: int) -> Any:
     dims = [*list(pixels.ty.shape)[:3], count]
-    return t.compute("channels", [pixels], lambda i, v: v(*i[:3], i[3] + first), dims, "float32")
+    return t.force(t.compute("channels", [pixels], lambda i, v: v(*i[:3], i[3] + first), dims, "float32"))
 
 
 def _joined(t: Translator, parts: list[Any], dims: list[Any]) -> Any:
@@ -164,7 +164,7 @@ def _joined(t: Translator, parts: list[Any], dims: list[Any]) -> Any:
             result = t.tir.if_then_else(i[3] < each * (g + 1), tensors[g](*i[:3], i[3] - each * g), result)
         return result
 
-    return t.compute("join", parts, element, [dims[axis] for axis in LAST], "float32")
+    return t.force(t.compute("join", parts, element, [dims[axis] for axis in LAST], "float32"))
 
 
 @emits("MaxPool", "AveragePool")

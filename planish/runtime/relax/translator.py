@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -346,7 +348,7 @@ class Translator:
             for a, b in self.assumed:
                 if not self.equal(a, b):
                     holds = self._substitute(a, own).equal(self._substitute(b, own))
-                    with T.Assert(holds, f"{a} must be {b}"):
+                    with T.Assert(holds, f"{_shown(a)} must be {_shown(b)}"):
                         T.evaluate(0)
             T.evaluate(0)
         return built[0]
@@ -396,7 +398,7 @@ class Translator:
             var = self.relax.Var(_identifier(spec.name), self.type(own, dtype))
             variables.append(var)
             self.values[value] = Operand(dtype, own, var)
-        with self.builder.function("main"):
+        with self._function("main"):
             with self.builder.dataflow():
                 for node in graph:
                     self.node(node)
@@ -406,6 +408,16 @@ class Translator:
             self.builder.emit_func_output(result, every)
         module = self.builder.get()
         return module, every[: len(variables)]
+
+    @contextmanager
+    def _function(self, name: str) -> Iterator[None]:
+        """A function of the builder, which warns on stderr of one that an exception has ended."""
+        try:
+            with self.builder.function(name):
+                yield
+        except Exception:
+            self.builder._end_block()
+            raise
 
     def _output(self, value: ir.Value, inputs: Sequence[Any]) -> Any:
         """An output; what may share memory with an input or a weight is copied."""
@@ -440,6 +452,11 @@ def storage_dims(operand: Operand) -> list[Any]:
 def weights_of(parameters: Mapping[str, Parameter]) -> dict[str, np.ndarray]:
     """Parameter name → array, in the order in which the function takes them."""
     return {name: parameter.array for name, parameter in parameters.items()}
+
+
+def _shown(size: Any) -> str:
+    """A size as users write it: TVM's text without its types."""
+    return re.sub(r"T\.", "", re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size)))
 
 
 def _identifier(name: str) -> str:
