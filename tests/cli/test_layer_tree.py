@@ -48,7 +48,8 @@ def test_parallel_post_norm_and_tied() -> None:
 
 
 def test_no_layers_and_why() -> None:
+    why = "between 'h' and 'x3' 4 attentions lie in a row, and more than a hidden state goes from one to the next"
     assert drawn(stack(4, shared=True)) == [
         "Layers",
-        "└── no layers: no segments between values that all data passes through repeat",
+        f"└── no layers: {why} (shared keys and values, norms across layers, or states of others)",
     ]
