@@ -1,0 +1,151 @@
+/* planish::FlashAttention and its relatives, and planish::BlockSparseAttention: heads side by side in the last axis. */
+#include "attention.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define ALONE (1 << 17) /* products of a number of q and one of k */
+
+typedef struct {
+  const attention_op *op;
+  int64_t heads, kv_heads, causal, block;
+  float *scale;
+} attention;
+
+static void destroy(void *given) {
+  attention *kernel = given;
+  free(kernel->scale);
+  free(kernel);
+}
+
+static ort_status *create(const ort_custom_op *given, ort_api api, const ort_info *info, void **made) {
+  (void)api;
+  const attention_op *op = (const attention_op *)given;
+  attention *kernel = calloc(1, sizeof *kernel);
+  if (kernel) kernel->scale = planish_allocate(sizeof *kernel->scale);
+  if (!kernel || !kernel->scale) {
+    free(kernel);
+    return planish_error("no memory for a kernel");
+  }
+  kernel->op = op;
+  kernel->heads = planish_int(info, "q_num_heads", 0);
+  kernel->kv_heads = planish_int(info, "kv_num_heads", 0);
+  kernel->causal = op->past ? 1 : planish_int(info, "is_causal", 0) != 0;
+  kernel->block = op->lists ? planish_int(info, "block_size", 64) : 0;
+  *kernel->scale = planish_float(info, "scale", 0);
+  if (kernel->heads < 1 || kernel->kv_heads < 1 || kernel->heads % kernel->kv_heads) {
+    ort_status *status = planish_error(
+        "%s: q_num_heads is %ld and kv_num_heads %ld; one must be a multiple of the other", op->base.name,
+        (long)kernel->heads, (long)kernel->kv_heads);
+    destroy(kernel);
+    return status;
+  }
+  *made = kernel;
+  return NULL;
+}
+
+enum { Q, K, V, MASK, INDPTR = MASK, INDICES, LAYOUT, Y, TENSORS };
+
+static ort_status *check(const attention *kernel, const tensor *all, int64_t *head_size) {
+  const char *name = kernel->op->base.name;
+  for (int i = Q; i <= V; ++i)
+    if (all[i].rank != 3) return planish_error("%s: %c has rank %zu; it must have 3", name, "qkv"[i], all[i].rank);
+  const int64_t *q = all[Q].shape, *k = all[K].shape;
+  if (memcmp(k, all[V].shape, 3 * sizeof *k)) return planish_error("%s: k and v must have the same shape", name);
+  if (q[0] != k[0]) return planish_error("%s: q has batch %ld, k and v %ld", name, (long)q[0], (long)k[0]);
+  *head_size = q[2] / kernel->heads;
+  if (q[2] != *head_size * kernel->heads || k[2] != *head_size * kernel->kv_heads)
+    return planish_error(
+        "%s: %ld and %ld heads do not divide the last axes of q and k, %ld and %ld, into equal sizes", name,
+        (long)kernel->heads, (long)kernel->kv_heads, (long)q[2], (long)k[2]);
+  return NULL;
+}
+
+/* Makes the mask's shape one of 4 axes, each 1 or that of the scores. */
+static ort_status *check_mask(const attention *kernel, const tensor *all, int64_t *shape) {
+  const tensor *mask = &all[MASK];
+  const int64_t full[4] = {all[Q].shape[0], kernel->heads, all[Q].shape[1], all[K].shape[1]};
+  if (mask->rank > 4) return planish_error("%s: the mask has rank %zu; at most 4", kernel->op->base.name, mask->rank);
+  for (size_t i = 0; i < 4; ++i) {
+    shape[i] = i + mask->rank < 4 ? 1 : mask->shape[i + mask->rank - 4];
+    if (shape[i] != 1 && shape[i] != full[i])
+      return planish_error(
+          "%s: axis %zu of 4 of the mask has size %ld; it must be 1 or %ld", kernel->op->base.name, i, (long)shape[i],
+          (long)full[i]);
+  }
+  return NULL;
+}
+
+static ort_status *check_lists(const attention *kernel, const tensor *all) {
+  const char *name = kernel->op->base.name;
+  if (all[INDPTR].rank != 2 || all[INDPTR].shape[1] < 2)
+    return planish_error("%s: indptr must have shape (layouts, rows + 1), with a row or more", name);
+  if (all[INDICES].rank != 1) return planish_error("%s: indices has rank %zu; it must have 1", name, all[INDICES].rank);
+  if (all[LAYOUT].rank != 1 || all[LAYOUT].shape[0] != kernel->heads)
+    return planish_error("%s: head_layout must have shape (%ld)", name, (long)kernel->heads);
+  return NULL;
+}
+
+static const attention_form *form_of(const attention *kernel, int64_t head_size) {
+  for (const attention_form *form = kernel->op->forms; form->call; ++form)
+    if (form->head_size == head_size && form->causal == kernel->causal && form->block == kernel->block) return form;
+  return NULL;
+}
+
+static ort_status *run(const attention *kernel, ort_context *context, tensor *all) {
+  const attention_op *op = kernel->op;
+  int64_t head_size = 0, mask[4], one[1] = {1};
+  _Alignas(64) int64_t offset[8] = {0};
+  for (int i = Q; i <= V; ++i) CHECK(planish_input(context, (size_t)i, sizeof(float), &all[i]));
+  CHECK(check(kernel, all, &head_size));
+  if (op->mask) {
+    CHECK(planish_input(context, MASK, (size_t)op->mask, &all[MASK]));
+    CHECK(check_mask(kernel, all, mask));
+  }
+  if (op->lists) {
+    for (int i = INDPTR; i <= LAYOUT; ++i) CHECK(planish_input(context, (size_t)i, sizeof(int32_t), &all[i]));
+    CHECK(check_lists(kernel, all));
+  }
+  const attention_form *form = form_of(kernel, head_size);
+  if (!form)
+    return planish_error(
+        "%s: this library has no kernel for heads of size %ld (is_causal %ld, block_size %ld)", op->base.name,
+        (long)head_size, (long)kernel->causal, (long)kernel->block);
+  int64_t *q = all[Q].shape, *k = all[K].shape;
+  if (op->past || (op->lists && kernel->causal)) offset[0] = k[1] - q[1];
+  if (op->past && offset[0] < 0)
+    return planish_error("%s: there are %ld queries and %ld keys; there must be a key for each", op->base.name, (long)q[1], (long)k[1]);
+  CHECK(planish_output(context, 0, sizeof(float), q, 3, &all[Y]));
+
+  dl_tensor tensors[9];
+  tvm_any arguments[9];
+  int count = 0;
+#define ARGUMENT(...) arguments[count] = planish_argument(&tensors[count], __VA_ARGS__), ++count
+  for (int i = Q; i <= V; ++i) ARGUMENT(all[i].data, DL_FLOAT, 32, 3, all[i].shape);
+  if (op->mask) ARGUMENT(all[MASK].data, op->mask == 1 ? DL_BOOL : DL_FLOAT, op->mask * 8, 4, mask);
+  if (op->lists)
+    for (int i = INDPTR; i <= LAYOUT; ++i) ARGUMENT(all[i].data, DL_INT, 32, (int)all[i].rank, all[i].shape);
+  ARGUMENT(kernel->scale, DL_FLOAT, 32, 1, one);
+  if (kernel->causal || op->lists) ARGUMENT(offset, DL_INT, 64, 1, one);
+  ARGUMENT(all[Y].data, DL_FLOAT, 32, 3, q);
+  /* A few microseconds of work are not worth waking threads for: without a context a call stays on its thread. */
+  int small = planish_product(q, 3) * k[1] < ALONE;
+  CHECK(planish_call(small ? NULL : context, form->call, arguments, count));
+  planish_finish(&all[Y]);
+  return NULL;
+}
+
+static ort_status *compute(void *kernel, ort_context *context) {
+  tensor all[TENSORS];
+  memset(all, 0, sizeof all);
+  ort_status *status = run(kernel, context, all);
+  for (int i = 0; i < TENSORS; ++i) planish_release(&all[i]);
+  return status;
+}
+
+void planish_attention(attention_op *op) {
+  planish_fill(&op->base);
+  op->base.op.create2 = create;
+  op->base.op.compute2 = compute;
+  op->base.op.destroy = destroy;
+}
