@@ -51,7 +51,7 @@ class Window:
 class Patches(Template):
     """The pixels of each window side by side. Arguments, compact:
 
-    - ``x`` (batch, height, width, channels);
+    - ``x`` (batch, height, width · channels);
     - ``y`` (batch, rows, columns, kernel height · kernel width · channels), out; 0 outside of the image.
     """
 
@@ -67,35 +67,48 @@ class Patches(Template):
 
         tall, wide = window.kernel
         with prim_func(self.symbol) as built:
-            batch, height, width, channels, rows, columns, depth = (size() for _ in range(7))
-            x = argument("x", (batch, height, width, channels))
+            batch, height, line, rows, columns, depth = (size() for _ in range(6))
+            x = argument("x", (batch, height, line))
             y = argument("y", (batch, rows, columns, depth))
+            channels = T.Bind(depth // (tall * wide))
+            width = T.Bind(line // T.max(channels, 1))
             with T.parallel(batch * rows) as task:
                 b, r = T.Bind(task // rows), T.Bind(task % rows)
                 with T.serial(columns) as c:
                     left = T.Bind(window.corner(1, c))
+
+                    def copy(row: Any, column: Any, start: Any, count: Any, b: Any = b, r: Any = r, c: Any = c) -> None:
+                        with T.serial(count) as k:
+                            store(y, x[b, row, column * channels + k], b, r, c, start + k)
+
+                    def clear(start: Any, count: Any, b: Any = b, r: Any = r, c: Any = c) -> None:
+                        with T.serial(count) as k:
+                            store(y, const(0.0), b, r, c, start + k)
+
                     with T.serial(tall) as ky:
                         row = T.Bind(window.corner(0, r) + ky * window.dilations[0])
                         start = T.Bind(ky * (wide * channels))
                         # The pixels of a row of the window are neighbours in memory, where all of them are there.
                         joined = tirx.all(row >= 0, row < height, left >= 0, left + wide <= width)
                         with T.If(joined if window.dilations[1] == 1 else T.bool(False)):
-                            with T.Then(), T.serial(wide * channels) as k:
-                                store(y, x[b, row, left + k // channels, k % channels], b, r, c, start + k)
+                            with T.Then():
+                                copy(row, left, start, wide * channels)
                             with T.Else(), T.serial(wide) as kx:
                                 column = T.Bind(left + kx * window.dilations[1])
-                                with T.If(tirx.all(row >= 0, row < height, column >= 0, column < width)):
-                                    with T.Then(), T.serial(channels) as k:
-                                        store(y, x[b, row, column, k], b, r, c, start + kx * channels + k)
-                                    with T.Else(), T.serial(channels) as k:
-                                        store(y, const(0.0), b, r, c, start + kx * channels + k)
+                                inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
+                                with T.If(inside):
+                                    with T.Then():
+                                        copy(row, column, start + kx * channels, channels)
+                                    with T.Else():
+                                        clear(start + kx * channels, channels)
         return built[0]
 
     def reference(self, *arguments: np.ndarray) -> Any:
         """Takes the sizes of the output from a last argument y."""
         x, y = arguments
-        found = self.window.patches(np.asarray(x, np.float64), y.shape[1], y.shape[2], 0.0)
-        return found.reshape(y.shape)
+        channels = y.shape[3] // (self.window.kernel[0] * self.window.kernel[1])
+        pixels = np.asarray(x, np.float64).reshape(*x.shape[:2], -1, channels)
+        return self.window.patches(pixels, y.shape[1], y.shape[2], 0.0).reshape(y.shape)
 
 
 @dataclass(frozen=True)

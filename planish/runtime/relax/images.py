@@ -138,7 +138,9 @@ def _product(
     """Images times a matrix of filters: (batch, rows, columns, filters)."""
     batch, depth = pixels.ty.shape[0], int(matrix.dims[0])
     if window != Window((1, 1)):
-        pixels = t.call(Patches(window), [pixels], ([batch, rows, columns, depth], "float32"))
+        height, width, channels = list(pixels.ty.shape)[1:]
+        lines = t.reshape(pixels, [batch, height, t.product([width, channels])])
+        pixels = t.call(Patches(window), [lines], ([batch, rows, columns, depth], "float32"))
     flat = t.reshape(pixels, [t.product([batch, rows, columns]), depth])
     return t.reshape(linear(t, flat, matrix, bias, act), [batch, rows, columns, matrix.dims[1]])
 

@@ -83,7 +83,8 @@ def test_images(name: str, window: Window) -> None:
             for a in range(2)
         )
         shape = (batch, rows, columns, channels)
-        close(calls[0], templates[0], [x], (*shape[:3], taps * channels), True)
+        lines = aligned(x.reshape(batch, size, -1))
+        close(calls[0], templates[0], [lines], (*shape[:3], taps * channels), True)
         close(calls[1], templates[1], [x, normal(taps, channels), normal(channels)], shape, True)
         for call, template in zip(calls[2:], templates[2:], strict=True):
             close(call, template, [x], shape, True)
