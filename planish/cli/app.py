@@ -164,6 +164,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Time for all of it.", min=0.0)] = 10.0,
     runs: Annotated[int, typer.Option(help="Rounds at most.", min=1)] = 200,
     clock: Annotated[str, typer.Option(help="wall, or process for processor time.")] = "wall",
+    allow_native: Annotated[bool, typer.Option("--allow-native", help="Load native code of artifacts.")] = False,
     json: Json = False,
 ) -> int:
     """Times models and artifacts against each other, interleaved; ratios are against the first."""
@@ -180,6 +181,7 @@ def bench(
             seconds=seconds,
             max_runs=runs,
             clock=clock,
+            allow_native=allow_native,
             progress=progress,
         )
     _emit(found.to_dict()) if json else printing.benched(found)

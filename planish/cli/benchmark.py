@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from planish.cli.files import is_artifact, open_executable, open_program
+from planish.cli.files import is_artifact, made_up_inputs, open_executable
 from planish.ir.compare import compare_outputs
 from planish.ir.errors import InputError
 from planish.ir.ledger import ErrorStats, Ratio
@@ -61,6 +61,7 @@ def compare(
     max_runs: int = 200,
     clock: str = "wall",
     seed: int = 0,
+    allow_native: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Comparison:
     """Times contestants in shuffled rounds, after checking how far their outputs are from the first one's.
@@ -79,7 +80,7 @@ def compare(
     given = inputs
     if given is None:
         progress("making up inputs")
-        given = _synthetic(paths[0], target, dims, entry)
+        given = made_up_inputs(paths[0], target, dims, entry)
     elif dims:
         raise InputError("sizes of dimensions are for synthetic inputs; leave out --dim or --inputs.")
     names = _names(paths)
@@ -87,7 +88,7 @@ def compare(
     outputs: dict[str, Mapping[str, Any]] = {}
     for name, path in zip(names, paths, strict=True):
         progress(f"preparing {name}")
-        executables[name] = open_executable(path, target)
+        executables[name] = open_executable(path, target, allow_native=allow_native)
         try:
             outputs[name] = executables[name].run(given, entry)
         except InputError as error:
@@ -107,15 +108,6 @@ def compare(
         rows.append(Row(name, str(path), kind, timing, 1e3 * size / timing.mean, versus, apart))
     shown = {name: f"{a.dtype}{list(a.shape)}" for name, a in feeds.items()}
     return Comparison(rows, shown, inputs is None, _notes(times, rows, inputs is None))
-
-
-def _synthetic(
-    path: str | Path, target: Target, dims: Mapping[str, int] | None, entry: str | None
-) -> dict[str, np.ndarray]:
-    from planish.ir.inputs import synthesize
-
-    program = open_program(path, target)
-    return synthesize(program, entry or program.default_entry, dims=dims)
 
 
 def _runs(executable: Executable, feeds: dict[str, Any], entry: str | None) -> Callable[[], object]:

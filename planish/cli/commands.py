@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from planish.cli.files import batches, is_artifact, open_executable, open_program, save_outputs
+from planish.cli.files import batches, is_artifact, made_up_inputs, open_executable, open_program, save_outputs
 from planish.ir.budget import Budget
 from planish.ir.errors import InputError, PlanishError, unknown
 from planish.ir.target import Target
@@ -163,8 +163,6 @@ def run_once(
     """Runs an artifact or a model once; returns outputs as text and summary, and writes them if asked to."""
     import time
 
-    from planish.ir.inputs import synthesize
-
     target = make_target("ort-cpu", threads)
     sizes = parse_dims(dims)
     if inputs and sizes:
@@ -172,8 +170,7 @@ def run_once(
     executable = open_executable(path, target, allow_native=allow_native)
     feeds = one_batch(inputs)
     if feeds is None:
-        program = open_program(path, target)
-        feeds = synthesize(program, entry or program.default_entry, dims=sizes)
+        feeds = made_up_inputs(path, target, sizes, entry)
     started = time.perf_counter()
     outputs = executable.run(feeds, entry)
     seconds = time.perf_counter() - started

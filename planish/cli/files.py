@@ -38,8 +38,11 @@ def open_program(path: str | Path, target: Target | str = "ort-cpu") -> Program:
     from planish.runtime.artifact import read_manifest
 
     manifest, folder = read_manifest(path), Path(path)
-    if any(entry.file in manifest.native for entry in manifest.entries.values()):
-        raise InputError(f"'{folder}' holds compiled code for {manifest.target} and no graph; give the model's file.")
+    if _compiled(path):
+        raise InputError(
+            f"'{folder}' holds compiled code for {manifest.target} and no graph: its report.html shows what was "
+            "compiled; for more give the model's file."
+        )
     entries = {name: load_onnx(folder / entry.file, target) for name, entry in manifest.entries.items()}
     merged = Program({name: program.main for name, program in entries.items()}, target)
     merged.provenance = {**manifest.provenance, "artifact": str(folder), "pipeline": manifest.pipeline}
@@ -78,6 +81,32 @@ def open_executable(path: str | Path, target: Target | str | None = None, *, all
 
     program = open_program(path, wanted)
     return Executable(program, {"main": compile_entry(program, "main", wanted)})
+
+
+def made_up_inputs(
+    path: str | Path, target: Target, dims: Mapping[str, int] | None = None, entry: str | None = None
+) -> dict[str, np.ndarray]:
+    """Inputs for a model or an artifact that the user gives none for: made from its specs; those of the first golden
+    sample where an artifact holds compiled code and no graph.
+    """
+    from planish.ir.inputs import synthesize
+
+    if is_artifact(path) and _compiled(path):
+        from planish.runtime.artifact import golden_inputs
+
+        if dims:
+            raise InputError(f"--dim: '{path}' holds compiled code and no graph to make inputs for; give --inputs.")
+        return golden_inputs(path, entry)
+    program = open_program(path, target)
+    return synthesize(program, entry or program.default_entry, dims=dims)
+
+
+def _compiled(path: str | Path) -> bool:
+    """Whether an artifact holds compiled code in place of its graphs."""
+    from planish.runtime.artifact import read_manifest
+
+    manifest = read_manifest(path)
+    return any(entry.file in manifest.native for entry in manifest.entries.values())
 
 
 def load_inputs(path: str | Path) -> dict[str, np.ndarray]:

@@ -138,6 +138,22 @@ def verify_artifact(
     )
 
 
+def golden_inputs(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, Any]:
+    """The inputs of the first golden sample of an entry, by default of the first one that has any.
+
+    Raises:
+        InputError: as for :func:`load`, or there is no such sample.
+    """
+    from planish.runtime.tensorfile import read
+
+    folder, manifest, contents = _checked(path)
+    for sample in manifest.golden:
+        if entry in (None, sample.entry):
+            return read(contents[sample.inputs], str(folder / sample.inputs))
+    of = f" of entry '{entry}'" if entry else ""
+    raise InputError(f"'{folder}' holds no golden sample{of}; give --inputs FILE.npz.")
+
+
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest of an artifact folder; checks the manifest, not the files."""
     folder = Path(path)
