@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from planish.runtime.kernels.cache import cached
 from planish.runtime.kernels.linker import link
 from planish.runtime.kernels.op_kernels import OpKernel, kernels_for
 from planish.runtime.kernels.template import Template, compile_module
@@ -80,7 +81,7 @@ def _build(kernels: tuple[OpKernel, ...]) -> Library:
 def _object(template: Template) -> Path:
     """A template compiled to an object file; programs that share operators share it."""
     path = _folder() / f"{template.symbol}.o"
-    compile_module([template], template.cpu()).write_to_file(str(path), "o")
+    cached(template, lambda to: compile_module([template], template.cpu()).write_to_file(str(to), "o"), path)
     return path
 
 
