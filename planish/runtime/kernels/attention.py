@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from planish.runtime.kernels.attention_task import LOG2E, LOWEST, Mask, Task, tile
+from planish.runtime.kernels.attention_task import LOG2E, LOWEST, Mask, Task, fixed, tile
 from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import argument, const, local, prim_func, script, size, store
 from planish.runtime.kernels.template import Template
 
 MASKS = ("none", "float", "bool")
-#: Keys that a task takes at a time: the softmax is rescaled once for so many, and they stay in the second level cache.
-_KEYS = 128
-#: Vectors of queries in a task.
-_VECTORS = 4
+#: Vectors of queries in a task, and keys that it takes at a time: the softmax is rescaled once for so many. Causal
+#: attention computes half a square of queries in vain for each task.
+_VECTORS, _CAUSAL_VECTORS, _KEYS = 8, 6, 64
+#: The same for lists of blocks, which are gathered side by side.
+_LIST_VECTORS, _LIST_KEYS = 4, 64
 
 
 class _Operands:
@@ -38,8 +39,8 @@ class _Operands:
         """The task: `rows` queries of a head from `first` on."""
         T = script()
         self.head, self.b, self.first, self.rows = head, batch, first, rows
-        self.kv = T.Bind(head // (self.heads // T.max(self.narrow // self.d, 1)))
-        self.vectors = T.Bind((rows + lanes - 1) // lanes)
+        self.kv = fixed(head // (self.heads // T.max(self.narrow // self.d, 1)))
+        self.vectors = fixed((rows + lanes - 1) // lanes)
 
     def start(self, task: Task, scale: Any) -> None:
         T = script()
@@ -105,7 +106,7 @@ class FlashAttention(Template):
 
     def build(self, cpu: Cpu) -> Any:
         T, lanes = script(), cpu.lanes
-        most = _VECTORS * lanes
+        most = (_CAUSAL_VECTORS if self.causal else _VECTORS) * lanes
         with prim_func(self.symbol) as built:
             at = _Operands(self.head_size)
             mask = None
@@ -121,9 +122,9 @@ class FlashAttention(Template):
             height = T.Bind(T.max(even, lanes))
             blocks = T.Bind((at.length + height - 1) // height)
             with T.parallel(at.batch * at.heads * blocks) as t:
-                first = T.Bind(t % blocks * height)
-                rows = T.Bind(T.min(height, at.length - first))
-                at.place(T.Bind(t // blocks % at.heads), T.Bind(t // blocks // at.heads), first, rows, lanes)
+                first = fixed(t % blocks * height)
+                rows = fixed(T.min(height, at.length - first))
+                at.place(fixed(t // blocks % at.heads), fixed(t // blocks // at.heads), first, rows, lanes)
                 task = Task(cpu, self.head_size, most, _KEYS)
                 at.start(task, scale)
                 self._keys(task, at, mask, offset)
@@ -133,10 +134,10 @@ class FlashAttention(Template):
     def _keys(self, task: Task, at: _Operands, mask: Any, offset: Any) -> None:
         T = script()
         seen = at.keys if offset is None else T.min(at.keys, at.first + at.rows + offset[0])
-        seen = T.Bind(T.max(seen, 0))
+        seen = fixed(T.max(seen, 0))
         with T.serial((seen + _KEYS - 1) // _KEYS) as p:
-            key = T.Bind(p * _KEYS)
-            n = T.Bind(T.min(_KEYS, seen - key))
+            key = fixed(p * _KEYS)
+            n = fixed(T.min(_KEYS, seen - key))
             at.gather(task, T.int64(0), key, n)
 
             def hide(row: Any, query: Any, acc: Any, shape: tuple[int, int]) -> None:
@@ -195,10 +196,10 @@ class BlockSparseFlashAttention(Template):
 
     def build(self, cpu: Cpu) -> Any:
         T, lanes = script(), cpu.lanes
-        most = min(_VECTORS * lanes, self.block_size)
+        most = min(_LIST_VECTORS * lanes, self.block_size)
         while self.block_size % most:
             most -= lanes
-        parts, room = self.block_size // most, max(_KEYS, self.block_size)
+        parts, room = self.block_size // most, max(_LIST_KEYS, self.block_size)
         with prim_func(self.symbol) as built:
             at = _Operands(self.head_size)
             layouts, ends, entries = size(), size(), size()
@@ -209,15 +210,15 @@ class BlockSparseFlashAttention(Template):
             shift = T.Bind(offset[0] // most)
             tasks = T.Bind((offset[0] + at.length + most - 1) // most - shift)
             with T.parallel(at.batch * at.heads * tasks) as t:
-                part = T.Bind(t % tasks + shift)
-                head, b = T.Bind(t // tasks % at.heads), T.Bind(t // tasks // at.heads)
-                first = T.Bind(T.max(part * most - offset[0], 0))
-                rows = T.Bind(T.min(part * most + most - offset[0], at.length) - first)
+                part = fixed(t % tasks + shift)
+                head, b = fixed(t // tasks % at.heads), fixed(t // tasks // at.heads)
+                first = fixed(T.max(part * most - offset[0], 0))
+                rows = fixed(T.min(part * most + most - offset[0], at.length) - first)
                 at.place(head, b, first, rows, lanes)
                 task = Task(cpu, self.head_size, most, room)
                 at.start(task, scale)
                 layout = T.Cast("int64", layout_of[head])
-                self._blocks(task, at, lists, (layout, T.Bind(part // parts)), offset)
+                self._blocks(task, at, lists, (layout, fixed(part // parts)), offset)
                 at.finish(task)
         return built[0]
 
@@ -237,26 +238,26 @@ class BlockSparseFlashAttention(Template):
         seen = at.keys
         if self.causal:
             seen = T.min(at.keys, at.first + at.rows + offset[0])
-        seen = T.Bind(seen)
-        step = max(_KEYS // block, 1)
+        seen = fixed(seen)
+        step = max(_LIST_KEYS // block, 1)
         state = local(2, dtype="int64")  # keys gathered, and the last position among them
         where = T.alloc_buffer((task.keys + task.slack,), "int64", scope="global") if self.causal else None
-        begin, end = T.Bind(limits[0]), T.Bind(limits[1])
+        begin, end = fixed(limits[0]), fixed(limits[1])
         with T.serial(T.max((end - begin + step - 1) // step, 0)) as p:
             store(state, T.int64(0), 0)
             store(state, T.int64(0), 1)
             with T.serial(T.min(step, end - begin - p * step)) as i:
-                key = T.Bind(T.Cast("int64", indices[begin + p * step + i]) * block)
-                n = T.Bind(T.min(block, seen - key))
+                key = fixed(T.Cast("int64", indices[begin + p * step + i]) * block)
+                n = fixed(T.min(block, seen - key))
                 with T.If(T.And(n > 0, key >= 0)), T.Then():
-                    into = T.Bind(state[0])
+                    into = fixed(state[0])
                     at.gather(task, into, key, n)
                     if where is not None:
                         with T.serial(n) as r:
                             store(where, key + r, into + r)
                     store(state, into + n, 0)
                     store(state, T.max(state[1], key + n - 1), 1)
-            total = T.Bind(state[0])
+            total = fixed(state[0])
             with T.If(total > 0), T.Then():
                 task.attend(at.rows, at.vectors, total, self._hide(task, at, where, state[1], total, offset))
 

@@ -29,6 +29,14 @@ _EXP2 = (1.32647264e-3, 9.671512697e-3, 5.550733746e-2, 0.2402224208, 0.69314697
 Mask = Callable[[Any, Any, Any, tuple[int, int]], None]
 
 
+def fixed(value: Any) -> Any:
+    """An int64 in a variable of its own: TVM would write out what it is bound to wherever it is used, and prove
+    things about that, for most of the time that compiling takes."""
+    variable = local(1, dtype="int64")
+    store(variable, value, 0)
+    return variable[0]
+
+
 def exp2(x: Any) -> Any:
     """2**x for x <= 0 (-inf gives 0, NaN stays), to 1e-7: split as by Cody and Waite (1980), then a minimax polynomial.
 
@@ -160,13 +168,13 @@ class Task:
     def _score(self, vectors: Any, count: Any, mask: Mask) -> None:
         """scores[key, query], and the maxima so far."""
         T, widest = script(), self.tiles.widest
-        split = self.queries > self.lanes * widest
-        first = T.Bind(vectors - vectors // 2) if split else vectors
-        for columns in range(1, widest + 1):
-            with T.If(first == columns), T.Then():
-                self._columns(T.int64(0), columns, count, mask)
-            if split:
-                with T.If(vectors - first == columns), T.Then():
+        # Groups of about equal width.
+        groups = fixed((vectors + widest - 1) // widest)
+        width = fixed((vectors + groups - 1) // groups)
+        with T.serial(groups) as g:
+            first = fixed(g * width)
+            for columns in range(1, widest + 1):
+                with T.If(T.min(width, vectors - first) == columns), T.Then():
                     self._columns(first, columns, count, mask)
 
     def _columns(self, first: Any, columns: int, count: Any, mask: Mask) -> None:
