@@ -14,6 +14,7 @@ from planish.runtime.relax.operand import Operand
 from planish.runtime.relax.translator import Translator, attribute, axis_of, emits
 
 
+@emits("FlashAttention", "FlashAttentionBias", "FlashAttentionMask", domain="planish")
 @emits("Attention")
 def _attention(t: Translator, node: ir.Node) -> list[Operand]:
     from planish.runtime.kernels.attention import FlashAttention
