@@ -57,7 +57,7 @@ _RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
 _PIPELINES = {
     "ort-cpu": (*_RECOGNIZE, *_LOWER),
     "ort-cpu:kernels": (*_RECOGNIZE, *_KERNELS, *_LOWER),
-    "tvm-cpu": (*_RECOGNIZE, *_KERNELS, "eliminate-dead-code"),
+    "tvm-cpu": (*_RECOGNIZE, "lower-linear", "lower-normalization", "eliminate-dead-code"),
 }
 
 
