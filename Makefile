@@ -7,6 +7,7 @@
 #   make bench-fusion          whole models, causal attention and the optimizer's cost against every peer
 #   make bench-decode          tokens a second of causal language models, and the forms of their cache
 #   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
+#   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
@@ -21,7 +22,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-decode bench-layers \
-  bench-startup clean
+  bench-tvm bench-startup clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -55,6 +56,12 @@ bench-decode: $(STAMP)
 
 bench-layers: $(STAMP)
 	@$(BIN)/python benchmarks/layers.py
+
+# TVM is an extra.
+bench-tvm: $(STAMP)
+	@$(BIN)/python -c 'import tvm' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tvm]'
+	@$(BIN)/python benchmarks/tvm_target.py
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py
