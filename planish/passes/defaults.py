@@ -52,7 +52,7 @@ _LOWER = (
 # Numbers that are computed from sizes, the scale of attention among them, are known then.
 _TYPES = ("infer-shapes", "simplify-shapes", "fold-constants")
 # With generated kernels a product takes what follows it along; what has no kernel is lowered as without them.
-_KERNELS = ("lower-linear", "lower-normalization")
+_KERNELS = ("lower-linear", "lower-normalization", "lower-attention", "eliminate-dead-code")
 _RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
 _PIPELINES = {
     "ort-cpu": (*_RECOGNIZE, *_LOWER),

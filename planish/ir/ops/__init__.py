@@ -23,6 +23,7 @@ from planish.ir.ops.base import (
 )
 from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE_ATTENTION
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
+from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
 from planish.ir.ops.linear import LINEAR
 from planish.ir.ops.norms import NORMS
 from planish.ir.ops.swiglu import SWIGLU
@@ -135,5 +136,12 @@ def _find(name: str) -> DialectOp | None:
     return DIALECT.get(name)
 
 
-for _op in (SWIGLU, *LINEAR.values(), *NORMS.values(), *FLASH_ATTENTION.values(), BLOCK_SPARSE_ATTENTION):
+for _op in (
+    KEY_MASK_ATTENTION,
+    SWIGLU,
+    *LINEAR.values(),
+    *NORMS.values(),
+    *FLASH_ATTENTION.values(),
+    BLOCK_SPARSE_ATTENTION,
+):
     register_op(_op)

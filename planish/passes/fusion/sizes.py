@@ -7,6 +7,8 @@ which is what graphs of older exporters are full of.
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +56,18 @@ def sizes(value: ir.Value | None) -> tuple[Term, ...] | None:
         return None
     found: list[Term] = []
     for axis, dim in enumerate(value.shape):
-        name = dim if isinstance(dim, int) else dim.value
+        name = dim if isinstance(dim, int) else _quotient(dim.value)
         found.append(name if name is not None else (value, axis))
     return tuple(found)
+
+
+@functools.cache
+def _quotient(name: str | None) -> str | None:
+    """``((a*b)//a)``, as torch's exporter names a size that a model counts twice, is ``b``."""
+    match = re.fullmatch(r"\(\((\w+)\*(\w+)\)//(\w+)\)", name or "")
+    if match is None or match[3] not in (match[1], match[2]):
+        return name
+    return match[2] if match[3] == match[1] else match[1]
 
 
 def rank(value: ir.Value | None) -> int | None:

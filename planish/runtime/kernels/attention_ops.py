@@ -16,8 +16,8 @@ from planish.runtime.kernels.op_kernels import OpKernel, types_declaration
 if TYPE_CHECKING:
     from planish.runtime.kernels.template import Template
 
-_SPARSE, _PAST = "BlockSparseAttention", "FlashAttentionPast"
-_MASKS = {"FlashAttentionBias": "float", "FlashAttentionMask": "bool"}
+_SPARSE, _PAST, _KEYS = "BlockSparseAttention", "FlashAttentionPast", "FlashAttentionKeyMask"
+_MASKS = {"FlashAttentionBias": "float", "FlashAttentionMask": "bool", _KEYS: "bool"}
 _BYTES = {"none": 0, "bool": 1, "float": 4}
 _FLOAT, _BOOL, _INT = (int(t) for t in (ir.DataType.FLOAT, ir.DataType.BOOL, ir.DataType.INT32))
 
@@ -77,6 +77,6 @@ class AttentionKernel(OpKernel):
                 types_declaration(self.op, [*inputs, _FLOAT]),
                 f"static const attention_form forms_{self.op}[] = {{{forms}, {{0}}}};",
                 f'static attention_op op_{self.op} = {{{{{{0}}, "{self.op}", {len(inputs)}, 1, types_{self.op}}}, '
-                f"{_BYTES[mask]}, {int(self.op == _PAST)}, {int(sparse)}, forms_{self.op}}};",
+                f"{_BYTES[mask]}, {int(self.op == _KEYS)}, {int(self.op == _PAST)}, {int(sparse)}, forms_{self.op}}};",
             ]
         )

@@ -65,13 +65,14 @@ def _families() -> dict[str, type[OpKernel]]:
     """Operator → the class of its kernels."""
     from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE_ATTENTION
     from planish.ir.ops.flash_attention import FLASH_ATTENTION
+    from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
     from planish.ir.ops.linear import LINEAR
     from planish.ir.ops.norms import NORMS
     from planish.runtime.kernels.attention_ops import AttentionKernel
     from planish.runtime.kernels.linear import LinearKernel
     from planish.runtime.kernels.norm_ops import NormKernel
 
-    attention = (*FLASH_ATTENTION, BLOCK_SPARSE_ATTENTION.name)
+    attention = (*FLASH_ATTENTION, KEY_MASK_ATTENTION.name, BLOCK_SPARSE_ATTENTION.name)
     return {
         **dict.fromkeys(LINEAR, LinearKernel),
         **dict.fromkeys(NORMS, NormKernel),

@@ -1,6 +1,7 @@
 /* planish::FlashAttention and its relatives, and planish::BlockSparseAttention: heads side by side in the last axis. */
 #include "attention.h"
 
+#include <float.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,6 +10,7 @@
 typedef struct {
   const attention_op *op;
   int64_t heads, kv_heads, causal, block;
+  int mean; /* a query that sees no key gives the mean of all values, not zeros */
   float *scale;
 } attention;
 
@@ -32,6 +34,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
   kernel->kv_heads = planish_int(info, "kv_num_heads", 0);
   kernel->causal = op->past ? 1 : planish_int(info, "is_causal", 0) != 0;
   kernel->block = op->lists ? planish_int(info, "block_size", 64) : 0;
+  kernel->mean = op->keys && planish_float(info, "hidden_score", -FLT_MAX) > -FLT_MAX;
   *kernel->scale = planish_float(info, "scale", 0);
   if (kernel->heads < 1 || kernel->kv_heads < 1 || kernel->heads % kernel->kv_heads) {
     ort_status *status = planish_error(
@@ -73,6 +76,40 @@ static ort_status *check_mask(const attention *kernel, const tensor *all, int64_
           "%s: axis %zu of 4 of the mask has size %ld; it must be 1 or %ld", kernel->op->base.name, i, (long)shape[i],
           (long)full[i]);
   }
+  if (kernel->op->keys && (shape[1] != 1 || shape[2] != 1))
+    return planish_error("%s: the mask must have shape (batch or 1, 1, 1, keys or 1)", kernel->op->base.name);
+  return NULL;
+}
+
+/* Queries of a sequence, from the first on, that see no key: before the first one that is not hidden. */
+static int64_t blind(const attention *kernel, const tensor *all, const int64_t *shape, int64_t b) {
+  const int64_t queries = all[Q].shape[1], keys = all[K].shape[1];
+  const unsigned char *mask = (const unsigned char *)all[MASK].data + (shape[0] == 1 ? 0 : b) * shape[3];
+  int64_t first = 0;
+  while (first < keys && !mask[shape[3] == 1 ? 0 : first]) ++first;
+  if (first == keys) return queries;
+  return !kernel->causal ? 0 : first < queries ? first : queries;
+}
+
+/* Gives queries that see no key the mean of all values. */
+static ort_status *fill_blind(const attention *kernel, const tensor *all, const int64_t *shape, int64_t head_size) {
+  const int64_t batch = all[Q].shape[0], queries = all[Q].shape[1], width = all[Q].shape[2];
+  const int64_t keys = all[K].shape[1], narrow = all[K].shape[2], shared = kernel->heads / kernel->kv_heads;
+  double *mean = NULL;
+  for (int64_t b = 0; b < batch && keys; ++b) {
+    int64_t rows = blind(kernel, all, shape, b);
+    if (!rows) continue;
+    if (!mean && !(mean = planish_allocate((size_t)narrow * sizeof *mean))) return planish_error("no memory for a mean");
+    const float *v = (const float *)all[V].data + b * keys * narrow;
+    float *y = (float *)all[Y].data + b * queries * width;
+    for (int64_t i = 0; i < narrow; ++i) mean[i] = 0;
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t i = 0; i < narrow; ++i) mean[i] += v[key * narrow + i];
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < width; ++i)
+        y[row * width + i] = (float)(mean[i / head_size / shared * head_size + i % head_size] / (double)keys);
+  }
+  free(mean);
   return NULL;
 }
 
@@ -131,6 +168,7 @@ static ort_status *run(const attention *kernel, ort_context *context, tensor *al
   /* A few microseconds of work are not worth waking threads for: without a context a call stays on its thread. */
   int small = planish_product(q, 3) * k[1] < ALONE;
   CHECK(planish_call(small ? NULL : context, form->call, arguments, count));
+  if (kernel->mean) CHECK(fill_blind(kernel, all, mask, head_size));
   planish_finish(&all[Y]);
   return NULL;
 }

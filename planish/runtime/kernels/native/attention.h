@@ -13,6 +13,7 @@ typedef struct {
 typedef struct {
   planish_op base;
   int mask;  /* the fourth input is a mask, of elements of so many bytes: 0 (there is none), 1 (bool) or 4 (float) */
+  int keys;  /* the mask is one of keys, and the node says what a query gives that sees none */
   int past;  /* causal, with the queries at the last positions of the keys */
   int lists; /* indptr, indices and head_layout follow */
   const attention_form *forms; /* up to one without `call` */
