@@ -128,18 +128,13 @@ def _norm(t: Translator, node: ir.Node) -> Operand:
     axis = axis_of(node, x.rank, -1)
     inner = x.dims[axis:]
     wanted = [t.product(inner)]
-    last = _last_axes(x, axis)
-    rows = last if last is not None else t.rows(x, x.rank - axis) if axis < x.rank - 1 else t.rows(x)
+    rows = t.rows(x, x.rank - axis)
     epsilon = _number(t, float(attribute(node, "epsilon", 1e-5)))
     weights = [t.reshape(t.tensor(_full(t, w, inner)), wanted) for w in (scale, *rest) if w is not None]
     bias = len(weights) > 1
     template = LayerNorm(bias=bias) if node.op_type == "LayerNormalization" else RmsNorm()
     made = t.call(template, [rows, *weights, epsilon], (list(rows.ty.shape), "float32"))
     return Operand("float32", x.dims, t.reshape(made, x.dims))
-
-
-def _last_axes(x: Operand, axis: int) -> Any:
-    return None
 
 
 def _full(t: Translator, weight: Operand, dims: Sequence[Any]) -> Operand:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from planish.runtime.relax.operand import Operand, stored
-from planish.runtime.relax.translator import Lazy, Translator, attribute, emits
+from planish.runtime.relax.operand import Lazy, Operand, stored
+from planish.runtime.relax.translator import Translator, attribute, emits
 
 #: (translator, node, expressions) → the expression of the result.
 Expression = Callable[[Translator, ir.Node, Sequence[Any]], Any]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +77,83 @@ class Operand:
 def stored(dims: Sequence[Any], order: Sequence[int] | None) -> list[Any]:
     """Sizes in the order in which the axes are stored."""
     return list(dims) if order is None else [dims[axis] for axis in order]
+
+
+@dataclass
+class Parameter:
+    """A weight that the function takes behind its inputs.
+
+    Attributes:
+        name: unique in the program.
+        array: what to pass.
+        var: the variable that stands for it.
+    """
+
+    name: str
+    array: np.ndarray
+    var: Any
+
+
+@dataclass
+class Lazy:
+    """Elements that are computed one by one; several of these that follow each other become one loop.
+
+    Attributes:
+        name: of the loop.
+        inputs: variables, or lazy ones that nothing else reads.
+        body: (indices, *readers) → the element; a reader gives the element of an input at indices.
+        dims: sizes, as int64 expressions.
+        dtype: of the elements.
+        var: the variable, once it is emitted.
+    """
+
+    name: str
+    inputs: list[Any]
+    body: Callable[..., Any]
+    dims: list[Any]
+    dtype: str
+    var: Any = None
+
+    @property
+    def length(self) -> int:
+        """How many operators are in the loop."""
+        return 1 + sum(item.length for item in self.inputs if isinstance(item, Lazy) and item.var is None)
+
+    def reader(self, leaves: list[Any], force: Callable[[Any], Any]) -> Callable[[Sequence[Any], Sequence[Any]], Any]:
+        """(indices, tensors of `leaves`) → the element; adds the variables that are read to `leaves`."""
+        readers: list[Any] = []
+        for item in self.inputs:
+            if isinstance(item, Lazy) and item.var is None:
+                readers.append(item.reader(leaves, force))
+                continue
+            var = force(item)
+            if not any(var.same_as(leaf) for leaf in leaves):
+                leaves.append(var)
+            place = next(i for i, leaf in enumerate(leaves) if var.same_as(leaf))
+            readers.append(lambda indices, tensors, place=place: tensors[place](*indices))
+
+        def read(indices: Sequence[Any], tensors: Sequence[Any]) -> Any:
+            own = [lambda *at, r=reader: r(at, tensors) for reader in readers]
+            return self.body(indices, *own).astype(self.dtype)
+
+        return read
+
+
+def shown(size: Any) -> str:
+    """A size as users write it: TVM's text without its types."""
+    return re.sub(r"T\.", "", re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size)))
+
+
+def identifier(name: str) -> str:
+    """A name as TVM takes it."""
+    return "".join(c if c.isalnum() else "_" for c in name) or "size"
+
+
+def digest(array: np.ndarray) -> str:
+    """A name for a constant that has none."""
+    return f"constant.{hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]}"
+
+
+def same_array(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same bytes in the same form."""
+    return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from planish.ir.errors import UnsupportedError
 from planish.ir.graphs import constant_tensor, dims_of
 from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.template import Template, import_tvm
-from planish.runtime.relax.operand import Operand, stored
+from planish.runtime.relax.operand import Lazy, Operand, Parameter, digest, identifier, same_array, shown
 
 if TYPE_CHECKING:
     from planish.ir.program import TensorSpec
@@ -38,66 +36,6 @@ def emits(*op_types: str, domain: str = "") -> Callable[[Emitter], Emitter]:
         return emitter
 
     return add
-
-
-@dataclass
-class Parameter:
-    """A weight that the function takes behind its inputs.
-
-    Attributes:
-        name: unique in the program.
-        array: what to pass.
-        var: the variable that stands for it.
-    """
-
-    name: str
-    array: np.ndarray
-    var: Any
-
-
-@dataclass
-class Lazy:
-    """Elements that are computed one by one; several of these that follow each other become one loop.
-
-    Attributes:
-        name: of the loop.
-        inputs: variables, or lazy ones that nothing else reads.
-        body: (indices, *readers) → the element; a reader gives the element of an input at indices.
-        dims: sizes, as int64 expressions.
-        dtype: of the elements.
-        var: the variable, once it is emitted.
-    """
-
-    name: str
-    inputs: list[Any]
-    body: Callable[..., Any]
-    dims: list[Any]
-    dtype: str
-    var: Any = None
-
-    @property
-    def length(self) -> int:
-        """How many operators are in the loop."""
-        return 1 + sum(item.length for item in self.inputs if isinstance(item, Lazy) and item.var is None)
-
-    def reader(self, leaves: list[Any], force: Callable[[Any], Any]) -> Callable[[Sequence[Any], Sequence[Any]], Any]:
-        """(indices, tensors of `leaves`) → the element; adds the variables that are read to `leaves`."""
-        readers: list[Any] = []
-        for item in self.inputs:
-            if isinstance(item, Lazy) and item.var is None:
-                readers.append(item.reader(leaves, force))
-                continue
-            var = force(item)
-            if not any(var.same_as(leaf) for leaf in leaves):
-                leaves.append(var)
-            place = next(i for i, leaf in enumerate(leaves) if var.same_as(leaf))
-            readers.append(lambda indices, tensors, place=place: tensors[place](*indices))
-
-        def read(indices: Sequence[Any], tensors: Sequence[Any]) -> Any:
-            own = [lambda *at, r=reader: r(at, tensors) for reader in readers]
-            return self.body(indices, *own).astype(self.dtype)
-
-        return read
 
 
 @dataclass
@@ -157,7 +95,7 @@ class Translator:
     def symbol(self, name: str) -> Any:
         """The variable of a symbolic size of an input."""
         if name not in self.symbols:
-            var = self.tir.Var(_identifier(name), "int64")
+            var = self.tir.Var(identifier(name), "int64")
             self.analyzer.bind(var, self.tvm.ir.Range(1, _LARGEST))
             self.symbols[name] = var
         return self.symbols[name]
@@ -181,7 +119,7 @@ class Translator:
         """The variable of a weight; equal weights under one name are one parameter."""
         array = np.ascontiguousarray(array).reshape(np.shape(array))
         base, number = name or "constant", 1
-        while name == "" or (name in self.parameters and not _same(self.parameters[name].array, array)):
+        while name == "" or (name in self.parameters and not same_array(self.parameters[name].array, array)):
             name, number = f"{base}.{number}", number + 1
         if name not in self.parameters:
             var = self.relax.Var(f"p{len(self.parameters)}", self.type(array.shape, str(array.dtype)))
@@ -197,7 +135,7 @@ class Translator:
             operand.var = self.force(operand.var)
         if operand.var is None:
             if operand.array is not None:
-                operand.var = self.parameter(operand.array, operand.name or _digest(operand.array))
+                operand.var = self.parameter(operand.array, operand.name or digest(operand.array))
             else:
                 assert operand.sizes is not None
                 operand.var = self.force(self._of_sizes(operand.sizes, operand.dtype))
@@ -348,7 +286,7 @@ class Translator:
             for a, b in self.assumed:
                 if not self.equal(a, b):
                     holds = self._substitute(a, own).equal(self._substitute(b, own))
-                    with T.Assert(holds, f"{_shown(a)} must be {_shown(b)}"):
+                    with T.Assert(holds, f"{shown(a)} must be {shown(b)}"):
                         T.evaluate(0)
             T.evaluate(0)
         return built[0]
@@ -395,7 +333,7 @@ class Translator:
                 raise UnsupportedError(f"target tvm-cpu: input '{spec.name}' has no dtype or no rank.")
             own = [d if isinstance(d, int) else self.symbol(d or f"{spec.name}.{i}") for i, d in enumerate(dims)]
             dtype = str(value.dtype.numpy()) if value.dtype.is_integer() or value.dtype.is_floating_point() else "bool"
-            var = self.relax.Var(_identifier(spec.name), self.type(own, dtype))
+            var = self.relax.Var(identifier(spec.name), self.type(own, dtype))
             variables.append(var)
             self.values[value] = Operand(dtype, own, var)
         with self._function("main"):
@@ -444,28 +382,6 @@ def axis_of(node: ir.Node, rank: int, default: int, name: str = "axis") -> int:
     return axis + rank if axis < 0 else axis
 
 
-def storage_dims(operand: Operand) -> list[Any]:
-    """Sizes of an operand's variable."""
-    return stored(operand.dims, operand.order)
-
-
 def weights_of(parameters: Mapping[str, Parameter]) -> dict[str, np.ndarray]:
     """Parameter name → array, in the order in which the function takes them."""
     return {name: parameter.array for name, parameter in parameters.items()}
-
-
-def _shown(size: Any) -> str:
-    """A size as users write it: TVM's text without its types."""
-    return re.sub(r"T\.", "", re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size)))
-
-
-def _identifier(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name) or "size"
-
-
-def _digest(array: np.ndarray) -> str:
-    return f"constant.{hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]}"
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from planish.runtime.relax.operand import Operand, stored
+from planish.runtime.relax.operand import Operand
 from planish.runtime.relax.translator import Translator, attribute, axis_of, emits
 
 
@@ -289,7 +289,3 @@ def _pad(t: Translator, node: ir.Node) -> Operand:
         return t.tir.if_then_else(t.tir.all(*inside), value, fill) if inside else value
 
     return Operand(x.dtype, dims, t.compute("pad", [t.tensor(x)], element, dims, x.dtype))
-
-
-def storage(x: Operand) -> list[Any]:
-    return stored(x.dims, x.order)
