@@ -23,6 +23,8 @@ from planish.runtime.kernels.template import ON_STACK, Template
 _BLOCK_ROWS = 256
 #: Steps of the inner loop that are written out, and how many steps ahead weights are fetched into the nearest cache.
 _UNROLL, _AHEAD = 4, 32
+#: Lines of the next panel that are fetched in each turn of the inner loop: from memory it takes as long as a tile.
+_NEXT = 2
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _task(
         first = opaque(row + step * shape.rows)
         height = opaque(tx.min(tx.const(shape.rows, "int64"), row + rows - first))
         for weight, result in zip(packed, results, strict=True):
-            _tile_rows(shape, x, weight, result, p, first, height)
+            _tile_rows(shape, x, weight, result, p, first, height, step)
         finish(shape, results, activation, b, r, y, p, first, height)
 
 
@@ -233,13 +235,15 @@ def _stack(numbers: int) -> Any:
     return T.alloc_buffer((numbers,), "float32", scope="local", align=64, annotations=ON_STACK)
 
 
-def _tile_rows(shape: Tile, x: Any, weight: Any, result: Any, p: Any, first: Any, height: Any) -> None:
-    """`height` rows from `first` on, in the largest tiles of halved height."""
+def _tile_rows(
+    shape: Tile, x: Any, weight: Any, result: Any, p: Any, first: Any, height: Any, number: Any = None
+) -> None:
+    """`height` rows from `first` on, in the largest tiles of halved height; tile `number` of the panel."""
     from tvm.tirx.script.builder import ir as T
 
     with T.If(height == shape.rows):
         with T.Then():
-            _multiply(shape, shape.rows, x, weight, result, p, first, 0)
+            _multiply(shape, shape.rows, x, weight, result, p, first, 0, number)
         with T.Else():
             rows = shape.rows // 2
             while rows:
@@ -249,8 +253,13 @@ def _tile_rows(shape: Tile, x: Any, weight: Any, result: Any, p: Any, first: Any
                 rows //= 2
 
 
-def _multiply(shape: Tile, rows: int, x: Any, weight: Any, result: Any, p: Any, first: Any, at: Any) -> None:
-    """``result[at : at + rows] = x[first : first + rows] W[p]``, accumulated in registers."""
+def _multiply(
+    shape: Tile, rows: int, x: Any, weight: Any, result: Any, p: Any, first: Any, at: Any, number: Any = None
+) -> None:
+    """``result[at : at + rows] = x[first : first + rows] W[p]``, accumulated in registers.
+
+    With the `number` of the tile in its panel, a part of the next panel is fetched into the second-level cache.
+    """
     import tvm.tirx as tx
     from tvm.tirx.script.builder import ir as T
 
@@ -275,6 +284,12 @@ def _multiply(shape: Tile, rows: int, x: Any, weight: Any, result: Any, p: Any, 
                 T.buffer_store(buffer, buffer.vload([0], vector) + factor * line[j], [lanes])
 
     with T.serial(depth // _UNROLL) as outer:
+        if number is not None:
+            for i in range(_NEXT):
+                line = T.min((number * (depth // _UNROLL) + outer) * _NEXT + i, depth * shape.vectors - 1)
+                ahead = T.address_of(weight[p + 1, 0, line * shape.lanes])
+                into_second_level = [tx.const(flag, "int32") for flag in (0, 2, 1)]
+                T.evaluate(tx.call_llvm_intrin("void", "llvm.prefetch.p0", ahead, *into_second_level))
         for u in range(_UNROLL):
             step(outer * _UNROLL + u, u % parts)
     with T.serial(depth % _UNROLL) as inner:
