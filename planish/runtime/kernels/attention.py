@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,16 +287,25 @@ def _add_mask(mask: Any, at: _Operands, key: Any, query: Any, acc: Any, shape: t
 
     T = script()
     # Axes of size 1 are broadcast.
-    b, head, row, column = (tirx.Select(size == 1, T.int64(0), T.int64(1)) for size in mask.shape)
-    with T.unroll(shape[0]) as r, T.unroll(shape[1]) as c, T.vectorized(lanes) as j:
-        # Tiles reach past the last key and the last query.
-        at_key = T.min(key + r, at.keys - 1)
-        at_query = T.min(at.first + query + c * lanes + j, at.length - 1)
-        item = mask[at.b * b, at.head * head, at_query * row, at_key * column]
-        if mask.dtype == "bool":
-            store(acc, tirx.Select(item, acc[r, c, j], const(float("-inf"))), r, c, j)
-        else:
-            store(acc, acc[r, c, j] + item * const(LOG2E), r, c, j)
+    batch, head, column = (tirx.Select(mask.shape[i] == 1, T.int64(0), T.int64(1)) for i in (0, 1, 3))
+    hidden = const(float("-inf"))
+
+    def change(at_query: Callable[[Any, Any], Any]) -> None:
+        with T.unroll(shape[0]) as r, T.unroll(shape[1]) as c, T.vectorized(lanes) as j:
+            # Tiles reach past the last key and the last query.
+            at_key = T.min(key + r, at.keys - 1)
+            item = mask[at.b * batch, at.head * head, at_query(c, j), at_key * column]
+            if mask.dtype == "bool":
+                store(acc, tirx.Select(item, acc[r, c, j], hidden), r, c, j)
+            else:
+                store(acc, acc[r, c, j] + item * const(LOG2E), r, c, j)
+
+    # The same for all queries, as padding is: one number for a vector.
+    with T.If(mask.shape[2] == 1):
+        with T.Then():
+            change(lambda c, j: T.int64(0))
+        with T.Else():
+            change(lambda c, j: T.min(at.first + query + c * lanes + j, at.length - 1))
 
 
 def _hide_later(

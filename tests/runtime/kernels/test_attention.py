@@ -73,13 +73,11 @@ def test_nothing(batch: int, queries: int, keys: int) -> None:
     np.testing.assert_array_equal(got, np.zeros((batch, queries, 64), np.float32))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 20, 64, 80, 96, 128, 256])
 def test_head_sizes(size: int) -> None:
     check(FlashAttention(size), [*tensors(size, 2, 70, 150, 4, 2, size), scale(size)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [20, 64])
 def test_narrow_vectors(size: int) -> None:
     for queries, keys in ((1, 40), (33, 131), (100, 7)):
@@ -112,7 +110,6 @@ def test_masks(kind: str, full: tuple[int, ...]) -> None:
         check(FlashAttention(32, mask=kind), [*arguments, mask, scale(32)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "bool"])
 def test_causal_masks(kind: str) -> None:
     arguments = tensors(0, 2, 90, 200, 2, 2, 32)
@@ -155,7 +152,6 @@ def test_block_sparse(causal: bool, density: float) -> None:
         check(template, [*arguments, *lists, which, scale(32), offset(past)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block, level", [(32, ""), (128, ""), (48, ""), (64, "avx2"), (32, "avx2")])
 def test_block_sizes(block: int, level: str) -> None:
     arguments = tensors(block, 1, 300, 300, 2, 2, 64)
