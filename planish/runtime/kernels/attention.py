@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from planish.runtime.kernels.attention_task import LOG2E, LOWEST, Mask, Task, fixed, tile
+from planish.ir.ops.block_sparse_attention import layout_mask
+from planish.ir.ops.flash_attention import attention, causal
+from planish.runtime.kernels.attention_task import LOG2E, Mask, Task, fixed
 from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import argument, const, local, prim_func, script, size, store
 from planish.runtime.kernels.template import Template
@@ -154,10 +156,11 @@ class FlashAttention(Template):
         q, k, v, *rest = arguments
         mask = rest.pop(0) if self.mask != "none" else None
         scale = float(rest.pop(0)[0])
-        seen = np.ones((q.shape[1], k.shape[1]), bool)
-        if self.causal:
-            seen = np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + int(rest.pop(0)[0])
-        return attention(q, k, v, self.head_size, scale, seen, mask)
+        queries, keys = q.shape[1], k.shape[1]
+        seen = causal(queries, keys, int(rest.pop(0)[0]) if self.causal else keys)
+        if mask is not None and mask.dtype == bool:
+            seen, mask = seen & mask, None
+        return attention((q, k, v), _heads(q, k, self.head_size), scale, seen, mask)
 
 
 @dataclass(frozen=True)
@@ -271,10 +274,15 @@ class BlockSparseFlashAttention(Template):
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
         q, k, v, indptr, indices, head_layout, scale, offset = arguments
-        seen = layout_mask(indptr, indices, self.block_size, q.shape[1], k.shape[1], int(offset[0]))
+        queries, keys, first = q.shape[1], k.shape[1], int(offset[0])
+        seen = layout_mask(indptr, indices, self.block_size, queries, keys, first)
         if self.causal:
-            seen &= np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + int(offset[0])
-        return attention(q, k, v, self.head_size, float(scale[0]), seen[head_layout], None)
+            seen &= causal(queries, keys, first)
+        return attention((q, k, v), _heads(q, k, self.head_size), float(scale[0]), seen[head_layout])
+
+
+def _heads(q: np.ndarray, k: np.ndarray, size: int) -> tuple[int, int]:
+    return q.shape[2] // size, k.shape[2] // size
 
 
 def _check_head(head_size: int) -> None:
@@ -328,43 +336,3 @@ def _hide_later(
         oldest = position(T.min(row + r, count - 1)) - at.first - offset[0]
         sees = query + c * lanes + j >= oldest
         store(acc, tirx.Select(sees, acc[r, c, j], const(float("-inf"))), r, c, j)
-
-
-def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, head_size: int, scale: float, seen: np.ndarray, mask: np.ndarray | None
-) -> np.ndarray:
-    """Attention in float64; `seen` broadcasts to (batch, heads, queries, keys); rows without a key are 0."""
-    batch, length, width = q.shape
-
-    def split(x: np.ndarray) -> np.ndarray:
-        heads = x.astype(np.float64).reshape(*x.shape[:2], x.shape[2] // head_size, head_size).transpose(0, 2, 1, 3)
-        return np.repeat(heads, width // max(x.shape[2], 1), 1)
-
-    q4, k4, v4 = split(q), split(k), split(v)
-    scores = scale * q4 @ k4.transpose(0, 1, 3, 2)
-    hidden = ~np.broadcast_to(seen, scores.shape)
-    if mask is not None and mask.dtype == bool:
-        hidden = hidden | ~mask
-    elif mask is not None:
-        scores, hidden = scores + mask, hidden | (mask <= LOWEST)
-    scores = np.where(hidden, -np.inf, scores)
-    weights = np.exp(scores - scores.max(-1, keepdims=True, initial=LOWEST))
-    total = weights.sum(-1, keepdims=True)
-    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0)
-    return np.asarray((weights @ v4).transpose(0, 2, 1, 3).reshape(batch, length, width))
-
-
-def layout_mask(
-    indptr: np.ndarray, indices: np.ndarray, block: int, queries: int, keys: int, offset: int = 0
-) -> np.ndarray:
-    """(layouts, queries, keys): which keys the lists let a query see; the first query is at position `offset`."""
-    mask = np.zeros((len(indptr), queries, keys), bool)
-    rows = (np.arange(queries) + offset) // block
-    for layout, ends in enumerate(indptr):
-        for r in range(len(ends) - 1):
-            for block_of_keys in indices[ends[r] : ends[r + 1]]:
-                mask[layout, rows == r, block_of_keys * block : (block_of_keys + 1) * block] = True
-    return mask
-
-
-__all__: Sequence[str] = ("BlockSparseFlashAttention", "FlashAttention", "attention", "layout_mask", "tile")
