@@ -23,7 +23,7 @@ from planish.runtime.kernels.template import ON_STACK, Template
 _BLOCK_ROWS = 256
 #: Steps of the inner loop that are written out, and how many steps ahead weights are fetched into the nearest cache.
 _UNROLL, _AHEAD = 4, 32
-#: Lines of the next panel that are fetched in each turn of the inner loop: from memory it takes as long as a tile.
+#: Lines of the next panels that are fetched in each turn of the inner loop: from memory one takes as long as a tile.
 _NEXT = 2
 
 
@@ -225,7 +225,7 @@ def _task(
         first = opaque(row + step * shape.rows)
         height = opaque(tx.min(tx.const(shape.rows, "int64"), row + rows - first))
         for weight, result in zip(packed, results, strict=True):
-            _tile_rows(shape, x, weight, result, p, first, height, step)
+            _tile_rows(shape, x, weight, result, p, first, height, (step, _NEXT // len(packed)))
         finish(shape, results, activation, b, r, y, p, first, height)
 
 
@@ -236,14 +236,14 @@ def _stack(numbers: int) -> Any:
 
 
 def _tile_rows(
-    shape: Tile, x: Any, weight: Any, result: Any, p: Any, first: Any, height: Any, number: Any = None
+    shape: Tile, x: Any, weight: Any, result: Any, p: Any, first: Any, height: Any, ahead: tuple[Any, int]
 ) -> None:
-    """`height` rows from `first` on, in the largest tiles of halved height; tile `number` of the panel."""
+    """`height` rows from `first` on, in the largest tiles of halved height; `ahead` as of `_multiply`."""
     from tvm.tirx.script.builder import ir as T
 
     with T.If(height == shape.rows):
         with T.Then():
-            _multiply(shape, shape.rows, x, weight, result, p, first, 0, number)
+            _multiply(shape, shape.rows, x, weight, result, p, first, 0, ahead)
         with T.Else():
             rows = shape.rows // 2
             while rows:
@@ -254,11 +254,20 @@ def _tile_rows(
 
 
 def _multiply(
-    shape: Tile, rows: int, x: Any, weight: Any, result: Any, p: Any, first: Any, at: Any, number: Any = None
+    shape: Tile,
+    rows: int,
+    x: Any,
+    weight: Any,
+    result: Any,
+    p: Any,
+    first: Any,
+    at: Any,
+    ahead: tuple[Any, int] | None = None,
 ) -> None:
     """``result[at : at + rows] = x[first : first + rows] W[p]``, accumulated in registers.
 
-    With the `number` of the tile in its panel, a part of the next panel is fetched into the second-level cache.
+    With `ahead`, the number of the tile in its panel and of lines in a turn, a part of the next panel is fetched into
+    the second-level cache.
     """
     import tvm.tirx as tx
     from tvm.tirx.script.builder import ir as T
@@ -274,9 +283,7 @@ def _multiply(
 
     def step(k: Any, part: int) -> None:
         for j in range(shape.vectors):
-            ahead = T.address_of(weight[p, k + _AHEAD, j * shape.lanes])
-            into_first_level = [tx.const(flag, "int32") for flag in (0, 3, 1)]
-            T.evaluate(tx.call_llvm_intrin("void", "llvm.prefetch.p0", ahead, *into_first_level))
+            _fetch(weight[p, k + _AHEAD, j * shape.lanes], 3)
         line = [T.bind(weight.vload([p, k, j * shape.lanes], vector)) for j in range(shape.vectors)]
         for i in range(rows):
             factor = T.bind(tx.Broadcast(x[first + i, k], shape.lanes))
@@ -284,12 +291,11 @@ def _multiply(
                 T.buffer_store(buffer, buffer.vload([0], vector) + factor * line[j], [lanes])
 
     with T.serial(depth // _UNROLL) as outer:
-        if number is not None:
-            for i in range(_NEXT):
-                line = T.min((number * (depth // _UNROLL) + outer) * _NEXT + i, depth * shape.vectors - 1)
-                ahead = T.address_of(weight[p + 1, 0, line * shape.lanes])
-                into_second_level = [tx.const(flag, "int32") for flag in (0, 2, 1)]
-                T.evaluate(tx.call_llvm_intrin("void", "llvm.prefetch.p0", ahead, *into_second_level))
+        if ahead is not None:
+            number, lines = ahead
+            for i in range(lines):
+                line = T.min((number * (depth // _UNROLL) + outer) * lines + i, depth * shape.vectors - 1)
+                _fetch(weight[p + 1, 0, line * shape.lanes], 2)
         for u in range(_UNROLL):
             step(outer * _UNROLL + u, u % parts)
     with T.serial(depth % _UNROLL) as inner:
@@ -300,6 +306,15 @@ def _multiply(
             for part in sums[1:]:
                 total = total + part[i][j].vload([0], vector)
             T.buffer_store(result, total, [tx.Ramp((at + i) * shape.width + j * shape.lanes, 1, shape.lanes)])
+
+
+def _fetch(element: Any, locality: int) -> None:
+    """Asks for the line of an element: 3 for the nearest cache, 2 for the one behind it."""
+    import tvm.tirx as tx
+    from tvm.tirx.script.builder import ir as T
+
+    flags = [tx.const(flag, "int32") for flag in (0, locality, 1)]
+    T.evaluate(tx.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(element), *flags))
 
 
 def finish(
