@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.fusion_peers import PEERS, Job  # noqa: E402
-from benchmarks.fusion_rows import ROWS, Row, slug  # noqa: E402
+from benchmarks.fusion_rows import MINE, ROWS, Row, slug  # noqa: E402
 from benchmarks.fusion_summary import summary  # noqa: E402
 from benchmarks.fusion_workers import HERE, Workers, entry, environment, error, finite, pair  # noqa: E402
 
@@ -79,7 +79,7 @@ def measure(row: Row, folder: Path, peers: list[str], given: argparse.Namespace)
         for peer in peers:
             entries[peer] |= workers.processes[peer].failure or {}
         pair(entries, times, "ort")
-        lengths = check(workers, row, place, [peer for peer in ("planish", "ort") if peer in times], given.small)
+        lengths = check(workers, row, place, [peer for peer in (*MINE, "ort") if peer in times], given.small)
     rounds = max(map(len, times.values()), default=0)
     return {
         "row": row.name,

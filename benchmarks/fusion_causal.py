@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.fusion_rows import MINE
+
 Constants = dict[str, np.ndarray]
 
 HEADS, SIZE = 12, 64
@@ -136,9 +138,10 @@ def measure(length: int, folder: Path, seconds: float, threads: int, peers: list
             name = f"{form}, flushed" if flush else form
             more: dict[str, Any] = {"flush": flush, "outputs": ("y",), "threads": threads}
             jobs[name] = Job("ort", str(path), str(folder / "timed.npz"), str(folder / slug(name)), **more)
-    if "planish" in peers:
+    mine = [peer for peer in MINE if peer in peers]
+    for peer in mine:
         path = folder / f"{slug(next(iter(FORMS)))}.onnx"
-        jobs["planish"] = Job("planish", str(path), str(folder / "timed.npz"), str(folder / "mine"), threads=threads)
+        jobs[peer] = Job(peer, str(path), str(folder / "timed.npz"), str(folder / peer), threads=threads)
     with Workers(jobs) as workers:
         workers.build()
         distances = {name: error(expected, workers.outputs(name, folder / "timed.npz")) for name in jobs}
@@ -147,19 +150,21 @@ def measure(length: int, folder: Path, seconds: float, threads: int, peers: list
         for name in jobs:
             entries[name] |= workers.processes[name].failure or {}
         pair(entries, times, next(iter(FORMS)))
-        worst = 0.0
-        for batch, other in LENGTHS if "planish" in times else ():
-            given = feeds(batch, other)
-            np.savez(folder / "other.npz", **given)  # type: ignore[arg-type]
-            distance = error({"arr_0": reference(given)}, workers.outputs("planish", folder / "other.npz"))
-            worst = max(worst, float("inf") if distance is None else distance)
-    lengths = finite(worst) if "planish" in times else None
+        lengths: dict[str, float | None] = {}
+        for peer in mine:
+            worst = 0.0
+            for batch, other in LENGTHS if peer in times else ():
+                given = feeds(batch, other)
+                np.savez(folder / "other.npz", **given)  # type: ignore[arg-type]
+                distance = error({"arr_0": reference(given)}, workers.outputs(peer, folder / "other.npz"))
+                worst = max(worst, float("inf") if distance is None else distance)
+            lengths[peer] = finite(worst) if peer in times else None
     return {"length": length, "peers": entries, "lengths": lengths, "fastest": fastest(entries)}
 
 
 def fastest(entries: dict[str, dict[str, Any]]) -> dict[str, str | None]:
     """The fastest plain form: as ONNX Runtime is by default, and with flush-to-zero allowed."""
-    plain = {name: item["ms"] for name, item in entries.items() if name != "planish" and "ms" in item}
+    plain = {name: item["ms"] for name, item in entries.items() if name not in MINE and "ms" in item}
     default = {name: ms for name, ms in plain.items() if not name.endswith("flushed")}
     return {
         "default": min(default, key=default.__getitem__, default=None),

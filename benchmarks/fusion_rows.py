@@ -10,6 +10,10 @@ SMALL_LENGTHS = ((1, 1), (1, 2), (1, 7), (1, 16), (1, 17), (1, 31), (1, 33), (2,
 BATCHES = ((1, 0), (2, 0), (3, 0), (5, 0))
 
 
+#: planish's own peers: with standard operators, and with generated kernels.
+MINE = ("planish", "kernels")
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the benchmark.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from benchmarks.fusion_rows import MINE
+
 #: Those that planish promises not to be slower than.
 HELD_AGAINST = ("ort", "ort_fusions", "compile")
 #: Relative L2 to eager that an exact pass may cost on these models.
@@ -15,27 +17,36 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     """What all tables come to.
 
     Returns:
-        `geomean`: planish against plain ORT over `transformer_rows` rows; `slower`: [row, peer, ratio] where planish
-        is slower beyond the interval; `invalid`: [row, why] where planish failed, or is further from eager than
-        :data:`LIMIT`; `causal`: length → planish against the fastest form of plain ORT; `linear`: what a further
+        `geomean`: peer → against plain ORT over the transformer rows where both ran, for planish's own and OpenVINO;
+        `transformer_rows`: how many these are for planish; `slower`: [own peer, row, peer, ratio] where it is slower
+        beyond the interval; `invalid`: [where, why] where an own peer failed, or is further from eager than
+        :data:`LIMIT`; `causal`: own peer → length → against the fastest form of plain ORT; `linear`: what a further
         layer costs at the end of the ladder over what it costs before.
     """
     rows = result.get("rows", [])
-    gains, slower = [], []
+    gains: dict[str, list[float]] = {peer: [] for peer in (*MINE, "openvino")}
+    slower = []
     for row in rows:
-        mine = row["peers"].get("planish", {})
-        if row["transformer"] and "ratio" in mine:
-            gains.append(mine["ratio"]["median"])
-        for peer in HELD_AGAINST:
-            against = row["peers"].get(peer, {}).get("planish_against")
-            if against is not None and against["high"] < 1:
-                slower.append([row["row"], peer, against])
+        for peer, found in gains.items():
+            item = row["peers"].get(peer, {})
+            if row["transformer"] and "ratio" in item:
+                found.append(item["ratio"]["median"])
+        for mine in MINE:
+            for peer in HELD_AGAINST:
+                against = row["peers"].get(peer, {}).get(f"{mine}_against")
+                if against is not None and against["high"] < 1:
+                    slower.append([mine, row["row"], peer, against])
     return {
-        "geomean": math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None,
-        "transformer_rows": len(gains),
+        "geomean": {peer: math.exp(sum(map(math.log, found)) / len(found)) for peer, found in gains.items() if found},
+        "transformer_rows": len(gains["planish"]),
         "slower": slower,
         "invalid": invalid(result),
-        "causal": {str(item["length"]): causal(item) for item in result.get("causal", [])},
+        "causal": {
+            mine: {
+                str(item["length"]): causal(item, mine) for item in result.get("causal", []) if mine in item["peers"]
+            }
+            for mine in MINE
+        },
         "linear": linear(result.get("cost", [])),
     }
 
@@ -43,14 +54,16 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 def invalid(result: dict[str, Any]) -> list[list[str]]:
     """[where, why] wherever planish does not hold what it promises of outputs."""
     found = []
-    for row in result.get("rows", []):
-        item, lengths = row["peers"].get("planish"), row["lengths"].get("planish", {})
-        if item is not None:
-            found += [[row["row"], why] for why in reasons(item, lengths.get("worst", 0.0))]
-    for row in result.get("causal", []):
-        item = row["peers"].get("planish")
-        if item is not None:
-            found += [[f"causal attention, {row['length']}", why] for why in reasons(item, row["lengths"])]
+    for mine in MINE:
+        for row in result.get("rows", []):
+            item, lengths = row["peers"].get(mine), row["lengths"].get(mine, {})
+            if item is not None and item["status"] != "not installed":
+                found += [[f"{row['row']} ({mine})", why] for why in reasons(item, lengths.get("worst", 0.0))]
+        for row in result.get("causal", []):
+            item = row["peers"].get(mine)
+            if item is not None and item["status"] != "not installed":
+                where = f"causal attention, {row['length']} ({mine})"
+                found += [[where, why] for why in reasons(item, row["lengths"][mine])]
     for row in result.get("cost", []):
         if row["status"] != "ok":
             found.append([f"{row['layers']} layers", f"{row['status']}: {row['reason']}"])
@@ -71,11 +84,11 @@ def reasons(item: dict[str, Any], worst: float | None) -> list[str]:
     return found
 
 
-def causal(item: dict[str, Any]) -> dict[str, Any]:
-    """planish against the fastest plain form, by default and with flush-to-zero allowed: [form, ratio] or None."""
+def causal(item: dict[str, Any], mine: str) -> dict[str, Any]:
+    """An own peer against the fastest plain form, by default and with flush-to-zero allowed: [form, ratio] or None."""
     result: dict[str, Any] = {}
     for which, form in item["fastest"].items():
-        against = item["peers"].get(form, {}).get("planish_against")
+        against = item["peers"].get(form, {}).get(f"{mine}_against")
         result[which] = None if against is None else [form, against]
     return result
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.fusion_rows import MINE
+
 #: What ONNX Runtime says before each of its messages.
 _PREFIX = re.compile(r"(\w+: )?\[ONNXRuntimeError\] : \d+ : \w+ : ")
 #: A table that is written to a file is as wide as it needs to be.
@@ -54,40 +56,49 @@ def models(console: Console, result: dict[str, Any]) -> None:
     about = result["about"]
     title = f"time of plain ONNX Runtime / time of the peer (above 1: faster), {about['threads']} thread(s)"
     table = Table(title=title, caption="error: relative L2 to eager float32; other lengths: the worst of a dozen")
-    for column in ("row", "plain ORT ms", *peers, "planish error", "at other lengths"):
+    for column in (
+        "row",
+        "plain ORT ms",
+        *peers,
+        *(f"{mine} error, worst of lengths" for mine in MINE if mine in peers),
+    ):
         table.add_column(column, justify="left" if column == "row" else "right")
     for row in rows:
-        mine, plain = row["peers"].get("planish", {}), row["peers"]["ort"]
-        lengths = row["lengths"].get("planish")
-        checked = "" if lengths is None else ("failed" if lengths["worst"] is None else small(lengths["worst"]))
+        plain = row["peers"]["ort"]
         first = f"{plain['ms']:.2f}" if "ms" in plain else cell(plain)
         cells = [cell(row["peers"].get(peer)) for peer in peers]
-        table.add_row(row["row"], first, *cells, small(mine.get("relative_l2")), checked)
+        table.add_row(row["row"], first, *cells, *(errors(row, mine) for mine in MINE if mine in peers))
     console.print(table)
+
+
+def errors(row: dict[str, Any], mine: str) -> str:
+    """The error of an own peer on the timed inputs, and the worst at other lengths."""
+    lengths = row["lengths"].get(mine)
+    checked = "" if lengths is None else ("failed" if lengths["worst"] is None else small(lengths["worst"]))
+    return f"{small(row['peers'].get(mine, {}).get('relative_l2'))} {checked}"
 
 
 def causal(console: Console, result: dict[str, Any]) -> None:
     """The table of causal attention."""
     rows = result["causal"]
-    title = "causal attention, 12 heads of 64, batch 1: ms, and planish's ratio to it"
+    title = "causal attention, 12 heads of 64, batch 1: ms, and the ratios of planish, without and with kernels, to it"
     table = Table(title=title, caption="flushed: with session.set_denormal_as_zero; one process each")
     table.add_column("form")
     for row in rows:
         table.add_column(f"{row['length']}", justify="right")
     for name in rows[0]["peers"]:
         table.add_row(name, *(form(row["peers"][name]) for row in rows))
-    worst = ["failed" if row["lengths"] is None else small(row["lengths"]) for row in rows]
-    if "planish" in rows[0]["peers"]:
-        table.add_row("planish error", *(small(row["peers"]["planish"]["relative_l2"]) for row in rows))
-        table.add_row("at other lengths", *worst)
+    for mine in (peer for peer in MINE if peer in rows[0]["peers"]):
+        table.add_row(f"{mine} error", *(small(row["peers"][mine].get("relative_l2")) for row in rows))
+        table.add_row("at other lengths", *(small(row["lengths"][mine]) or "failed" for row in rows))
     console.print(table)
 
 
 def form(item: dict[str, Any]) -> str:
     if item["status"] != "ok":
         return cell(item)
-    ratio = item.get("planish_against")
-    return f"{item['ms']:.2f}" + (f"  {interval(ratio)}" if ratio is not None else "")
+    ratios = [interval(item[f"{mine}_against"]) for mine in MINE if f"{mine}_against" in item]
+    return "  ".join([f"{item['ms']:.2f}", *ratios])
 
 
 def cost(console: Console, rungs: list[dict[str, Any]]) -> None:
@@ -108,17 +119,21 @@ def cost(console: Console, rungs: list[dict[str, Any]]) -> None:
 def totals(console: Console, summary: dict[str, Any]) -> None:
     """What it all comes to, in lines."""
     lines = []
-    if summary["geomean"] is not None:
-        text = f"planish / plain ORT, geometric mean of {summary['transformer_rows']} transformer rows"
-        lines.append(f"{text}: {summary['geomean']:.3f}")
-    for length, found in summary["causal"].items():
-        for which, why in (("default", ""), ("any", ", flushed or not")):
-            if found[which] is not None:
-                name, ratio = found[which]
-                lines.append(f"causal {length}: planish / fastest plain form{why} ({name}): {interval(ratio)}")
+    for peer, mean in summary["geomean"].items():
+        lines.append(
+            f"{peer} / plain ORT, geometric mean of {summary['transformer_rows']} transformer rows: {mean:.3f}"
+        )
+    for mine, lengths in summary["causal"].items():
+        for length, found in lengths.items():
+            for which, why in (("default", ""), ("any", ", flushed or not")):
+                if found[which] is not None:
+                    name, ratio = found[which]
+                    lines.append(f"causal {length}: {mine} / fastest plain form{why} ({name}): {interval(ratio)}")
     if summary["linear"] is not None:
         lines.append(f"cost of a further layer, end of the ladder / before: {summary['linear']:.2f}")
-    lines += [f"planish is slower than {peer} on {row}: {interval(ratio)}" for row, peer, ratio in summary["slower"]]
+    lines += [
+        f"{mine} is slower than {peer} on {row}: {interval(ratio)}" for mine, row, peer, ratio in summary["slower"]
+    ]
     lines += [f"planish is not valid on {where}: {why}" for where, why in summary["invalid"]]
     for line in lines:
         console.print(line, highlight=False, markup=False)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fusion_peers import Job
+from benchmarks.fusion_rows import MINE
 from planish.ir.compare import compare_outputs
 from planish.runtime.measure import ratio
 
@@ -169,15 +170,16 @@ def entry(workers: Workers, name: str, distance: float | None) -> dict[str, Any]
 
 
 def pair(entries: dict[str, dict[str, Any]], times: Mapping[str, list[float]], baseline: str) -> None:
-    """Adds median times, the ratios against the baseline, and those of planish against every peer."""
+    """Adds median times, the ratios against the baseline, and those of planish's own peers against every peer."""
     for name, samples in times.items():
         item = entries[name]
         item["ms"] = float(np.median(samples)) * 1e3
         item["samples_ms"] = [round(s * 1e3, 5) for s in samples]
         if baseline in times:
             item["ratio"] = ratio(times[baseline], samples).to_dict()
-        if "planish" in times and name != "planish":
-            item["planish_against"] = ratio(samples, times["planish"]).to_dict()
+        for mine in MINE:
+            if mine in times and name != mine:
+                item[f"{mine}_against"] = ratio(samples, times[mine]).to_dict()
 
 
 def finite(value: float | None) -> float | None:

@@ -47,8 +47,8 @@ def test_summary_is_the_geometric_mean_and_names_slower_rows() -> None:
         row("b", 0.5, {"compile": ratio(0.9, 0.8, 1.01)}),
     ]
     found = summary({"rows": rows})
-    assert found["geomean"] == pytest.approx(1.0) and found["transformer_rows"] == 2
-    assert [(name, peer) for name, peer, _ in found["slower"]] == [("a", "compile")]
+    assert found["geomean"] == {"planish": pytest.approx(1.0)} and found["transformer_rows"] == 2
+    assert [(mine, name, peer) for mine, name, peer, _ in found["slower"]] == [("planish", "a", "compile")]
     assert found["invalid"] == []
 
 
@@ -60,8 +60,8 @@ def test_summary_names_what_is_not_valid() -> None:
         row("failed", 1.0, {}, status="failed", reason="no kernel"),
     ]
     found = dict(summary({"rows": rows})["invalid"])
-    assert list(found) == ["inexact", "one length", "another length", "failed"]
-    assert found["failed"] == "failed: no kernel" and "2.0e-05" in found["inexact"]
+    assert list(found) == [f"{name} (planish)" for name in ("inexact", "one length", "another length", "failed")]
+    assert found["failed (planish)"] == "failed: no kernel" and "2.0e-05" in found["inexact (planish)"]
 
 
 def test_cost_is_linear_when_a_further_layer_costs_the_same() -> None:
@@ -100,10 +100,14 @@ def test_causal_forms_are_one_function() -> None:
 
 
 def test_causal_table(tmp_path: Path) -> None:
-    found = measure(16, tmp_path, 0.1, 1, ["ort"])
-    assert len(found["peers"]) == 2 * len(FORMS)
+    pytest.importorskip("tvm")
+    found = measure(16, tmp_path, 0.1, 1, ["ort", "planish", "kernels"])
+    assert len(found["peers"]) == 2 * len(FORMS) + 2
     assert {item["status"] for item in found["peers"].values()} == {"ok"}
     assert found["fastest"]["any"] in found["peers"]
+    assert all(worst is not None and worst < 1e-6 for worst in found["lengths"].values())
+    totals = summary({"causal": [found]})
+    assert totals["invalid"] == [] and set(totals["causal"]) == {"planish", "kernels"}
 
 
 def job(folder: Path, peer: str, model: str = "missing.onnx") -> Job:
