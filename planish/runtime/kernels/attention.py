@@ -16,9 +16,8 @@ from planish.runtime.kernels.loops import argument, const, local, prim_func, scr
 from planish.runtime.kernels.template import Template
 
 MASKS = ("none", "float", "bool")
-#: Vectors of queries in a task, and keys that it takes at a time: the softmax is rescaled once for so many. Causal
-#: attention computes half a square of queries in vain for each task.
-_VECTORS, _CAUSAL_VECTORS, _KEYS = 8, 6, 64
+#: Vectors of queries in a task, and keys that it takes at a time: the softmax is rescaled once for so many.
+_VECTORS, _KEYS = 8, 64
 #: The same for lists of blocks, which are gathered side by side.
 _LIST_VECTORS, _LIST_KEYS = 4, 64
 
@@ -49,8 +48,8 @@ class _Operands:
         factor = T.Bind(scale[0] * const(LOG2E))
 
         def load(row: Any, d: Any) -> Any:
-            item = self.q[self.b, self.first + row, self.head * self.d + d] * factor
-            return T.if_then_else(row < self.rows, item, const(0.0))
+            last = T.min(self.first + row, self.length - 1)
+            return self.q[self.b, last, self.head * self.d + d] * factor
 
         task.start(self.vectors, load)
 
@@ -108,7 +107,7 @@ class FlashAttention(Template):
 
     def build(self, cpu: Cpu) -> Any:
         T, lanes = script(), cpu.lanes
-        most = (_CAUSAL_VECTORS if self.causal else _VECTORS) * lanes
+        most = _VECTORS * lanes
         with prim_func(self.symbol) as built:
             at = _Operands(self.head_size)
             mask = None
@@ -150,7 +149,10 @@ class FlashAttention(Template):
                     lanes = task.lanes
                     _hide_later(crosses, lambda r: key + r, offset, at, row, query, acc, shape, n, lanes)
 
-            task.attend(at.rows, at.vectors, n, hide)
+            def needed(queries: Any) -> Any:
+                return T.min(n, T.max(at.first + queries + offset[0] - key, 0))
+
+            task.attend(at.rows, at.vectors, n, hide, None if offset is None else needed)
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
         q, k, v, *rest = arguments

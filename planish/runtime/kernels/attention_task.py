@@ -27,6 +27,8 @@ _EXP2 = (1.32647264e-3, 9.671512697e-3, 5.550733746e-2, 0.2402224208, 0.69314697
 
 #: (first key, first query, accumulators, their rows and columns): changes a tile of scores.
 Mask = Callable[[Any, Any, Any, tuple[int, int]], None]
+#: How many of the keys the first so many queries need together.
+Needed = Callable[[Any], Any]
 
 
 def fixed(value: Any) -> Any:
@@ -99,6 +101,29 @@ def tile(
     return acc
 
 
+def transpose(square: Any, lanes: int) -> None:
+    """Swaps rows and columns in registers: blocks off the diagonal change places, half as large in each step."""
+    from tvm import tirx
+
+    T = script()
+    line = T.Ramp(0, 1, lanes)
+    distance = lanes // 2
+    while distance:
+        first, second = [], []
+        for lane in range(lanes):
+            upper = bool(lane & distance)
+            first.append(lane - distance + lanes if upper else lane)
+            second.append(lane + lanes if upper else lane + distance)
+        for row in (row for row in range(lanes) if not row & distance):
+            pair = [square[row, line], square[row + distance, line]]
+            mixed = [local(lanes), local(lanes)]
+            for made, order in zip(mixed, (first, second), strict=True):
+                store(made, tirx.Shuffle(pair, [tirx.const(i, "int32") for i in order]), line)
+            for made, at in zip(mixed, (row, row + distance), strict=True):
+                store(square, made[line], at, line)
+        distance //= 2
+
+
 class Task:
     """Emits the work on a block of queries of one head. Buffers of the task live as long as it does."""
 
@@ -123,11 +148,19 @@ class Task:
         self.scale = new(queries + self.slack)
 
     def start(self, vectors: Any, load: Callable[[Any, Any], Any]) -> None:
-        """Packs the queries, lanes innermost; `load(row, d)` is 0 past the last one."""
+        """Packs the queries, lanes innermost; `load(row, d)` may give anything past the last one."""
         T, lanes = script(), self.lanes
+        whole = self.head_size // lanes * lanes
         with T.serial(vectors) as c:
-            with T.serial(self.head_size) as d, T.serial(lanes) as j:
-                store(self.q, load(c * lanes + j, d), c, d, j)
+            with T.serial(whole // lanes) as block:
+                square = local(lanes, lanes)
+                with T.unroll(lanes) as r, T.vectorized(lanes) as j:
+                    store(square, load(c * lanes + r, block * lanes + j), r, j)
+                transpose(square, lanes)
+                with T.unroll(lanes) as r, T.vectorized(lanes) as j:
+                    store(self.q, square[r, j], c, block * lanes + r, j)
+            with T.serial(self.head_size - whole) as d, T.serial(lanes) as j:
+                store(self.q, load(c * lanes + j, whole + d), c, whole + d, j)
             for buffer, value in ((self.max, LOWEST), (self.sum, 0.0)):
                 with T.vectorized(lanes) as j:
                     store(buffer, const(value), c * lanes + j)
@@ -144,28 +177,35 @@ class Task:
 
     def gather(self, at: Any, count: Any, k: Callable[[Any, Any], Any], v: Callable[[Any, Any], Any]) -> None:
         """Copies keys and values to rows `at` …: in the graph's layout as many pages of memory are in use as rows."""
+        for buffer, load in ((self.k, k), (self.v, v)):
+            self._copy(buffer, at, count, load)
+
+    def _copy(self, buffer: Any, at: Any, count: Any, load: Callable[[Any, Any], Any]) -> None:
         T, lanes = script(), self.lanes
         whole = self.head_size // lanes
-        for buffer, load in ((self.k, k), (self.v, v)):
-            with T.serial(count) as r:
-                for c in range(whole):
-                    with T.vectorized(lanes) as j:
-                        store(buffer, load(r, c * lanes + j), at + r, c * lanes + j)
-                if self.head_size % lanes:
-                    with T.serial(self.head_size % lanes) as d:
-                        store(buffer, load(r, whole * lanes + d), at + r, whole * lanes + d)
+        with T.serial(count) as r:
+            for c in range(whole):
+                with T.vectorized(lanes) as j:
+                    store(buffer, load(r, c * lanes + j), at + r, c * lanes + j)
+            if self.head_size % lanes:
+                with T.serial(self.head_size % lanes) as d:
+                    store(buffer, load(r, whole * lanes + d), at + r, whole * lanes + d)
 
-    def attend(self, rows: Any, vectors: Any, count: Any, mask: Mask) -> None:
-        """Takes `count` gathered keys (at least 1) into account."""
-        T = script()
+    def attend(self, rows: Any, vectors: Any, count: Any, mask: Mask, needed: Needed | None = None) -> None:
+        """Takes `count` gathered keys (at least 1) into account; work on keys that are not `needed` is left out."""
         # Past the last key comes that key again, as often as a tile needs: maxima stay what they are.
-        with T.serial(self.slack) as r, T.serial(self.head_size) as d:
-            store(self.k, self.k[count - 1, d], count + r, d)
-        self._score(vectors, count, mask)
-        self._softmax(vectors, count)
-        self._accumulate(rows, count)
+        self._copy(self.k, count, self.slack, lambda r, d: self.k[count - 1, d])
+        exact: Needed = needed or (lambda queries: count)
 
-    def _score(self, vectors: Any, count: Any, mask: Mask) -> None:
+        def ahead(queries: Any) -> Any:
+            # The tile of the output that has the last of these queries reads what its own last query needs.
+            return exact(queries + self.slack)
+
+        self._score(vectors, ahead, mask)
+        self._softmax(vectors, ahead)
+        self._accumulate(rows, exact)
+
+    def _score(self, vectors: Any, needed: Needed, mask: Mask) -> None:
         """scores[key, query], and the maxima so far."""
         T, widest = script(), self.tiles.widest
         # Groups of about equal width.
@@ -175,13 +215,14 @@ class Task:
             first = fixed(g * width)
             for columns in range(1, widest + 1):
                 with T.If(T.min(width, vectors - first) == columns), T.Then():
-                    self._columns(first, columns, count, mask)
+                    self._columns(first, columns, needed, mask)
 
-    def _columns(self, first: Any, columns: int, count: Any, mask: Mask) -> None:
+    def _columns(self, first: Any, columns: int, needed: Needed, mask: Mask) -> None:
         T, lanes, rows = script(), self.lanes, self.tiles.rows(columns)
         with T.vectorized(lanes) as j:
             for c in range(columns):
                 store(self.next, self.max[(first + c) * lanes + j], (first + c) * lanes + j)
+        count = fixed(needed((first + columns) * lanes))
         with T.serial((count + rows - 1) // rows) as t:
             acc = tile(
                 (rows, columns, lanes),
@@ -202,7 +243,7 @@ class Task:
                 with T.vectorized(lanes) as j:
                     store(self.next, top[j], at + j)
 
-    def _softmax(self, vectors: Any, count: Any) -> None:
+    def _softmax(self, vectors: Any, needed: Needed) -> None:
         """Scores become weights, relative to the new maximum; sums and the factor of what was summed before."""
         T, lanes = script(), self.lanes
         with T.serial(vectors) as c:
@@ -214,34 +255,34 @@ class Task:
                 store(self.scale, exp2(self.max[at] - top[j]), at)
                 store(total, self.sum[at] * self.scale[at], j)
                 store(self.max, top[j], at)
-            with T.serial(count) as r, T.vectorized(lanes) as j:
+            with T.serial(fixed(needed((c + 1) * lanes))) as r, T.vectorized(lanes) as j:
                 at = r * self.queries + c * lanes + j
                 store(self.scores, exp2(self.scores[at] - top[j]), at)
                 store(total, total[j] + self.scores[at], j)
             with T.vectorized(lanes) as j:
                 store(self.sum, total[j], c * lanes + j)
 
-    def _accumulate(self, rows: Any, count: Any) -> None:
+    def _accumulate(self, rows: Any, needed: Needed) -> None:
         """out = out * scale + weights · V."""
         T = script()
         first = 0
         for columns in self.tiles.groups(self.width // self.lanes):
             height = self.tiles.rows(columns)
             with T.serial(rows // height) as t:
-                self._rows(t * height, height, first, columns, count)
+                self._rows(t * height, height, first, columns, needed)
             half = (height + 1) // 2
             rest = rows % height
             with T.If(rest > half), T.Then():
-                self._rows(rows - rest, height, first, columns, count)
+                self._rows(rows - rest, height, first, columns, needed)
             with T.If(T.And(rest > 0, rest <= half)), T.Then():
-                self._rows(rows - rest, half, first, columns, count)
+                self._rows(rows - rest, half, first, columns, needed)
             first += columns
 
-    def _rows(self, row: Any, height: int, first: int, columns: int, count: Any) -> None:
+    def _rows(self, row: Any, height: int, first: int, columns: int, needed: Needed) -> None:
         T, lanes = script(), self.lanes
         acc = tile(
             (height, columns, lanes),
-            count,
+            fixed(needed(row + height)),
             lambda r, k: self.scores[k * self.queries + row + r],
             lambda c, k, j: self.v[k, (first + c) * lanes + j],
             lambda r, c, j: self.out[row + r, (first + c) * lanes + j] * self.scale[row + r],
