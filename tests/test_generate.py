@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 
 import planish
+from planish.ir.analyses.layers import find_layers
 from planish.ir.causal_lm import DECODE, PREFILL
 from tests.causal_models import VOCABULARY, WINDOW, causal_executable, causal_model, greedy, prompts
 
 LONG, SHORT = 20, 6
+ROUTES: tuple[Literal["scopes", "structure"], ...] = ("scopes", "structure")
 
 
 def check(name: str, count: int) -> None:
@@ -21,6 +25,13 @@ def check(name: str, count: int) -> None:
     assert got.dtype == np.int64
     np.testing.assert_array_equal(got, expected)
     assert len(np.unique(got[:, ids.shape[1] :])) > 8, "a model that repeats itself shows little"
+    for entry in (PREFILL, DECODE):
+        assert exe.program is not None
+        scopes, structure = (find_layers(exe.program.entry(entry), route=route) for route in ROUTES)
+        assert [[(k.hidden_in, k.hidden_out, k.nodes) for k in stack.layers] for stack in scopes.stacks] == [
+            [(k.hidden_in, k.hidden_out, k.nodes) for k in stack.layers] for stack in structure.stacks
+        ]
+        assert [[part.kind for part in k.parts] for k in scopes.stacks[0].layers] == [["attention", "ffn"]] * 2
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Qwen2", "Mistral", "OPT"])
