@@ -5,6 +5,7 @@
 #   make bench-architectures   the table of the README
 #   make bench-optimize        what an optimization itself costs, in time and memory
 #   make bench-fusion          whole models, causal attention and the optimizer's cost against every peer
+#   make bench-kernels         generated kernels by themselves, against ONNX Runtime's and torch's
 #   make bench-decode          tokens a second of causal language models, and the forms of their cache
 #   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-decode bench-layers \
+.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode bench-layers \
   bench-tvm bench-startup clean
 
 demo: $(STAMP)
@@ -49,6 +50,12 @@ bench-fusion: $(STAMP)
 	@$(BIN)/python -c 'import openvino' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' || true
 	@$(BIN)/python benchmarks/fusion.py
+
+bench-kernels: $(STAMP)
+	@$(BIN)/python benchmarks/kernels_gemm.py
+	@$(BIN)/python benchmarks/kernels_attention.py
+	@$(BIN)/python benchmarks/kernels_graph.py
+	@$(BIN)/python benchmarks/kernels_overhead.py
 
 bench-decode: $(STAMP)
 	@$(BIN)/python benchmarks/decode.py

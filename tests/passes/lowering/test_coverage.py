@@ -7,6 +7,7 @@ from collections import Counter
 import onnx_ir as ir
 import pytest
 
+from planish.ir.program import Program
 from planish.ir.provenance import PASS_KEY
 from planish.passes.defaults import default_pipeline
 from planish.passes.testing import apply_pass
@@ -31,18 +32,31 @@ EXPECTED: dict[str, tuple[int, int, int]] = {
     "ResNet": (0, 0, 0),
 }
 
+# With generated kernels: (products, of these with an activation or a gate, attentions, norms)
+KERNELS: dict[str, tuple[int, int, int, int]] = {
+    "BERT": (13, 2, 2, 5),
+    "DistilBERT": (12, 2, 2, 5),
+    "RoBERTa": (13, 2, 2, 5),
+    "ALBERT": (14, 2, 2, 5),
+    "MiniLM": (36, 6, 6, 13),
+    "GPT-2": (13, 2, 2, 5),
+    "Llama": (13, 2, 2, 5),
+    "Qwen2": (13, 2, 2, 5),
+    "T5 encoder": (12, 2, 0, 5),  # position biases are no mask of keys
+    "ViT": (13, 2, 2, 5),
+    "DeiT": (13, 2, 2, 5),
+    "CLIP text": (12, 2, 2, 5),
+    "CLIP vision": (12, 2, 2, 6),
+    "Whisper encoder": (12, 2, 2, 5),
+    "ConvNeXt": (10, 5, 0, 10),
+    "ResNet": (0, 0, 0, 0),
+}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_lowerings_of_architectures(name: str) -> None:
-    pytest.importorskip("transformers")
-    from planish.frontends.torch import capture
-    from tests.architectures import ARCHITECTURES
-
-    architecture = ARCHITECTURES[name]
-    module = architecture.build(True)
-    program = capture(module, architecture.example(module), architecture.dynamic_shapes, "ort-cpu").program
-    apply_pass(default_pipeline("ort-cpu"), program)
+    program = _lowered(name, "ort-cpu")
     counts = Counter(n.op_type for n in program.main.graph)
     # The last product of a block is the one that has an activation in front of it.
     blocks = sum(
@@ -51,6 +65,30 @@ def test_lowerings_of_architectures(name: str) -> None:
     )
     # One If more chooses the masks, for all layers together.
     assert (blocks, max(0, counts["If"] - 1), counts["Sum"]) == EXPECTED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_of_architectures(name: str) -> None:
+    nodes = [n.op_type for n in _lowered(name, "ort-cpu:kernels").main.graph if n.domain == "planish"]
+    products = [op for op in nodes if op.startswith("Linear")]
+    activated = [op for op in products if op not in ("Linear", "LinearAdd")]
+    attentions = [op for op in nodes if op.startswith("FlashAttention")]
+    norms = [op for op in nodes if "Norm" in op]
+    assert (len(products), len(activated), len(attentions), len(norms)) == KERNELS[name]
+    assert len(nodes) == sum((len(products), len(attentions), len(norms)))
+
+
+def _lowered(name: str, target: str) -> Program:
+    pytest.importorskip("transformers")
+    from planish.frontends.torch import capture
+    from tests.architectures import ARCHITECTURES
+
+    architecture = ARCHITECTURES[name]
+    module = architecture.build(True)
+    program = capture(module, architecture.example(module), architecture.dynamic_shapes, target).program
+    apply_pass(default_pipeline(target), program)
+    return program
 
 
 def _is_last(node: ir.Node) -> bool:
