@@ -22,8 +22,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode bench-layers \
-  bench-tvm bench-startup clean
+.PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
+  bench-layers bench-tvm bench-startup clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
