@@ -333,6 +333,7 @@ def test_control_c_in_the_middle(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while "ready" not in seen and time.monotonic() < deadline:
         seen += process.stderr.readline()
+    time.sleep(1)  # "ready" is read before the line that wrote it is done
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
