@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from planish.ir.ops import import_functions
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
 from planish.passes.driver import apply_rules
 from planish.passes.rule import Match, Rule
 
-__all__ = ["Decline", "Match", "RewriteMixin", "RewritePass", "Rule"]
+__all__ = ["Decline", "DialectRewritePass", "Match", "RewriteMixin", "RewritePass", "Rule"]
 
 
 class RewriteMixin:
@@ -58,3 +59,15 @@ class RewritePass(RewriteMixin, ExactPass):
     # Subclasses write these with the variables of their pattern as parameters.
     pattern: ClassVar[Any] = RewriteMixin.pattern
     rewrite: ClassVar[Any] = RewriteMixin.rewrite
+
+
+@dataclass(frozen=True)
+class DialectRewritePass(RewritePass):
+    """An exact pass that writes operators of the dialect; their functions come along, so that any runtime takes it."""
+
+    def apply(self, program: Program, ctx: PassContext) -> PassResult:
+        result = super().apply(program, ctx)
+        if result.modified:
+            for model in program.entries.values():
+                import_functions(model)
+        return result

@@ -7,17 +7,16 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from planish.ir.ops import DIALECT_DOMAIN, import_functions
-from planish.ir.program import Program
-from planish.passes.base import Decline, PassContext, PassResult
+from planish.ir.ops import DIALECT_DOMAIN
+from planish.passes.base import Decline
 from planish.passes.fusion.sizes import sizes
 from planish.passes.registry import register
-from planish.passes.rewrite import Match, RewritePass
+from planish.passes.rewrite import DialectRewritePass, Match
 
 
 @register
 @dataclass(frozen=True)
-class FuseSwiglu(RewritePass):
+class FuseSwiglu(DialectRewritePass):
     """Replaces gate * sigmoid(gate) * up by planish::SwiGLU(gate, up) (Shazeer 2020, arXiv:2002.05202).
 
     Its body comes along as a function of the model. ONNX Runtime inlines that and then fuses gate * sigmoid(gate)
@@ -40,10 +39,3 @@ class FuseSwiglu(RewritePass):
 
     def rewrite(self, op: Any, match: Match, gate: ir.Value, up: ir.Value) -> Any:
         return op.SwiGLU(gate, up, _domain=DIALECT_DOMAIN)
-
-    def apply(self, program: Program, ctx: PassContext) -> PassResult:
-        result = super().apply(program, ctx)
-        if result.modified:
-            for model in program.entries.values():
-                import_functions(model)
-        return result

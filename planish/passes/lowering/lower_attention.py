@@ -9,18 +9,17 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from planish.ir.ops import DIALECT_DOMAIN, import_functions
-from planish.ir.program import Program
-from planish.passes.base import Decline, PassContext, PassResult
+from planish.ir.ops import DIALECT_DOMAIN
+from planish.passes.base import Decline
 from planish.passes.fusion.sizes import sizes
 from planish.passes.lowering.mask_parts import MaskParts, mask_parts
 from planish.passes.registry import register
-from planish.passes.rewrite import Match, RewritePass
+from planish.passes.rewrite import DialectRewritePass, Match
 
 
 @register
 @dataclass(frozen=True)
-class LowerAttention(RewritePass):
+class LowerAttention(DialectRewritePass):
     """Replaces Attention by planish::FlashAttention, without its mask where the mask is causal.
 
     The kernel never holds all scores (Dao 2023, arXiv:2307.08691), and does not compute blocks of keys that are after
@@ -80,13 +79,6 @@ class LowerAttention(RewritePass):
         q, k = (sizes(value) for value in node.inputs[:2])
         assert q is not None and k is not None
         return mask_parts(mask, q[1], k[1])
-
-    def apply(self, program: Program, ctx: PassContext) -> PassResult:
-        result = super().apply(program, ctx)
-        if result.modified:
-            for model in program.entries.values():
-                import_functions(model)
-        return result
 
 
 def _of_rank_4(op: Any, value: ir.Value) -> ir.Value:

@@ -10,12 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir.graphs import constant_tensor, is_op
-from planish.ir.ops import DIALECT_DOMAIN, import_functions
-from planish.ir.program import Program
-from planish.passes.base import Decline, PassContext, PassResult
+from planish.ir.ops import DIALECT_DOMAIN
+from planish.passes.base import Decline
 from planish.passes.pattern import OrValue, Var
 from planish.passes.registry import register
-from planish.passes.rewrite import Match, RewritePass, Rule
+from planish.passes.rewrite import DialectRewritePass, Match, Rule
 
 _QUICK = 1.702
 _Build = Callable[..., Any]
@@ -23,7 +22,7 @@ _Build = Callable[..., Any]
 
 @register
 @dataclass(frozen=True)
-class LowerLinear(RewritePass):
+class LowerLinear(DialectRewritePass):
     """Writes MatMul or Gemm by a weight, its bias, and an activation or a residual, as planish::Linear and relatives.
 
     Their kernels have the weight packed once and the rest in the epilogue, while a tile of the result is in registers:
@@ -47,13 +46,6 @@ class LowerLinear(RewritePass):
             *(Rule(f"linear-add-{n}", form, self._residual, _check, opset) for n, form in enumerate(_RESIDUALS)),
             *(Rule(f"linear-{n}", form, self._to("Linear"), _check, opset) for n, form in enumerate(_PLAIN)),
         ]
-
-    def apply(self, program: Program, ctx: PassContext) -> PassResult:
-        result = super().apply(program, ctx)
-        if result.modified:
-            for model in program.entries.values():
-                import_functions(model)
-        return result
 
     def _to(self, op_type: str) -> _Build:
         def rewrite(op: Any, match: Match) -> Any:

@@ -9,17 +9,16 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from planish.ir.graphs import constant_tensor
-from planish.ir.ops import DIALECT_DOMAIN, import_functions
-from planish.ir.program import Program
-from planish.passes.base import Decline, PassContext, PassResult
+from planish.ir.ops import DIALECT_DOMAIN
+from planish.passes.base import Decline
 from planish.passes.pattern import Var
 from planish.passes.registry import register
-from planish.passes.rewrite import Match, RewritePass, Rule
+from planish.passes.rewrite import DialectRewritePass, Match, Rule
 
 
 @register
 @dataclass(frozen=True)
-class LowerNormalization(RewritePass):
+class LowerNormalization(DialectRewritePass):
     """Replaces LayerNormalization and RMSNormalization, and an addition in front, by planish::LayerNorm and relatives.
 
     A row is read once from memory and stays in cache for its statistics; the sum is written in the same pass, where it
@@ -37,13 +36,6 @@ class LowerNormalization(RewritePass):
             for label, pattern, rewrite in (("add", _added, _rewrite_added), ("norm", _plain, _rewrite_plain))
             for kind, op_type, bias in (("layer", "LayerNormalization", True), ("rms", "RMSNormalization", False))
         ]
-
-    def apply(self, program: Program, ctx: PassContext) -> PassResult:
-        result = super().apply(program, ctx)
-        if result.modified:
-            for model in program.entries.values():
-                import_functions(model)
-        return result
 
 
 def _plain(op_type: str, bias: bool) -> Callable[..., Any]:

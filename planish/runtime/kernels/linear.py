@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -71,10 +72,5 @@ class LinearKernel(OpKernel):
 
 def _module(compute_type: int) -> Any:
     """Where the templates for a dtype of the product are; they share their names."""
-    if compute_type == _BFLOAT16:
-        from planish.runtime.kernels import amx_gemm
-
-        return amx_gemm
-    from planish.runtime.kernels import gemm
-
-    return gemm
+    name = "amx_gemm" if compute_type == _BFLOAT16 else "gemm"
+    return importlib.import_module(f"planish.runtime.kernels.{name}")
