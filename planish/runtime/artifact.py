@@ -24,6 +24,7 @@ from planish.runtime.executable import Executable, Runner
 from planish.runtime.fingerprint import differences, fingerprint
 from planish.runtime.kernels.cpu import missing
 from planish.runtime.manifest import MAX_BYTES, NAME, EntryInfo, Manifest
+from planish.runtime.native import private_copies
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -185,7 +186,7 @@ def _checked(path: str | os.PathLike[str]) -> tuple[Path, Manifest, dict[str, by
                 raise ArtifactError(
                     f"'{file.path}' has {file.size} bytes, the manifest says {info.size}: it was truncated or replaced."
                 )
-        keep = {name for name in opened if name != manifest.weights and name not in manifest.native}
+        keep = {name for name in opened if name != manifest.weights}
 
         def check(name: str) -> tuple[str, bytes]:
             return name, _hash(opened[name], manifest.files[name].sha256, name in keep)
@@ -253,21 +254,22 @@ def _load(
             raise InputError(f"threads is {threads!r}; it must be a number from 0 to 9999.")
         target = replace(target, threads=threads)
     runners: dict[str, Runner]
-    if target.name == "ort-cpu":
-        runners = {
-            name: _runner(folder, manifest, entry, contents[entry.file], target)
-            for name, entry in manifest.entries.items()
-        }
-    elif target.name == "tvm-cpu":
-        from planish.runtime import tvm_artifact
+    with private_copies({name: contents[name] for name in manifest.native}) as native:
+        if target.name == "ort-cpu":
+            runners = {
+                name: _runner(folder, manifest, entry, contents[entry.file], target, native)
+                for name, entry in manifest.entries.items()
+            }
+        elif target.name == "tvm-cpu":
+            from planish.runtime import tvm_artifact
 
-        weights = tvm_artifact.read_weights(folder, manifest)
-        runners = {
-            name: tvm_artifact.load_entry(folder, manifest, entry, weights, target)
-            for name, entry in manifest.entries.items()
-        }
-    else:
-        raise UnsupportedError(f"'{folder}' is for target '{target}', which this version of planish can not run.")
+            weights = tvm_artifact.read_weights(folder, manifest)
+            runners = {
+                name: tvm_artifact.load_entry(folder, manifest, entry, weights, target, native)
+                for name, entry in manifest.entries.items()
+            }
+        else:
+            raise UnsupportedError(f"'{folder}' is for target '{target}', which this version of planish can not run.")
     return Executable(
         None,
         runners,
@@ -279,7 +281,9 @@ def _load(
     )
 
 
-def _runner(folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, target: Target) -> OrtRunner:
+def _runner(
+    folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, target: Target, native: Mapping[str, Path]
+) -> OrtRunner:
     from planish.runtime.ort import OrtRunner, create_session
     from planish.runtime.ort_options import FLUSH, FOLDER, session_options
 
@@ -287,7 +291,7 @@ def _runner(folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, ta
     _check_references(model, manifest, where)
     settings = session_options(target, None, optimize=True)
     settings.add_session_config_entry(FOLDER, str(folder))
-    refused = _register_kernels(folder, manifest, settings)
+    refused = _register_kernels(folder, manifest, settings, native)
     session = create_session(model, settings)
     for kind, specs, values in (
         ("inputs", entry.inputs, session.get_inputs()),
@@ -302,19 +306,20 @@ def _runner(folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, ta
     return runner
 
 
-def _register_kernels(folder: Path, manifest: Manifest, settings: ort.SessionOptions) -> str:
+def _register_kernels(
+    folder: Path, manifest: Manifest, settings: ort.SessionOptions, native: Mapping[str, Path]
+) -> str:
     """Gives the session the artifact's kernels. Returns why they are not used, if so: the model then runs with the
     functions that it has in their place, which compute the same and are slower.
     """
     from planish.runtime.ort import one_line
 
     for name in manifest.native:
-        reason = ""
-        if lacking := missing(manifest.features.get(name, ())):
-            reason = f"they need {', '.join(lacking)}, which this processor does not have"
-        else:
+        lacking = missing(manifest.features.get(name, ()))
+        reason = f"they need {', '.join(lacking)}, which this processor does not have" if lacking else ""
+        if not lacking:
             try:
-                settings.register_custom_ops_library(str(folder / name))
+                settings.register_custom_ops_library(str(native[name]))
             except Exception as error:  # of another version of ONNX Runtime, or not for this system
                 reason = one_line(error)
         if reason:

@@ -76,9 +76,14 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def load_entry(
-    folder: Path, manifest: Manifest, entry: EntryInfo, weights: Mapping[str, np.ndarray], target: Target
+    folder: Path,
+    manifest: Manifest,
+    entry: EntryInfo,
+    weights: Mapping[str, np.ndarray],
+    target: Target,
+    native: Mapping[str, Path],
 ) -> TvmRunner:
-    """The runner of an entry.
+    """The runner of an entry; `native` is where copies of the artifact's code are.
 
     Raises:
         ArtifactError: this processor lacks what the code needs, or the artifact is not whole.
@@ -97,7 +102,7 @@ def load_entry(
     if unknown:
         raise ArtifactError(f"'{where}' needs the weight '{unknown[0]}', which '{manifest.weights}' does not hold.")
     own = {name: weights[name] for name in entry.parameters}
-    return load_tvm(where, own, entry.inputs, entry.outputs, target)
+    return load_tvm(native[entry.file], own, entry.inputs, entry.outputs, target)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
