@@ -230,6 +230,24 @@ def test_a_changed_library_is_never_loaded(artifact: Path, tmp_path: Path) -> No
     assert marker.exists()
 
 
+def test_what_is_loaded_is_what_was_hashed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is replaced between the hash and its use is not the one that runs."""
+    from planish.runtime import artifact as module
+
+    feeds = batch()
+    expected = load(artifact, allow_native=True).run(feeds)["y"]
+    whole = module._load
+
+    def replaced(folder: Path, *rest: object) -> Executable:
+        (folder / NATIVE).write_bytes(b"somebody else's")
+        return whole(folder, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_load", replaced)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(load(artifact, allow_native=True).run(feeds)["y"], expected)
+
+
 def test_manifest_features_are_checked(artifact: Path) -> None:
     manifest = (artifact / "manifest.json").read_bytes()
     for features in ({"no such file": []}, {NATIVE: [3]}, {NATIVE: 3}, [NATIVE]):
