@@ -12,6 +12,7 @@ import onnx_ir as ir
 from planish.ir.graphs import constant_tensor, is_op
 from planish.passes.base import Decline
 from planish.passes.fusion.sizes import rank
+from planish.passes.lowering.weights import is_matrix, is_vector
 from planish.passes.pattern import Var
 from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass, Rule
@@ -153,21 +154,11 @@ class _Block:
 
 def _plain(op: Any) -> Any:
     h = Var("h", check=lambda _, value: _Block.behind(value) is not None)
-    return op.MatMul(h, Var("w", check=_is_matrix), _outputs=["product"])
+    return op.MatMul(h, Var("w", check=is_matrix), _outputs=["product"])
 
 
 def _with_bias(op: Any) -> Any:
-    return op.Add(_plain(op), Var("bias", check=_is_vector))
-
-
-def _is_matrix(_: Any, value: ir.Value | None) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and len(tensor.shape) == 2
-
-
-def _is_vector(_: Any, value: ir.Value | None) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and len(tensor.shape) == 1 and tensor.size > 1
+    return op.Add(_plain(op), Var("bias", check=is_vector))
 
 
 def _is_number(value: ir.Value | None) -> bool:
@@ -176,14 +167,14 @@ def _is_number(value: ir.Value | None) -> bool:
 
 
 def _leaf(node: ir.Node) -> _Leaf | None:
-    if is_op(node, "MatMul") and _is_matrix(None, node.inputs[1]):
+    if is_op(node, "MatMul") and is_matrix(None, node.inputs[1]):
         return _Leaf(node, node.inputs[1])  # type: ignore[arg-type]
     if not is_op(node, "Add"):
         return None
     for product, bias in (node.inputs, reversed(node.inputs)):
         matmul = product.producer() if product is not None else None
-        if matmul is not None and is_op(matmul, "MatMul") and _is_matrix(None, matmul.inputs[1]):
-            if not _is_vector(None, bias):
+        if matmul is not None and is_op(matmul, "MatMul") and is_matrix(None, matmul.inputs[1]):
+            if not is_vector(None, bias):
                 return None
             return _Leaf(matmul, matmul.inputs[1], bias, node)  # type: ignore[arg-type]
     return None

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from planish.ir.graphs import constant_tensor, is_op
 from planish.ir.ops import DIALECT_DOMAIN
 from planish.passes.base import Decline
+from planish.passes.lowering.weights import is_matrix, is_vector
 from planish.passes.pattern import OrValue, Var
 from planish.passes.registry import register
 from planish.passes.rewrite import DialectRewritePass, Match, Rule
@@ -61,7 +62,7 @@ class LowerLinear(DialectRewritePass):
         wanted = rows and (*rows[:-1], *_sizes(weight)[1:])
         if shape is None or wanted is None or None in shape or shape != wanted:
             raise Decline(f"the summand has shape {shape} and the product {wanted}: a residual has that of the product")
-        if match.values.get("bias") is None and _is_vector(None, residual):
+        if match.values.get("bias") is None and is_vector(None, residual):
             raise Decline("the summand is the bias")
         if residual.producer() is not None and residual.producer() in match.nodes:
             raise Decline("the summand is the product itself")
@@ -112,26 +113,16 @@ def _bias(op: Any, match: Match, weight: ir.Value) -> ir.Value:
     return zeros
 
 
-def _is_matrix(_: Any, value: ir.Value | None) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and len(tensor.shape) == 2
-
-
-def _is_vector(_: Any, value: ir.Value | None) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and len(tensor.shape) == 1 and tensor.size > 1
-
-
 def _product(op: Any, x: Any) -> Any:
-    return op.MatMul(x, Var("w", check=_is_matrix))
+    return op.MatMul(x, Var("w", check=is_matrix))
 
 
 def _with_bias(op: Any, x: Any) -> Any:
-    return op.Add(_product(op, x), Var("bias", check=_is_vector))
+    return op.Add(_product(op, x), Var("bias", check=is_vector))
 
 
 def _gemm(op: Any, x: Any) -> Any:
-    return op.Gemm(x, Var("w", check=_is_matrix), Var("bias", check=_is_vector), _allow_other_attributes=True)
+    return op.Gemm(x, Var("w", check=is_matrix), Var("bias", check=is_vector), _allow_other_attributes=True)
 
 
 def _linear(op: Any, x: Any) -> Any:
@@ -153,12 +144,12 @@ _PLAIN: tuple[_Build, ...] = (_with_bias, _gemm, _product)
 _RESIDUALS: tuple[_Build, ...] = (
     lambda op, x, residual: op.Add(_linear(op, x), residual),
     lambda op, x, residual: op.Sum(_linear(op, x), residual),
-    lambda op, x, residual: op.Sum(_product(op, x), Var("bias", check=_is_vector), residual),
+    lambda op, x, residual: op.Sum(_product(op, x), Var("bias", check=is_vector), residual),
 )
 
 
 def _swiglu(op: Any, x: Any) -> Any:
-    up = op.MatMul(x, Var("u", check=_is_matrix))
+    up = op.MatMul(x, Var("u", check=is_matrix))
     return op.SwiGLU(_product(op, x), up, _domain=DIALECT_DOMAIN)
 
 
