@@ -314,6 +314,8 @@ def test_control_c_in_the_middle(tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), PYTHONUNBUFFERED="1")
     code = (
+        # A process that was started in the background ignores the signal, and so would this one.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import planish.passes.gates as g, time, sys\n"
         "old = g.Gates._settle\n"
         "def slow(self, *a):\n    print('ready', file=sys.stderr, flush=True); time.sleep(60)\n"

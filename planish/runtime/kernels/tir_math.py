@@ -125,7 +125,7 @@ class _Names:
 
 
 def exp(x: Any) -> Any:
-    """e**x to 4e-7, inf above 88.72; below -87.33, where results would be denormal, 0."""
+    """e**x to 4.2e-7, inf above 88.72; below -87.33, where results would be denormal, 0."""
     let = _Names()
     x = let(x)
     result = _pick(x < _like(x, -87.336), _like(x, 0.0), _exp(let, x))
