@@ -209,7 +209,7 @@ def test_bigbird_draws_anew_for_each_head() -> None:
         (lambda: BlockMask(), "give one or more layouts"),
         (lambda: BlockMask(mask=(("#", "##"), ("#",))), "the same number of rows"),
         (lambda: BlockMask(mask=(("#x",),)), "row 0 of layout 0"),
-        (lambda: BlockMask.of(np.ones((2, 3))), r"\(2, 3\)"),
+        (lambda: BlockMask.of(np.ones((2, 3))), r"shape \(1, 2, 3\)"),
         (lambda: BlockMask.of(np.ones((2, 2)), 4).layout(9, Heads(1, 1)), "2 rows, 8 tokens; 12 are asked"),
         (lambda: BlockMask.of(np.ones((2, 2, 2)), 4).layout(8, Heads(3, 1)), "3 heads do not divide among 2 layouts"),
         (
