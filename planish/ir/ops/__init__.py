@@ -21,11 +21,13 @@ from planish.ir.ops.base import (
     TensorInfo,
     broadcast_dims,
 )
-from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE_ATTENTION
+from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
 from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
 from planish.ir.ops.linear import LINEAR
+from planish.ir.ops.merge_tokens import MERGE_TOKENS
 from planish.ir.ops.norms import NORMS
+from planish.ir.ops.select_tokens import PRUNE_TOKENS, UNMERGE_TOKENS
 from planish.ir.ops.swiglu import SWIGLU
 from planish.ir.schemas import DIALECT_DOMAIN, OpRecord
 
@@ -142,6 +144,9 @@ for _op in (
     *LINEAR.values(),
     *NORMS.values(),
     *FLASH_ATTENTION.values(),
-    BLOCK_SPARSE_ATTENTION,
+    *BLOCK_SPARSE.values(),
+    *MERGE_TOKENS.values(),
+    UNMERGE_TOKENS,
+    PRUNE_TOKENS,
 ):
     register_op(_op)
