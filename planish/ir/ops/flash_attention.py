@@ -179,10 +179,11 @@ class Body:
             return self.add("Attention", *inputs, refs={**refs, CAUSAL: CAUSAL})
         return self.add("Attention", *inputs, refs=refs, is_causal=is_causal)
 
-    def function(self, result: ir.Value) -> ir.Function:
-        result.name = self.schema.outputs[0].name
+    def function(self, *results: ir.Value) -> ir.Function:
+        for result, operand in zip(results, self.schema.outputs, strict=True):
+            result.name = operand.name
         name, inputs = self.schema.name, list(self.values.values())
-        graph = ir.Graph(inputs, [result], nodes=self._nodes, opset_imports={"": self._opset}, name=name)
+        graph = ir.Graph(inputs, results, nodes=self._nodes, opset_imports={"": self._opset}, name=name)
         attributes = [ir.Attr(a.name, a.type, a.default) for a in self.schema.attributes]
         return ir.Function(DIALECT_DOMAIN, name, graph=graph, attributes=attributes)
 

@@ -35,7 +35,8 @@ _SCHEMA = Schema(
 )
 
 
-def _infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:
+def infer_key_mask(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> list[TensorInfo]:
+    """The output of attention over q, k, v and a key mask, after checking them."""
     result = infer_qkv(inputs, attributes)
     mask, k = inputs[3], inputs[1]
     if mask is None or mask.dims is None:
@@ -68,6 +69,27 @@ def _body(opset: int) -> ir.Function:
     return made.function(made.attend(q, k, v, scores, is_causal=0))
 
 
+def attention_or_mean(
+    arrays: Sequence[np.ndarray], heads: tuple[int, int], scale: float, seen: np.ndarray, hidden: float
+) -> np.ndarray:
+    """Attention in float64 as :func:`attention`, where a query that sees no key gives what `hidden` says.
+
+    Args:
+        seen: bool, broadcast to (batch, heads, queries, keys).
+        hidden: score of hidden keys: zeros with the lowest float32, else the mean of all values.
+    """
+    q, k, v = arrays
+    y = attention(arrays, heads, scale, seen)
+    if np.float32(hidden) <= _LOWEST or not k.shape[1]:
+        return y
+    size = v.shape[2] // heads[1]
+    mean = v.astype(np.float64).mean(1, keepdims=True).reshape(v.shape[0], 1, heads[1], size)
+    mean = np.repeat(mean, heads[0] // heads[1], 2)
+    sees = np.broadcast_to(seen.any(-1), (q.shape[0], heads[0], q.shape[1])).transpose(0, 2, 1)
+    by_head = y.reshape(*q.shape[:2], heads[0], size)
+    return np.asarray(np.where(sees[..., None], by_head, mean).reshape(q.shape))
+
+
 def _reference(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, key_mask: np.ndarray,
     q_num_heads: int, kv_num_heads: int, scale: float, is_causal: int = 0, hidden_score: float = _LOWEST,
@@ -75,16 +97,9 @@ def _reference(
     seen = np.broadcast_to(key_mask, (q.shape[0], 1, q.shape[1], k.shape[1]))
     if is_causal:
         seen = seen & causal(q.shape[1], k.shape[1], 0)
-    y = attention((q, k, v), (q_num_heads, kv_num_heads), scale, seen)
-    if np.float32(hidden_score) > _LOWEST and k.shape[1]:
-        size = v.shape[2] // kv_num_heads
-        mean = v.astype(np.float64).mean(1, keepdims=True).reshape(v.shape[0], 1, kv_num_heads, size)
-        mean = np.repeat(mean, q_num_heads // kv_num_heads, 2).reshape(v.shape[0], 1, q.shape[2])
-        sees = np.asarray(seen.any(-1))
-        y = np.where(sees[:, 0, :, None], y, mean)
-    return (y,)
+    return (attention_or_mean((q, k, v), (q_num_heads, kv_num_heads), scale, seen, hidden_score),)
 
 
 KEY_MASK_ATTENTION = DialectOp(
-    _SCHEMA, _infer, _body, _reference, FLASH_ATTENTION["FlashAttention"].flops, min_opset=23
+    _SCHEMA, infer_key_mask, _body, _reference, FLASH_ATTENTION["FlashAttention"].flops, min_opset=23
 )
