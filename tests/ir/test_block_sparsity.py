@@ -46,7 +46,7 @@ all_patterns = st.one_of(
     local_patterns,
     of(SlidingWindow, local=few, causal=st.just(False)),
     of(S2, local=few, stride=few, causal=st.just(False)),
-    of(Longformer, local=few, globals_=st.integers(0, 2), causal=flag),
+    of(Longformer, local=few, global_blocks=st.integers(0, 2), causal=flag),
     of(BigBird, local=few, random=st.integers(0, 3), seed=st.integers(0, 9), causal=flag),
 )
 

@@ -14,24 +14,26 @@ from planish.ir.errors import InputError
 
 @dataclass(frozen=True)
 class Longformer(Pattern):
-    """A window of blocks and the first `globals_` blocks, which all rows see and which see all (arXiv:2004.05150)."""
+    """A window of blocks, and the first `global_blocks`, which all rows see and which see all (arXiv:2004.05150)."""
 
     name: ClassVar[str] = "longformer"
 
     causal: bool = False
     local: int = 4
-    globals_: int = 1
+    global_blocks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least("local", 1)
-        self._at_least("globals_", 0)
+        self._at_least("global_blocks", 0)
 
     def kind(self, head: int, heads: Heads) -> Hashable:
         return None
 
     def sees(self, kind: Any, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-        seen: np.ndarray = (np.abs(row - column) < self.local) | (column < self.globals_) | (row < self.globals_)
+        seen: np.ndarray = (
+            (np.abs(row - column) < self.local) | (column < self.global_blocks) | (row < self.global_blocks)
+        )
         return seen
 
 
