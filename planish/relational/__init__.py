@@ -1,0 +1,80 @@
+"""Relational graph neural networks: write a layer in a small language, look at it, run it.
+
+>>> from planish import relational as rel
+>>> g = rel.Layer("rgcn")
+>>> g.input("x", rel.NODE, 16)
+>>> W = g.weight("W", rel.EDGE_TYPE, 16, 8)
+>>> for n in g.nodes():
+...     for e in n.incoming():
+...         n.h += rel.linear(e.src.x, W[e.type])
+...     n.y = rel.relu(n.h)
+>>> program = g.build(n.y)
+"""
+
+from planish.ir.relational.domains import DST_PAIR, EDGE, EDGE_TYPE, NODE, NODE_TYPE, NONE, SRC_PAIR
+from planish.ir.relational.dsl import Layer, Value, Weight
+from planish.ir.relational.functions import (
+    absolute,
+    accumulate,
+    concat,
+    count,
+    dot,
+    edge_softmax,
+    elu,
+    erf,
+    exp,
+    expand,
+    gelu,
+    leaky_relu,
+    linear,
+    log,
+    maximum,
+    minimum,
+    part,
+    relu,
+    sigmoid,
+    silu,
+    sqrt,
+    step,
+    tanh,
+)
+from planish.ir.relational.inter import Program
+from planish.ir.relational.interpret import interpret
+
+__all__ = [
+    "DST_PAIR",
+    "EDGE",
+    "EDGE_TYPE",
+    "NODE",
+    "NODE_TYPE",
+    "NONE",
+    "SRC_PAIR",
+    "Layer",
+    "Program",
+    "Value",
+    "Weight",
+    "absolute",
+    "accumulate",
+    "concat",
+    "count",
+    "dot",
+    "edge_softmax",
+    "elu",
+    "erf",
+    "exp",
+    "expand",
+    "gelu",
+    "interpret",
+    "leaky_relu",
+    "linear",
+    "log",
+    "maximum",
+    "minimum",
+    "part",
+    "relu",
+    "sigmoid",
+    "silu",
+    "sqrt",
+    "step",
+    "tanh",
+]
