@@ -175,6 +175,7 @@ def _simplify(graph_module: torch.fx.GraphModule) -> bool:
         elif name in _BITWISE and overload in ("Tensor", "Scalar"):
             node.target = getattr(getattr(torch.ops.aten, _BITWISE[name]), overload)
     write_out_attention(graph_module.graph)
+    _leave_out_assertions(graph_module.graph)
     _leave_out_constants(graph_module.graph)
     return not writes and not any(isinstance(m, torch.fx.GraphModule) for m in graph_module.children())
 
@@ -185,9 +186,10 @@ def _simplify_to(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         return
     dtype = node.meta["val"].dtype
     if source.meta["val"].dtype == dtype:
-        node.replace_all_uses_with(source)
-        if node in _outputs(graph):
+        if node in _outputs(graph):  # the signature has its name
+            node.target, node.args, node.kwargs = torch.ops.aten.alias.default, (source,), {}
             return
+        node.replace_all_uses_with(source)
         graph.erase_node(node)
     else:
         node.target = torch.ops.aten._to_copy.default
@@ -200,6 +202,18 @@ def _one_kind_of_bounds(node: torch.fx.Node) -> None:
         return
     node.args = tuple(float(x) if isinstance(x, int) else x for x in node.args)
     node.kwargs = {key: float(x) if isinstance(x, int) else x for key, x in node.kwargs.items()}
+
+
+def _leave_out_assertions(graph: torch.fx.Graph) -> None:
+    """Removes assertions about values, and what only they read: ONNX has no form of them, and they compute nothing."""
+    for node in [n for n in graph.nodes if n.target is torch.ops.aten._assert_scalar.default]:
+        pending = list(node.all_input_nodes)
+        graph.erase_node(node)
+        while pending:
+            above = pending.pop()
+            if above.op == "call_function" and not above.users:
+                pending += above.all_input_nodes
+                graph.erase_node(above)
 
 
 def _leave_out_constants(graph: torch.fx.Graph) -> None:

@@ -84,3 +84,41 @@ def test_a_key_value_cache_as_input() -> None:
     with torch.no_grad():
         expected = model(**given)
     torch.testing.assert_close(got[0], expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_assertions_about_values_and_casts_that_are_outputs() -> None:
+    """What a vision-language model does with its image features: checks their number, and gives them back."""
+
+    def forward(x: torch.Tensor) -> Any:
+        torch._check_tensor_all(x < 100)
+        features = x.relu().to(torch.device("cpu"), torch.float32)
+        return {"y": features + 1, "features": features}
+
+    x = torch.randn(2, 3)
+    exe = planish.optimize(Function(forward), example_inputs=(x,), passes="", budget=Budget(gates=False))
+    outputs = exe.run({"x": x})
+    torch.testing.assert_close(outputs["y"], x.relu() + 1)
+    torch.testing.assert_close(outputs["features"], x.relu())
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_llava(cache: bool) -> None:
+    import transformers
+
+    text = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**text, image_size=16, patch_size=8, projection_dim=8)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**text, vocab_size=20),
+        image_token_index=19,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 2, 19, 19, 19, 19, 3], [4, 19, 19, 19, 19, 5, 6]])
+    given = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    exe = planish.optimize(model, example_inputs={**given, "use_cache": cache}, passes="", budget=Budget(gates=False))
+    outputs = exe.run(given)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["logits"], model(**given).logits, rtol=1e-4, atol=1e-5)
+    assert sum("past_key_values" in name for name in outputs) == (4 if cache else 0)
