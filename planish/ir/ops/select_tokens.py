@@ -28,17 +28,21 @@ _PRUNE = Schema(
         Attribute("keep", ir.AttributeType.INT, default=0),
         Attribute("ratio", ir.AttributeType.FLOAT, default=0.0),
         Attribute("protected", ir.AttributeType.INT, default=0),
+        Attribute("drop", ir.AttributeType.INT, default=0),
     ),
     doc="Keeps the first `protected` tokens of x (batch, tokens, width), and of the others the keep + floor(ratio · "
-    "their number) ones of the highest scores (batch, tokens), at most all. Of equal scores the lower position comes "
-    "first. What is kept stays in order: y (batch, kept, width), kept (batch, kept) has the positions in x.",
+    "their number) ones of the highest scores (batch, tokens), at most all; with drop above 0 all but that many. Of "
+    "equal scores the lower position comes first. What is kept stays in order: y (batch, kept, width), kept (batch, "
+    "kept) has the positions in x.",
 )
 
 
-def kept_count(tokens: int, keep: int, ratio: float, protected: int) -> int:
+def kept_count(tokens: int, keep: int, ratio: float, protected: int, drop: int = 0) -> int:
     """How many tokens PruneTokens keeps."""
     front = min(protected, tokens)
     free = tokens - front
+    if drop:
+        return front + max(free - drop, 0)
     return front + min(keep + int(np.floor(np.float32(ratio) * np.float32(free))), free)
 
 
@@ -73,7 +77,10 @@ def _prune_body(opset: int) -> ir.Function:
     free = made.add("Sub", tokens, front)
     share = made.add("Mul", made.add("Cast", free, to=ir.DataType.FLOAT), made.number("ratio"))
     whole = made.add("Cast", made.add("Floor", share), to=ir.DataType.INT64)
-    count = made.add("Min", made.add("Add", made.number("keep"), whole), free)
+    some = made.add("Min", made.add("Add", made.number("keep"), whole), free)
+    drop, none = made.number("drop"), made.ints(0)
+    most = made.add("Max", made.add("Sub", free, drop), none)
+    count = made.add("Where", made.add("Greater", drop, none), most, some)
     best = made.outputs("TopK", 2, made.cut(scores, front), count, axis=1)[1]
     rest = made.add("Add", made.outputs("TopK", 2, best, count, axis=1, largest=0)[0], front)
     kept = made.add(
@@ -87,11 +94,11 @@ def _unmerge_reference(y: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, ..
 
 
 def _prune_reference(
-    x: np.ndarray, scores: np.ndarray, keep: int = 0, ratio: float = 0.0, protected: int = 0
+    x: np.ndarray, scores: np.ndarray, keep: int = 0, ratio: float = 0.0, protected: int = 0, drop: int = 0
 ) -> tuple[np.ndarray, ...]:
     batch, tokens, _ = x.shape
     front = min(protected, tokens)
-    count = kept_count(tokens, keep, ratio, protected) - front
+    count = kept_count(tokens, keep, ratio, protected, drop) - front
     order = np.argsort(-np.asarray(scores)[:, front:], axis=1, kind="stable")[:, :count]
     first = np.broadcast_to(np.arange(front), (batch, front))
     kept = np.concatenate([first, np.sort(order, 1) + front], axis=1).astype(np.int64)

@@ -55,6 +55,7 @@ def prune(x: np.ndarray, scores: np.ndarray, **attributes: Any) -> list[np.ndarr
 
 @pytest.mark.parametrize("attributes", [
     {"keep": 3}, {"keep": 3, "protected": 1}, {"ratio": 0.3, "protected": 2}, {"keep": 99}, {"keep": 0}, {},
+    {"drop": 4, "protected": 1}, {"drop": 99},
 ])  # fmt: skip
 @pytest.mark.parametrize("batch, tokens", [(2, 11), (1, 1), (3, 2), (0, 4), (2, 0)])
 def test_prune(batch: int, tokens: int, attributes: dict[str, Any]) -> None:
