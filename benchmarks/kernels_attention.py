@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.fusion_causal import CONTRIB, FORMS, HEADS, SIZE, WIDTH, graph
 from planish.runtime import flush
-from planish.runtime.kernels.attention import BlockSparseFlashAttention, FlashAttention
+from planish.runtime.kernels.attention import FlashAttention
+from planish.runtime.kernels.attention_sparse import BlockSparseFlashAttention
 from planish.runtime.kernels.template import Template, aligned, function
 from planish.runtime.measure import interleave, noise, ratio
 

@@ -21,6 +21,7 @@ from planish.ir.ops.base import (
     TensorInfo,
     broadcast_dims,
 )
+from planish.ir.ops.bf16_attention import BF16_ATTENTION
 from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
 from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
@@ -29,6 +30,7 @@ from planish.ir.ops.merge_tokens import MERGE_TOKENS
 from planish.ir.ops.norms import NORMS
 from planish.ir.ops.select_tokens import PRUNE_TOKENS, UNMERGE_TOKENS
 from planish.ir.ops.swiglu import SWIGLU
+from planish.ir.ops.window_attention import WINDOW_ATTENTION
 from planish.ir.schemas import DIALECT_DOMAIN, OpRecord
 
 __all__ = [
@@ -144,7 +146,9 @@ for _op in (
     *LINEAR.values(),
     *NORMS.values(),
     *FLASH_ATTENTION.values(),
+    *BF16_ATTENTION.values(),
     *BLOCK_SPARSE.values(),
+    *WINDOW_ATTENTION.values(),
     *MERGE_TOKENS.values(),
     UNMERGE_TOKENS,
     PRUNE_TOKENS,

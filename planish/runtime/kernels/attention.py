@@ -1,4 +1,4 @@
-"""Flash attention for CPUs, dense and over a list of key blocks, float32; see :mod:`.attention_task` for its inside."""
+"""Dense flash attention for CPUs, float32; see :mod:`.attention_task` for its inside."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from planish.ir.ops.block_sparse_attention import layout_mask
 from planish.ir.ops.flash_attention import attention, causal
-from planish.runtime.kernels.attention_task import LOG2E, Mask, Task, fixed
+from planish.runtime.kernels.attention_task import LOG2E, Task, fixed
 from planish.runtime.kernels.cpu import Cpu
-from planish.runtime.kernels.loops import argument, const, local, prim_func, script, size, store
+from planish.runtime.kernels.loops import argument, const, prim_func, script, size, store
 from planish.runtime.kernels.template import Template
 
 MASKS = ("none", "float", "bool")
 #: Vectors of queries in a task, and keys that it takes at a time: the softmax is rescaled once for so many.
 _VECTORS, _KEYS = 8, 64
-#: The same for lists of blocks, which are gathered side by side.
-_LIST_VECTORS, _LIST_KEYS = 4, 64
 
 
-class _Operands:
+class Operands:
     """The arguments that all kinds have, and the place of the task in them."""
 
     def __init__(self, head_size: int) -> None:
@@ -33,8 +30,9 @@ class _Operands:
         self.v = argument("v", (self.batch, self.keys, self.narrow))
         self.heads = self.width // head_size
 
-    def close(self) -> None:
+    def close(self, lse: bool = False) -> None:
         self.y = argument("y", (self.batch, self.length, self.width))
+        self.lse = argument("lse", (self.batch, self.heads, self.length)) if lse else None
 
     def place(self, head: Any, batch: Any, first: Any, rows: Any, lanes: int) -> None:
         """The task: `rows` queries of a head from `first` on."""
@@ -67,6 +65,8 @@ class _Operands:
             store(self.y, value, self.b, self.first + row, self.head * self.d + d)
 
         task.finish(self.rows, write)
+        if self.lse is not None:
+            task.log_sums(self.rows, lambda row, value: store(self.lse, value, self.b, self.head, self.first + row))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class FlashAttention(Template):
     mask: str = "none"
 
     def __post_init__(self) -> None:
-        _check_head(self.head_size)
+        check_head(self.head_size)
         if self.mask not in MASKS:
             raise ValueError(f"mask is one of {', '.join(MASKS)}, not '{self.mask}'")
 
@@ -109,7 +109,7 @@ class FlashAttention(Template):
         T, lanes = script(), cpu.lanes
         most = _VECTORS * lanes
         with prim_func(self.symbol) as built:
-            at = _Operands(self.head_size)
+            at = Operands(self.head_size)
             mask = None
             if self.mask != "none":
                 dtype = "float32" if self.mask == "float" else "bool"
@@ -132,7 +132,7 @@ class FlashAttention(Template):
                 at.finish(task)
         return built[0]
 
-    def _keys(self, task: Task, at: _Operands, mask: Any, offset: Any) -> None:
+    def _keys(self, task: Task, at: Operands, mask: Any, offset: Any) -> None:
         T = script()
         seen = at.keys if offset is None else T.min(at.keys, at.first + at.rows + offset[0])
         seen = fixed(T.max(seen, 0))
@@ -143,11 +143,11 @@ class FlashAttention(Template):
 
             def hide(row: Any, query: Any, acc: Any, shape: tuple[int, int]) -> None:
                 if mask is not None:
-                    _add_mask(mask, at, key + row, query, acc, shape, task.lanes)
+                    add_mask(mask, at, key + row, query, acc, shape, task.lanes)
                 if offset is not None:
                     crosses = key + n - 1 > at.first + offset[0]
                     lanes = task.lanes
-                    _hide_later(crosses, lambda r: key + r, offset, at, row, query, acc, shape, n, lanes)
+                    hide_later(crosses, lambda r: key + r, offset, at, row, query, acc, shape, n, lanes)
 
             def needed(queries: Any) -> Any:
                 return T.min(n, T.max(at.first + queries + offset[0] - key, 0))
@@ -162,137 +162,19 @@ class FlashAttention(Template):
         seen = causal(queries, keys, int(rest.pop(0)[0]) if self.causal else keys)
         if mask is not None and mask.dtype == bool:
             seen, mask = seen & mask, None
-        return attention((q, k, v), _heads(q, k, self.head_size), scale, seen, mask)
+        return attention((q, k, v), heads_of(q, k, self.head_size), scale, seen, mask)
 
 
-@dataclass(frozen=True)
-class BlockSparseFlashAttention(Template):
-    """Attention where a block of queries sees the blocks of keys that a list names. Arguments, compact:
-
-    - ``q``, ``k``, ``v`` as of :class:`FlashAttention`;
-    - ``indptr`` (layouts, query blocks + 1), int32, and ``indices`` (entries,), int32: block r of queries sees, in
-      layout l, the blocks of keys ``indices[indptr[l, r] : indptr[l, r + 1]]``, in any order, each at most once;
-    - ``head_layout`` (heads,), int32: the layout of each head of q;
-    - ``scale`` (1,), float32;
-    - ``offset`` (1,), int64: the position of the first query, past keys that lie in a cache; blocks of queries are
-      those of positions;
-    - ``y`` as q, out.
-
-    A query that sees no key gives zeros; so does one whose position has no row in the layout.
-
-    Attributes:
-        head_size: size of a head of q, k and v.
-        causal: keys after the query's position are hidden, in the blocks of the list.
-        block_size: queries and keys in a block: 16 or a multiple.
-    """
-
-    head_size: int
-    causal: bool = False
-    block_size: int = 64
-
-    def __post_init__(self) -> None:
-        _check_head(self.head_size)
-        if self.block_size < 16 or self.block_size % 16:
-            raise ValueError(f"block_size is {self.block_size}; it must be a multiple of 16")
-
-    @property
-    def symbol(self) -> str:
-        return f"block_sparse_attention_f32_d{self.head_size}_b{self.block_size}{'_causal' * self.causal}"
-
-    def build(self, cpu: Cpu) -> Any:
-        T, lanes = script(), cpu.lanes
-        most = min(_LIST_VECTORS * lanes, self.block_size)
-        while self.block_size % most:
-            most -= lanes
-        parts, room = self.block_size // most, max(_LIST_KEYS, self.block_size)
-        with prim_func(self.symbol) as built:
-            at = _Operands(self.head_size)
-            layouts, ends, entries = size(), size(), size()
-            lists = (argument("indptr", (layouts, ends), "int32"), argument("indices", (entries,), "int32"))
-            layout_of = argument("head_layout", (at.heads,), "int32")
-            scale, offset = argument("scale", (1,)), argument("offset", (1,), "int64")
-            at.close()
-            shift = T.Bind(offset[0] // most)
-            tasks = T.Bind((offset[0] + at.length + most - 1) // most - shift)
-            with T.parallel(at.batch * at.heads * tasks) as t:
-                part = fixed(t % tasks + shift)
-                head, b = fixed(t // tasks % at.heads), fixed(t // tasks // at.heads)
-                first = fixed(T.max(part * most - offset[0], 0))
-                rows = fixed(T.min(part * most + most - offset[0], at.length) - first)
-                at.place(head, b, first, rows, lanes)
-                task = Task(cpu, self.head_size, most, room)
-                at.start(task, scale)
-                layout = T.Cast("int64", layout_of[head])
-                self._blocks(task, at, lists, (layout, fixed(part // parts)), offset)
-                at.finish(task)
-        return built[0]
-
-    def _blocks(self, task: Task, at: _Operands, lists: Any, place: Any, offset: Any) -> None:
-        """Several blocks at a time, side by side, wherever they come from."""
-        T, block = script(), self.block_size
-        (indptr, indices), (layout, row) = lists, place
-        layouts, ends = indptr.shape
-        inside = T.And(T.And(row >= 0, row + 1 < ends), T.And(layout >= 0, layout < layouts))
-        limits = local(2, dtype="int64")
-        for i in range(2):
-            store(limits, T.int64(0), i)
-        with T.If(inside), T.Then():
-            for i in range(2):
-                found = T.Cast("int64", indptr[layout, row + i])
-                store(limits, T.min(T.max(found, 0), indices.shape[0]), i)
-        seen = at.keys
-        if self.causal:
-            seen = T.min(at.keys, at.first + at.rows + offset[0])
-        seen = fixed(seen)
-        step = max(_LIST_KEYS // block, 1)
-        state = local(2, dtype="int64")  # keys gathered, and the last position among them
-        where = T.alloc_buffer((task.keys + task.slack,), "int64", scope="global") if self.causal else None
-        begin, end = fixed(limits[0]), fixed(limits[1])
-        with T.serial(T.max((end - begin + step - 1) // step, 0)) as p:
-            store(state, T.int64(0), 0)
-            store(state, T.int64(0), 1)
-            with T.serial(T.min(step, end - begin - p * step)) as i:
-                key = fixed(T.Cast("int64", indices[begin + p * step + i]) * block)
-                n = fixed(T.min(block, seen - key))
-                with T.If(T.And(n > 0, key >= 0)), T.Then():
-                    into = fixed(state[0])
-                    at.gather(task, into, key, n)
-                    if where is not None:
-                        with T.serial(n) as r:
-                            store(where, key + r, into + r)
-                    store(state, into + n, 0)
-                    store(state, T.max(state[1], key + n - 1), 1)
-            total = fixed(state[0])
-            with T.If(total > 0), T.Then():
-                task.attend(at.rows, at.vectors, total, self._hide(task, at, where, state[1], total, offset))
-
-    def _hide(self, task: Task, at: _Operands, where: Any, last: Any, total: Any, offset: Any) -> Mask:
-        def hide(row: Any, query: Any, acc: Any, shape: tuple[int, int]) -> None:
-            if self.causal:
-                crosses = last > at.first + offset[0]
-                _hide_later(crosses, lambda r: where[r], offset, at, row, query, acc, shape, total, task.lanes)
-
-        return hide
-
-    def reference(self, *arguments: np.ndarray) -> np.ndarray:
-        q, k, v, indptr, indices, head_layout, scale, offset = arguments
-        queries, keys, first = q.shape[1], k.shape[1], int(offset[0])
-        seen = layout_mask(indptr, indices, self.block_size, queries, keys, first)
-        if self.causal:
-            seen &= causal(queries, keys, first)
-        return attention((q, k, v), _heads(q, k, self.head_size), float(scale[0]), seen[head_layout])
-
-
-def _heads(q: np.ndarray, k: np.ndarray, size: int) -> tuple[int, int]:
+def heads_of(q: np.ndarray, k: np.ndarray, size: int) -> tuple[int, int]:
     return q.shape[2] // size, k.shape[2] // size
 
 
-def _check_head(head_size: int) -> None:
+def check_head(head_size: int) -> None:
     if head_size < 1:
         raise ValueError(f"head_size is {head_size}; it must be 1 or more")
 
 
-def _add_mask(mask: Any, at: _Operands, key: Any, query: Any, acc: Any, shape: tuple[int, int], lanes: int) -> None:
+def add_mask(mask: Any, at: Operands, key: Any, query: Any, acc: Any, shape: tuple[int, int], lanes: int) -> None:
     from tvm import tirx
 
     T = script()
@@ -318,11 +200,11 @@ def _add_mask(mask: Any, at: _Operands, key: Any, query: Any, acc: Any, shape: t
             change(lambda c, j: T.min(at.first + query + c * lanes + j, at.length - 1))
 
 
-def _hide_later(
+def hide_later(
     crosses: Any,
     position: Any,
     offset: Any,
-    at: _Operands,
+    at: Operands,
     row: Any,
     query: Any,
     acc: Any,

@@ -60,6 +60,24 @@ def exp2(x: Any) -> Any:
     return result
 
 
+def log2(x: Any) -> Any:
+    """The binary logarithm of a normal number x > 0, to 1e-7: the exponent, and the series of artanh."""
+    from tvm import tirx
+
+    bits = tirx.reinterpret("int32", x)
+    # Of a mantissa from sqrt(1/2) on.
+    exponent = (bits - tirx.const(0x3F3504F3, "int32")) >> tirx.const(23, "int32")
+    m = tirx.reinterpret("float32", bits - (exponent << tirx.const(23, "int32")))
+    s, square = tirx.Var("s", "float32"), tirx.Var("square", "float32")
+    series = const(1 / 9)
+    for n in (7, 5, 3, 1):
+        series = series * square + const(1 / n)
+    result = tirx.Cast("float32", exponent) + s * series * const(2 * LOG2E)
+    for name, value in ((square, s * s), (s, (m - const(1.0)) / (m + const(1.0)))):
+        result = tirx.Let(name, value, result)
+    return result
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Sizes of the register tiles: `groups` splits the vectors of a head, `rows` is the height of a tile in a group."""
@@ -305,3 +323,14 @@ class Task:
                     write(r, c * lanes + j, self.out[r, c * lanes + j] * factor[0])
             for d in range(whole * lanes, self.head_size):
                 write(r, d, self.out[r, d] * factor[0])
+
+    def log_sums(self, rows: Any, write: Callable[[Any, Any], None]) -> None:
+        """log Σ exp(score) of each row, by `write(row, value)`; -inf for one that saw no key."""
+        from tvm import tirx
+
+        T = script()
+        with T.serial(rows) as r:
+            total, known = local(1), local(1)
+            store(total, self.sum[r], 0)
+            store(known, log2(T.max(total[0], const(1e-30))) + self.max[r], 0)
+            write(r, tirx.Select(total[0] > const(0.0), known[0] * const(1 / LOG2E), const(float("-inf"))))

@@ -63,18 +63,22 @@ def kernels_for(nodes: Iterable[ir.Node]) -> tuple[OpKernel, ...]:
 
 def _families() -> dict[str, type[OpKernel]]:
     """Operator → the class of its kernels."""
-    from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE_ATTENTION
+    from planish.ir.ops.bf16_attention import BF16_ATTENTION
+    from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
     from planish.ir.ops.flash_attention import FLASH_ATTENTION
     from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
     from planish.ir.ops.linear import LINEAR
     from planish.ir.ops.norms import NORMS
+    from planish.ir.ops.window_attention import WINDOW_ATTENTION
     from planish.runtime.kernels.attention_ops import AttentionKernel
+    from planish.runtime.kernels.bf16_attention_ops import Bf16AttentionKernel
     from planish.runtime.kernels.linear import LinearKernel
     from planish.runtime.kernels.norm_ops import NormKernel
 
-    attention = (*FLASH_ATTENTION, KEY_MASK_ATTENTION.name, BLOCK_SPARSE_ATTENTION.name)
+    attention = (*FLASH_ATTENTION, KEY_MASK_ATTENTION.name, *BLOCK_SPARSE, *WINDOW_ATTENTION)
     return {
         **dict.fromkeys(LINEAR, LinearKernel),
         **dict.fromkeys(NORMS, NormKernel),
         **dict.fromkeys(attention, AttentionKernel),
+        **dict.fromkeys(BF16_ATTENTION, Bf16AttentionKernel),
     }

@@ -14,7 +14,8 @@ pytest.importorskip("tvm")
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from planish.runtime.kernels.attention import BlockSparseFlashAttention, FlashAttention
+from planish.runtime.kernels.attention import FlashAttention
+from planish.runtime.kernels.attention_sparse import BlockSparseFlashAttention
 from planish.runtime.kernels.cpu import LEVELS, detect
 from planish.runtime.kernels.template import Template, aligned, function
 

@@ -16,6 +16,9 @@ typedef struct {
   int keys;  /* the mask is one of keys, and the node says what a query gives that sees none */
   int past;  /* causal, with the queries at the last positions of the keys */
   int lists; /* indptr, indices and head_layout follow */
+  int tiles; /* and entry_tile and tiles */
+  int window; /* the node says which keys around a query it sees */
+  int lse;   /* compiled code gives the logarithms of the sums: a second output, or to find queries without keys */
   const attention_form *forms; /* up to one without `call` */
 } attention_op;
 
