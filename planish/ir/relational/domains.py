@@ -84,3 +84,16 @@ def reaches(fine: Domain, coarse: Domain, end: str) -> bool:
     """Whether a map leads from rows of `fine` to rows of `coarse` by `end`."""
     found = ends(fine, coarse)
     return end in found or (end == "" and len(found) == 1)
+
+
+def compose(fine: Domain, middle: Domain, by: str, coarse: Domain, end: str) -> str:
+    """The end by which rows of `fine` read `coarse`, given that they lead to `middle` by `by`, and that by `end`.
+
+    An edge's source has a type: from edges by "src" to nodes and on to types is from edges to node types by "src".
+    """
+    if fine == middle or middle == coarse:
+        return end if fine == middle else by
+    if len(ends(fine, coarse)) < 2:
+        return ""
+    step = end or only_end(middle, coarse)
+    return step or by or only_end(fine, middle)

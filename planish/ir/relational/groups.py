@@ -23,10 +23,10 @@ class Group:
     A ``gemm`` is one `linear` or `outer`, ``ops[0]``, and what is done to its rows before they are stored. Gathers are
     ends of operands.
 
-    A ``traversal`` without a center is a loop over the rows of `over`, with no dependency between rows. With a center it
-    is a loop over the rows of `center`, and inside of it loops over the rows of `over` that lead there by `by`: edges
-    into a node. Operators over the center's rows and over `over`, and reductions from these to those, alternate in
-    the order of `ops`; an operator of the inner loop reads what the group computes for the center, but never what it
+    A ``traversal`` without a center is a loop over the rows of `over`, with no dependency between rows. With a center
+    it is a loop over the rows of `center`, and inside of it loops over the rows of `over` that lead there by `by`:
+    edges into a node. Operators over the center's rows and over `over`, and reductions from these to those, alternate
+    in the order of `ops`; an operator of the inner loop reads what the group computes for the center, but never what it
     computes for another row.
 
     Attributes:

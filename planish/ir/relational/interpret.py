@@ -131,9 +131,7 @@ def _reduce(op: Op, graph: Graph, arguments: list[Array]) -> Array:
     if op.kind == "count":
         return sizes
     if op.kind == "outer":
-        x, y = arguments
-        each = np.einsum("r...hi,r...ho->rhio" if op.attr("heads") else "r...i,r...o->rio", x, y)
-        return _sums(each, target, count)
+        return _sums(_outer(arguments[0], arguments[1], bool(op.attr("heads"))), target, count)
     (x,) = arguments
     per_row = sizes.reshape(-1, *(1,) * (x.ndim - 1))
     if op.kind == "sum":
@@ -144,6 +142,12 @@ def _reduce(op: Op, graph: Graph, arguments: list[Array]) -> Array:
     result = np.full((count, *x.shape[1:]), -np.inf if most else np.inf)
     (np.maximum if most else np.minimum).at(result, target, x)
     return np.where(per_row > 0, result, 0.0)
+
+
+def _outer(x: Array, y: Array, heads: bool) -> Array:
+    lead = x.shape[1 : -2 if heads else -1]
+    x, y = (a.reshape(len(a), math.prod(lead), *a.shape[1 + len(lead) :]) for a in (x, y))
+    return np.einsum("rlhi,rlho->rhio" if heads else "rli,rlo->rio", x, y)
 
 
 def _sums(x: Array, target: Array, count: int) -> Array:
