@@ -25,7 +25,7 @@ from planish.ir.ops.bf16_attention import BF16_ATTENTION
 from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
 from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
-from planish.ir.ops.linear import LINEAR
+from planish.ir.ops.linear import LINEAR, LINEAR_TRANSPOSED
 from planish.ir.ops.merge_tokens import MERGE_TOKENS
 from planish.ir.ops.norms import NORMS
 from planish.ir.ops.select_tokens import PRUNE_TOKENS, UNMERGE_TOKENS
@@ -144,6 +144,7 @@ for _op in (
     KEY_MASK_ATTENTION,
     SWIGLU,
     *LINEAR.values(),
+    LINEAR_TRANSPOSED,
     *NORMS.values(),
     *FLASH_ATTENTION.values(),
     *BF16_ATTENTION.values(),

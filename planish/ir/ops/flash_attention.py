@@ -166,6 +166,10 @@ class Body:
     def ints(self, *numbers: int) -> ir.Value:
         return self.add("Constant", value_ints=list(numbers))
 
+    def rounded(self, value: ir.Value) -> ir.Value:
+        """A float32 value with the precision of bfloat16."""
+        return self.add("Cast", self.add("Cast", value, to=int(ir.DataType.BFLOAT16)), to=int(ir.DataType.FLOAT))
+
     def attribute(self, name: str) -> ir.Value:
         """An int attribute of the function as a scalar."""
         return self.add("Constant", refs={"value_int": name})

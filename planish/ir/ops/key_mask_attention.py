@@ -55,7 +55,12 @@ def infer_key_mask(inputs: Sequence[TensorInfo | None], attributes: Mapping[str,
 
 def _body(opset: int) -> ir.Function:
     made = Body(_SCHEMA, opset)
-    q, k, v, mask = made.values.values()
+    return body_over(made, *list(made.values.values())[:3])
+
+
+def body_over(made: Body, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Function:
+    """The function that `made` begins, with attention over these in place of its first inputs."""
+    mask = made.values["key_mask"]
     zero, one = (made.add("Constant", value_int=n) for n in (0, 1))
     queries, keys = (made.sizes(value, 1, 2) for value in (q, k))
     key = made.add("Range", zero, made.add("Squeeze", keys), one)

@@ -8,6 +8,7 @@ LinearGeluTanh      gelu(x W + b), with tanh
 LinearSilu          silu(x W + b)
 LinearQuickGelu     h sigmoid(1.702 h), h = x W + b
 LinearAdd           x W + b + residual
+LinearTransposed    x Wᵀ + b, for a weight that is used otherwise too: an embedding that is the head
 LinearSwiGLU        silu(x W_gate) * (x W_up) (arXiv:2002.05202)
 ==================  ============================================
 
@@ -41,6 +42,8 @@ ACTIVATIONS: dict[str, str | None] = {
     "LinearQuickGelu": "quick_gelu",
     "LinearAdd": None,
 }
+#: The operator whose weight has a row per output, (N, K).
+TRANSPOSED = "LinearTransposed"
 _QUICK = 1.702
 
 
@@ -49,8 +52,11 @@ def _schema(name: str, inputs: Sequence[str], doc: str) -> Schema:
     return Schema(name, tuple(Operand(item, _FLOAT) for item in inputs), (Operand("y", _FLOAT),), (compute,), doc)
 
 
-def _infer(weights: int) -> Any:
-    """The rule for an operator over x (..., K), `weights` weights (K, N), a bias (N), and a residual of y's shape."""
+def _infer(weights: int, *, transposed: bool = False) -> Any:
+    """The rule for an operator over x (..., K), `weights` weights (K, N), a bias (N), and a residual of y's shape.
+
+    With `transposed` a weight is (N, K).
+    """
 
     def infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:
         if attributes[COMPUTE_TYPE] not in COMPUTE_TYPES:
@@ -64,7 +70,8 @@ def _infer(weights: int) -> Any:
                 continue
             if len(weight.dims) != 2:
                 raise InferenceError(f"a weight has rank {len(weight.dims)}; it must have 2")
-            rows, columns = same_dim(rows, weight.dims[0], "weights"), same_dim(columns, weight.dims[1], "weights")
+            depth, width = reversed(weight.dims) if transposed else weight.dims
+            rows, columns = same_dim(rows, depth, "weights"), same_dim(columns, width, "weights")
         bias, residual = (*(item.dims for item in known[1 + weights :]), None, None)[:2]
         if bias is not None:
             if len(bias) != 1:
@@ -75,7 +82,7 @@ def _infer(weights: int) -> Any:
             return [TensorInfo(dtype, residual)]
         if not x:
             raise InferenceError("x has rank 0; it must have columns")
-        same_dim(x[-1], rows, "the columns of x and the weight's rows")
+        same_dim(x[-1], rows, f"the columns of x and the weight's {'columns' if transposed else 'rows'}")
         dims: tuple[Dim, ...] = (*x[:-1], columns)
         if residual is not None:
             if len(residual) != len(dims):
@@ -87,9 +94,9 @@ def _infer(weights: int) -> Any:
 
 
 def _flops(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], _: Mapping[str, Any]) -> int:
-    weight = inputs[1]
-    assert weight is not None
-    return 2 * outputs[0].elements * weight.sizes[0]
+    x = inputs[0]
+    assert x is not None
+    return 2 * outputs[0].elements * x.sizes[-1]
 
 
 class _Body:
@@ -107,8 +114,9 @@ class _Body:
         self._nodes.append(node)
         return node.outputs[0]
 
-    def product(self, x: str, weight: str) -> ir.Value:
-        return self.add("MatMul", self._rounded(x), self._rounded(weight))
+    def product(self, x: str, weight: str, *, transposed: bool = False) -> ir.Value:
+        right = self._rounded(weight)
+        return self.add("MatMul", self._rounded(x), self.add("Transpose", right, perm=[1, 0]) if transposed else right)
 
     def _rounded(self, name: str) -> ir.Value:
         to = ir.RefAttr("to", COMPUTE_TYPE, ir.AttributeType.INT)
@@ -161,23 +169,28 @@ def _operand(array: np.ndarray, compute_type: int) -> np.ndarray:
 
 
 def _one_product(name: str) -> DialectOp:
-    activation, residual = ACTIVATIONS[name], name == "LinearAdd"
+    activation, residual = ACTIVATIONS.get(name), name == "LinearAdd"
     inputs = ("x", "weight", "bias", *(["residual"] if residual else []))
     after = "plus residual" if residual else f"then {activation}" if activation else "and no activation"
-    schema = _schema(name, inputs, f"x (..., K) times weight (K, N) plus bias (N), {after}; y is (..., N).")
+    transposed = name == TRANSPOSED
+    factor = "the transpose of weight (N, K)" if transposed else "weight (K, N)"
+    schema = _schema(name, inputs, f"x (..., K) times {factor} plus bias (N), {after}; y is (..., N).")
 
     def body(opset: int) -> ir.Function:
         made = _Body(name, inputs, opset)
-        y = made.activation(activation, made.add("Add", made.product("x", "weight"), made.values["bias"]))
+        product = made.product("x", "weight", transposed=transposed)
+        y = made.activation(activation, made.add("Add", product, made.values["bias"]))
         return made.function(made.add("Add", y, made.values["residual"]) if residual else y)
 
     def reference(
         x: np.ndarray, weight: np.ndarray, bias: np.ndarray, *more: np.ndarray, compute_type: int = COMPUTE_TYPES[0]
     ) -> tuple[np.ndarray, ...]:
-        y = _activated(activation, _operand(x, compute_type) @ _operand(weight, compute_type) + bias.astype(np.float64))
+        right = _operand(weight, compute_type)
+        y = _operand(x, compute_type) @ (right.T if transposed else right) + bias.astype(np.float64)
+        y = _activated(activation, y)
         return (y + sum(item.astype(np.float64) for item in more),)
 
-    return DialectOp(schema, _infer(1), body, reference, _flops, min_opset=20)
+    return DialectOp(schema, _infer(1, transposed=transposed), body, reference, _flops, min_opset=20)
 
 
 def _swiglu() -> DialectOp:
@@ -205,3 +218,5 @@ def _swiglu() -> DialectOp:
 
 #: The family, by name.
 LINEAR: dict[str, DialectOp] = {**{name: _one_product(name) for name in ACTIVATIONS}, "LinearSwiGLU": _swiglu()}
+#: The one whose weight has a row per output.
+LINEAR_TRANSPOSED = _one_product(TRANSPOSED)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from planish.ir.errors import UnsupportedError
+from planish.ir.processor import AMX_BF16, features, missing
+
+__all__ = ["LEVELS", "Cpu", "detect", "features", "host", "missing", "permit_tiles"]
 
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_AMX = _V4 | {"amx_bf16", "amx_tile", "avx512_bf16"}
+_AMX = _V4 | AMX_BF16
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,6 @@ LEVELS = {
         Cpu("neon", "aarch64", "generic", frozenset({"asimd"}), 4, 32),
     )
 }
-
-
-@functools.cache
-def features() -> frozenset[str]:
-    """The features of this processor, by Linux's names; those that NumPy knows where there is no ``/proc/cpuinfo``."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("flags", "Features"):
-                return frozenset(value.split())
-    import importlib
-
-    found = importlib.import_module("numpy._core._multiarray_umath").__cpu_features__
-    names = {name.lower() for name, there in found.items() if there}
-    # NumPy names FMA differently, and leaves out what comes with AVX2.
-    if "fma3" in names:
-        names.add("fma")
-    if "avx2" in names:
-        names |= {"bmi1", "bmi2", "movbe"}
-    return frozenset(names)
-
-
-def missing(needed: Iterable[str]) -> list[str]:
-    """Features of `needed` that this processor lacks."""
-    return sorted(set(needed) - features())
 
 
 def detect(*levels: str) -> Cpu | None:

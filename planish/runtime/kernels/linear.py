@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from planish.ir.ops.linear import ACTIVATIONS, COMPUTE_TYPE, COMPUTE_TYPES
+from planish.ir.ops.linear import ACTIVATIONS, COMPUTE_TYPE, COMPUTE_TYPES, TRANSPOSED
 from planish.runtime.kernels.op_kernels import OpKernel, types_declaration
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class LinearKernel(OpKernel):
         module = _module(compute_type)
         if self.op == "LinearSwiGLU":
             return module.GatedGemm("silu"), module.PackWeight()
-        return module.Gemm(ACTIVATIONS[self.op], residual=self.op == "LinearAdd"), module.PackWeight()
+        product = module.Gemm(ACTIVATIONS.get(self.op), residual=self.op == "LinearAdd")
+        return product, module.PackWeight(self.op == TRANSPOSED)
 
     def declaration(self) -> str:
         gated, residual = self.op == "LinearSwiGLU", self.op == "LinearAdd"
@@ -56,7 +57,8 @@ class LinearKernel(OpKernel):
                 types_declaration(self.op, [1] * (inputs + 1)),
                 f"static const linear_form forms_{self.op}[] = {{{forms}, {{0}}}};",
                 f'static linear_op op_{self.op} = {{{{{{0}}, "{self.op}", {inputs}, 1, types_{self.op}}}, '
-                f"{2 if gated else 1}, {int(not gated)}, {int(residual)}, forms_{self.op}}};",
+                f"{2 if gated else 1}, {int(not gated)}, {int(residual)}, {int(self.op == TRANSPOSED)}, "
+                f"forms_{self.op}}};",
             ]
         )
 

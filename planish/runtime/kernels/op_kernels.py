@@ -67,7 +67,7 @@ def _families() -> dict[str, type[OpKernel]]:
     from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
     from planish.ir.ops.flash_attention import FLASH_ATTENTION
     from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
-    from planish.ir.ops.linear import LINEAR
+    from planish.ir.ops.linear import LINEAR, TRANSPOSED
     from planish.ir.ops.norms import NORMS
     from planish.ir.ops.window_attention import WINDOW_ATTENTION
     from planish.runtime.kernels.attention_ops import AttentionKernel
@@ -77,7 +77,7 @@ def _families() -> dict[str, type[OpKernel]]:
 
     attention = (*FLASH_ATTENTION, KEY_MASK_ATTENTION.name, *BLOCK_SPARSE, *WINDOW_ATTENTION)
     return {
-        **dict.fromkeys(LINEAR, LinearKernel),
+        **dict.fromkeys((*LINEAR, TRANSPOSED), LinearKernel),
         **dict.fromkeys(NORMS, NormKernel),
         **dict.fromkeys(attention, AttentionKernel),
         **dict.fromkeys(BF16_ATTENTION, Bf16AttentionKernel),

@@ -21,13 +21,16 @@ static int packed_shape(const linear_form *form, int64_t k, int64_t n, int64_t *
   return 3;
 }
 
-static ort_status *pack(const linear_form *form, ort_context *context, tensor *weight, void **packed) {
+/* Packs a weight, and says its K and N. */
+static ort_status *pack(
+    const linear_op *op, const linear_form *form, ort_context *context, tensor *weight, void **packed, int64_t *sizes) {
   dl_tensor from, to;
   int64_t shape[3];
   if (weight->rank != 2) return planish_error("the weight has rank %zu; it must have 2", weight->rank);
-  int rank = packed_shape(form, weight->shape[0], weight->shape[1], shape);
+  for (int i = 0; i < 2; ++i) sizes[i] = weight->shape[op->transposed ? 1 - i : i];
+  int rank = packed_shape(form, sizes[0], sizes[1], shape);
   *packed = planish_allocate((size_t)planish_product(shape, (size_t)rank) * (size_t)form->bits / 8);
-  if (!*packed) return planish_error("no memory for a packed weight of %ld x %ld", (long)weight->shape[0], (long)weight->shape[1]);
+  if (!*packed) return planish_error("no memory for a packed weight of %ld x %ld", (long)sizes[0], (long)sizes[1]);
   tvm_any arguments[2] = {
       planish_argument(&from, weight->data, DL_FLOAT, 32, 2, weight->shape),
       planish_argument(&to, *packed, form->code, form->bits, rank, shape),
@@ -56,8 +59,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
     tensor weight;
     int found;
     status = planish_constant(info, (size_t)(1 + i), sizeof(float), &weight, &found);
-    if (!status && found) status = pack(kernel->form, NULL, &weight, &kernel->packed[i]);
-    if (!status && found) memcpy(kernel->shape[i], weight.shape, sizeof kernel->shape[i]);
+    if (!status && found) status = pack(op, kernel->form, NULL, &weight, &kernel->packed[i], kernel->shape[i]);
     planish_release(&weight);
   }
   if (status) {
@@ -72,6 +74,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
 typedef struct {
   tensor x, weight[2], bias, residual, y;
   void *packed[2];
+  int64_t shape[2][2];
 } operands;
 
 static ort_status *fetch(const linear *kernel, ort_context *context, operands *all, int64_t *k, int64_t *n) {
@@ -83,8 +86,8 @@ static ort_status *fetch(const linear *kernel, ort_context *context, operands *a
     const int64_t *shape = kernel->shape[i];
     if (!kernel->packed[i]) {
       CHECK(planish_input(context, next, sizeof(float), &all->weight[i]));
-      CHECK(pack(kernel->form, context, &all->weight[i], &all->packed[i]));
-      shape = all->weight[i].shape;
+      CHECK(pack(op, kernel->form, context, &all->weight[i], &all->packed[i], all->shape[i]));
+      shape = all->shape[i];
     }
     if (i && (shape[0] != *k || shape[1] != *n))
       return planish_error("%s: the weights have shapes (%ld, %ld) and (%ld, %ld)", op->base.name, (long)*k, (long)*n, (long)shape[0], (long)shape[1]);
@@ -93,7 +96,8 @@ static ort_status *fetch(const linear *kernel, ort_context *context, operands *a
   }
   if (all->x.shape[all->x.rank - 1] != *k)
     return planish_error(
-        "%s: x has %ld columns and the weight %ld rows", op->base.name, (long)all->x.shape[all->x.rank - 1], (long)*k);
+        "%s: x has %ld columns and the weight %ld %s", op->base.name, (long)all->x.shape[all->x.rank - 1], (long)*k,
+        op->transposed ? "columns" : "rows");
   if (op->bias) CHECK(planish_input(context, next++, sizeof(float), &all->bias));
   if (op->bias && (all->bias.rank != 1 || all->bias.shape[0] != *n))
     return planish_error("%s: the bias must have shape (%ld)", op->base.name, (long)*n);

@@ -4,7 +4,7 @@
 
 #include "host.h"
 
-/* One way to compute the product. A weight (K, N) is packed to (panels of `width` columns, K in steps of `rows`,
+/* One way to compute the product. A weight (K, N), or (N, K) if it is transposed, is packed to (panels of `width` columns, K in steps of `rows`,
  * rows * width) elements of DLPack's `code` and `bits`. */
 typedef struct {
   int64_t type; /* of the operands of the product, as in ONNX: 1 float32, 16 bfloat16 */
@@ -15,7 +15,7 @@ typedef struct {
 
 typedef struct {
   planish_op base;
-  int weights, bias, residual;
+  int weights, bias, residual, transposed;
   const linear_form *forms; /* ends with one whose `call` is NULL */
 } linear_op;
 

@@ -1,0 +1,1 @@
+"""Passes that compute or store in fewer bits."""

@@ -1,0 +1,112 @@
+"""bf16: the operands of products in bfloat16, on processors that have a unit for that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.ir import processor
+from planish.ir.graphs import constant_tensor, dims_of, is_op
+from planish.ir.ledger import Declined
+from planish.ir.ops import DIALECT_DOMAIN, import_functions
+from planish.ir.ops.bf16_attention import IN_BF16
+from planish.ir.ops.linear import COMPUTE_TYPE, LINEAR, TRANSPOSED
+from planish.ir.program import Program
+from planish.passes.base import ApproximatePass, Decline, PassContext, PassResult
+from planish.passes.canonicalize.editing import Editor
+from planish.passes.registry import register
+
+_BFLOAT16 = int(ir.DataType.BFLOAT16)
+#: Fewer rows or columns than this have no use for a kernel.
+_LEAST = 16
+
+
+@register
+@dataclass(frozen=True)
+class Bf16(ApproximatePass):
+    """Rounds the operands of products to bfloat16: those of weights, and those inside of attention.
+
+    Sums stay float32, and so does everything else: norms, softmax, residuals. Works on the operators that the exact
+    pipeline of a target with generated kernels writes, so it goes behind that. On processors without AMX nothing is
+    changed: without a matrix unit bfloat16 gains nothing over float32.
+
+    Attributes:
+        attention: attention too.
+        head: a head of the model that is the transpose of its embedding too.
+    """
+
+    name: ClassVar[str] = "bf16"
+    gives_up: ClassVar[str] = "Operands of matrix products keep 8 of the 24 bits of their mantissas."
+
+    attention: bool = True
+    head: bool = True
+
+    def apply(self, program: Program, ctx: PassContext) -> PassResult:
+        declined: list[Declined] = []
+        if reason := unsupported(ctx):
+            return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], [reason])
+        editor = Editor(program, self.name)
+        fired = 0
+        for entry, model in program.entries.items():
+            for node in list(model.graph.all_nodes()):
+                try:
+                    fired += self._node(editor, node)
+                except Decline as decline:
+                    declined.append(Declined(self.name, node.name or entry, decline.reason))
+            import_functions(model)
+        return PassResult(fired > 0, fired, declined)
+
+    def _node(self, editor: Editor, node: ir.Node) -> bool:
+        if node.domain == DIALECT_DOMAIN:
+            if node.op_type in (*LINEAR, TRANSPOSED) and node.attributes.get_int(COMPUTE_TYPE, 1) != _BFLOAT16:
+                node.attributes[COMPUTE_TYPE] = ir.AttrInt64(COMPUTE_TYPE, _BFLOAT16)
+                return True
+            if self.attention and node.op_type in IN_BF16:
+                node.op_type = IN_BF16[node.op_type]
+                return True
+        return self.head and is_op(node, "MatMul") and _tied_head(editor, node)
+
+
+def unsupported(ctx: PassContext) -> str:
+    """Why a target has no use for bfloat16; empty if it has."""
+    if ctx.target.name != "ort-cpu" or not ctx.target.kernels:
+        return f"target '{ctx.target}' has no products in bfloat16; 'ort-cpu:kernels' has"
+    if lacking := processor.missing(processor.AMX_BF16):
+        return f"this processor lacks {', '.join(lacking)}, without which bfloat16 is no faster: float32 stays"
+    return ""
+
+
+def _tied_head(editor: Editor, node: ir.Node) -> bool:
+    """A product with the transpose of a weight that something else reads: packed from the weight as it is."""
+    x, right = node.inputs
+    transpose = right.producer() if right is not None else None
+    if transpose is None or not is_op(transpose, "Transpose") or x is None:
+        return False
+    weight = transpose.inputs[0]
+    tensor = constant_tensor(weight) if weight is not None else None
+    if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
+        return False
+    if list(transpose.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+        return False
+    rows, depth = (int(n) for n in tensor.shape.numpy())
+    if not dims_of(x) or min(rows, depth) < _LEAST:
+        raise Decline(f"its weight is {depth} by {rows}; kernels pay from {_LEAST} on")
+    graph, old = node.graph, node.outputs[0]
+    assert isinstance(graph, ir.Graph)
+    bias = editor.constant(graph, np.zeros(rows, np.float32), "no_bias")
+    settings = {COMPUTE_TYPE: _BFLOAT16}
+    made = ir.node(
+        TRANSPOSED, [x, weight, bias], settings, domain=DIALECT_DOMAIN, name=editor.names.fresh(f"{TRANSPOSED}_planish")
+    )
+    made.outputs[0].name = editor.names.fresh(f"{old.name}_planish")
+    made.outputs[0].type, made.outputs[0].shape = old.type, old.shape
+    graph.insert_before(node, made)
+    editor.mark(made, [node, transpose])
+    editor.replace(old, made.outputs[0])
+    editor.remove(node)
+    if not transpose.outputs[0].uses() and not transpose.outputs[0].is_graph_output():
+        editor.remove(transpose)
+    return True
