@@ -16,6 +16,8 @@ import onnx_ir as ir
 #: Domains (with those below them) that ONNX Runtime implements and that no Python package describes.
 OPAQUE_DOMAINS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
 DIALECT_DOMAIN = "planish"
+#: What onnx gives as the number of inputs or outputs of operators that take any number.
+VARIADIC = 2**31 - 1
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ class _Checker:
             ("inputs", len(function.inputs), record.max_inputs),
             ("outputs", len(function.outputs), record.max_outputs),
         ):
-            if have != want:
+            if have != want and want != schemas.VARIADIC:
                 raise self._error(f"{where}: the body has {have} {what}; the operator has {want}")
         if set(function.attributes) != set(record.attributes):
             raise self._error(

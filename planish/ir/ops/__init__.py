@@ -28,6 +28,7 @@ from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
 from planish.ir.ops.linear import LINEAR, LINEAR_TRANSPOSED
 from planish.ir.ops.merge_tokens import MERGE_TOKENS
 from planish.ir.ops.norms import NORMS
+from planish.ir.ops.relational import is_relational, make_op
 from planish.ir.ops.select_tokens import PRUNE_TOKENS, UNMERGE_TOKENS
 from planish.ir.ops.swiglu import SWIGLU
 from planish.ir.ops.window_attention import WINDOW_ATTENTION
@@ -116,7 +117,8 @@ def import_functions(model: ir.Model) -> list[str]:
 
     Returns the names of the operators. Bodies that are there already stay.
     """
-    used = sorted({node.op_type for node in model.graph.all_nodes() if node.domain == DIALECT_DOMAIN})
+    nodes = {node.op_type: node for node in model.graph.all_nodes() if node.domain == DIALECT_DOMAIN}
+    used = sorted(nodes)
     if not used:
         return []
     opset = model.graph.opset_imports.get("", 23)
@@ -125,12 +127,14 @@ def import_functions(model: ir.Model) -> list[str]:
     for name in used:
         key = (DIALECT_DOMAIN, name, "")
         if key not in model.functions:
-            model.functions[key] = dialect_op(name).function(opset)
+            model.functions[key] = dialect_op(name).function_of(nodes[name], opset)
     return used
 
 
 def _find(name: str) -> DialectOp | None:
     global _plugins_read
+    if name not in DIALECT and is_relational(name):
+        return register_op(make_op(name))
     if name not in DIALECT and not _plugins_read:
         _plugins_read = True
         from importlib.metadata import entry_points

@@ -149,6 +149,10 @@ class DialectOp:
             raise PlanishError(f"the body of planish::{self.name} is named {function.domain}::{function.name}.")
         return function
 
+    def function_of(self, node: ir.Node, opset: int = 23) -> ir.Function:
+        """`function` for this node; all nodes of one operator have the same."""
+        return self.function(opset)
+
     def attributes_of(self, node: ir.Node) -> dict[str, Any]:
         """Attribute values of a node by name, defaults filled in."""
         given = {name: attribute.value for name, attribute in node.attributes.items() if not attribute.is_ref()}
