@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from planish.ir.causal_lm import KEPT_HEADS, cache_layer
+from planish.ir.block_sparsity.slots import SLOTS, SlotPlan
+from planish.ir.causal_lm import KEPT_HEADS, LENGTHS, cache_layer
 from planish.ir.ledger import Ratio
 from planish.ir.program import Calibration, Program
 from planish.ir.target import Target
@@ -84,13 +85,16 @@ class Bench:
         return speedup(*steps, seconds=seconds, threshold=threshold, clock=clock)
 
     def _fitting(self, program: Program, batch: dict[str, np.ndarray], entry: str) -> dict[str, np.ndarray]:
-        """A batch without the caches of layers, and of heads, that the program no longer has."""
+        """A batch without what the program no longer has: caches of layers and of heads, positions of caches."""
         names = {spec.name for spec in self.runner(program, entry).inputs}
         fitting = {name: value for name, value in batch.items() if name in names or cache_layer(name) is None}
         for value in program.entry(entry).graph.inputs:
             kept = value.metadata_props.get(KEPT_HEADS)
             if kept is not None and value.name in fitting:
                 fitting[value.name] = np.take(fitting[value.name], [int(head) for head in kept.split()], axis=1)
+            slots = value.metadata_props.get(SLOTS)
+            if slots is not None and value.name in fitting:
+                fitting[value.name] = SlotPlan.parse(slots).gather(fitting[value.name], fitting[LENGTHS])
         return fitting
 
     def forget(self, program: Program) -> None:

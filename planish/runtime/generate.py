@@ -6,11 +6,12 @@ written where it belongs and nothing else is touched: no run allocates or copies
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planish.ir.block_sparsity.slots import SlotPlan, slots_of
 from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PREFILL, Facts, cache_layer
 from planish.ir.errors import InputError
 from planish.ir.prompts import pad_right, read_prompts
@@ -69,7 +70,8 @@ def generate(
         if end == result.shape[1] or not live.any():
             break
         if step is None:
-            step = _Step(decode, first, lengths, prompts.shape[1] + int(max_new_tokens) - 1, logits)
+            capacity = prompts.shape[1] + int(max_new_tokens) - 1
+            step = _Step(decode, first, lengths, capacity, logits, slots_of(exe.provenance))
             logits = step.logits
         step(tokens)
     found = result[:, :end].copy()
@@ -85,23 +87,32 @@ class _Step:
         lengths: tokens of each row, (batch) int64.
         capacity: positions to allocate.
         logits: of the prompt, (batch, vocabulary); becomes the buffer that `logits` of later steps are written to.
+        slots: layer → where its caches keep what they have not let go.
     """
 
     def __init__(
-        self, decode: OrtRunner, present: dict[str, np.ndarray], lengths: np.ndarray, capacity: int, logits: np.ndarray
+        self,
+        decode: OrtRunner,
+        present: dict[str, np.ndarray],
+        lengths: np.ndarray,
+        capacity: int,
+        logits: np.ndarray,
+        slots: Mapping[int, SlotPlan],
     ) -> None:
         self.ids = np.zeros((len(lengths), 1), np.int64)
         self.lengths = lengths - 1  # a step counts the token before it as held
         self.logits = np.ascontiguousarray(logits)
         self.caches: dict[str, np.ndarray] = {}
         for spec in decode.inputs:
-            if cache_layer(spec.name) is None:
+            layer = cache_layer(spec.name)
+            if layer is None:
                 continue
             prompt = present[spec.name.replace("past_", "present_", 1)]
             batch, heads, tokens, size = prompt.shape
             # Zeros, since what was never written is multiplied by nothing but is read: it must be no NaN.
-            cache = np.zeros((batch, heads, capacity, size), prompt.dtype)
-            cache[:, :, :tokens] = prompt[:, :, :capacity]
+            room = slots[layer].capacity(capacity) if layer in slots else capacity
+            cache = np.zeros((batch, heads, room, size), prompt.dtype)
+            cache[:, :, :tokens] = prompt[:, :, :room]
             self.caches[spec.name] = cache
         present.clear()
         outputs = {name.replace("past_", "present_", 1): cache for name, cache in self.caches.items()}
