@@ -24,6 +24,7 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
     raise InputError(f"torch {torch.__version__} is too old: planish needs {_OLDEST[0]}.{_OLDEST[1]}: {_INSTALL}.")
 
 from planish.frontends import torch_check, torch_export, torch_inputs, torch_names, torch_shapes  # noqa: E402
+from planish.frontends.pyg.capture import opaque_layers  # noqa: E402
 from planish.frontends.torch_legalize import legalize  # noqa: E402
 
 Progress = Callable[[str], None]
@@ -80,7 +81,7 @@ def capture(
     shapes = torch_shapes.normalize(call, dynamic_shapes)
     report("torch.export")
     traced = torch_shapes.grow(call, shapes)
-    with torch_export.eval_mode(module):
+    with torch_export.eval_mode(module), opaque_layers(module):
         exported = torch_export.export_program(module, traced.clone(), shapes)
         signature = torch_names.read_signature(exported, traced, shapes)
         report("onnx")

@@ -136,7 +136,8 @@ def candidates(signature: Signature, call: Call) -> Iterator[dict[int, dict[int,
     """Other sizes of the dynamic dims, as leaf → dim → size, likely ones first.
 
     All symbols change at once, each within the range that torch.export found; a batch becomes 1 (or 3 when it
-    is 1), another dim becomes shorter, and longer when it can not.
+    is 1), another dim becomes shorter, and longer when it can not. At last the batch becomes longer too: it may be
+    the nodes of a graph, and edges lead to the last of them.
     """
     leaves = call.leaves
     hints = _hints(signature, leaves)
@@ -192,7 +193,9 @@ def _other(hint: int, low: int, high: int | None, *, batch: bool, attempt: int) 
     fitting = [o for o in options if o != hint and o >= floor and (high is None or o <= high)]
     if not fitting:
         return hint
-    return fitting[0] if batch else fitting[attempt % len(fitting)]
+    if batch:
+        return fitting[0] if attempt < 4 else fitting[-1]
+    return fitting[attempt % len(fitting)]
 
 
 def _apply(signature: Signature, values: dict[str, int], leaves: list[Any]) -> dict[int, dict[int, int]]:

@@ -109,7 +109,7 @@ class Rows(Level):
 
     def _map(self, fine: Domain, coarse: Domain, end: str) -> ir.Value:
         if fine == EDGE and coarse == EDGE_TYPE:
-            return self.edge_type
+            return self._types()
         if fine == EDGE and coarse == NODE:
             return self._end(end)
         if fine == EDGE and coarse in PAIRS:
@@ -127,7 +127,22 @@ class Rows(Level):
 
     def _end(self, end: str) -> ir.Value:
         which = 0 if end == "src" else 1
-        return self.once(("end", which), lambda: self.add("Gather", self.edge_index, self._scalar(which), axis=0))
+
+        def make() -> ir.Value:
+            return self._checked(self.add("Gather", self.edge_index, self._scalar(which), axis=0), self.rows(NODE))
+
+        return self.once(("end", which), make)
+
+    def _types(self) -> ir.Value:
+        if all(variable.domain != EDGE_TYPE for variable in self.program.arguments):
+            return self.edge_type  # how many there are is not known
+        return self.once("types", lambda: self._checked(self.edge_type, self.rows(EDGE_TYPE)))
+
+    def _checked(self, index: ir.Value, count: ir.Value) -> ir.Value:
+        """`index`, for which a runtime fails where it is not in 0 … count - 1; by itself, -1 would be the last row."""
+        wrong = self.add("Less", index, self._scalar(0))
+        rows = self.add("Range", self._scalar(0), self.add("Squeeze", count), self._scalar(1))
+        return self.add("Gather", rows, self.add("Where", wrong, count, index))
 
     def _scalar(self, value: int) -> ir.Value:
         return self.add("Constant", value_int=value)
@@ -140,7 +155,7 @@ class Rows(Level):
         """The keys of the distinct pairs, type · nodes + node, in ascending order; and the pair of each edge."""
         if ("pairs", domain) not in self._memo:
             node = self._end("src" if domain == SRC_PAIR else "dst")
-            key = self.add("Add", self.add("Mul", self.edge_type, self._node_scalar()), node)
+            key = self.add("Add", self.add("Mul", self._types(), self._node_scalar()), node)
             keys, _, inverse, _ = self.several("Unique", 4, key, sorted=1)
             self._memo[("pairs", domain)], self._memo[("of", domain)] = keys, inverse
         return self._memo[("pairs", domain)], self._memo[("of", domain)]
