@@ -15,6 +15,7 @@ import numpy as np
 
 from planish.ir.errors import InputError
 from planish.ir.relational.domains import (
+    DOMAINS,
     DST_PAIR,
     EDGE,
     EDGE_TYPE,
@@ -24,6 +25,7 @@ from planish.ir.relational.domains import (
     PAIRS,
     SRC_PAIR,
     Domain,
+    node_of,
     only_end,
     reaches,
 )
@@ -136,17 +138,32 @@ class Graph:
         node_ptr            (node types + 1,) as given
         node_type           (N,) the type of each node
         edge_ends           (edge types, 2) the type of the sources, of the destinations
+        src_kind dst_kind   (edge types,) its columns
+        all_KIND            (2,): 0 and the number of rows of a domain of that kind
         ==================  =======================================================================================
 
         Raises:
             InputError: there is no such table.
         """
         if name not in self._tables:
-            maker = MAKERS.get(name)
+            maker = MAKERS.get(name) or self._made_by_name(name)
             if maker is None:
                 raise InputError(f"a graph has no table '{name}'. Known: {', '.join(sorted(MAKERS))}.")
             self._tables.update(maker(self))
         return self._tables[name]
+
+    def _made_by_name(self, name: str) -> Any:
+        """The maker of a table whose name says a domain."""
+        head, _, rest = name.partition("_")
+        known = {str(domain): domain for domain in DOMAINS} | {
+            f"node_{k}": node_of(k) for k in range(self.num_node_types)
+        }
+        if head == "all" and rest in known:
+            return lambda g: {name: compact(np.array([0, g.rows(known[rest])]))}
+        if name.startswith("node_type_") and name[10:].isdigit():
+            kind = int(name[10:])
+            return lambda g: {name: compact(np.full(g.rows(node_of(kind)), kind))}
+        return None
 
     def prepare(self, *names: str) -> Graph:
         """Makes these tables (without names: all), so that no later call spends time on them; returns the graph."""

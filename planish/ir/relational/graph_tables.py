@@ -131,4 +131,6 @@ MAKERS: dict[str, Callable[[Graph], dict[str, np.ndarray]]] = {
     "node_ptr": lambda g: {"node_ptr": compact(g.node_ptr)},
     "node_type": lambda g: {"node_type": compact(np.repeat(np.arange(g.num_node_types), np.diff(g.node_ptr)))},
     "edge_ends": _ends,
+    "src_kind": lambda g: {"src_kind": compact(g.table("edge_ends")[:, 0])},
+    "dst_kind": lambda g: {"dst_kind": compact(g.table("edge_ends")[:, 1])},
 }

@@ -1,0 +1,185 @@
+"""Rewrites before lowering: softmax as reductions, transposed weights as values, sums that start from something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from planish.ir.relational.access import segments
+from planish.ir.relational.domains import EDGE, EDGE_TYPE, NODE, NODE_TYPE, NONE, PAIRS, only_end, reaches
+from planish.ir.relational.inter import Op, Operand, Program, Variable
+
+#: Columns from which on a product with a weight is worth tiles; below, it is computed row by row.
+LEAST_COLUMNS = 4
+#: Matrices of one row that tiles are emitted for: heads, and other leading axes.
+_MOST_PARTS = 16
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A program that lowering takes, and what sums start from, by name: ``y = sum(m) + z`` is a sum from z."""
+
+    program: Program
+    start: dict[str, str]
+
+
+def prepare(program: Program) -> Prepared:
+    """The rewrites, in order."""
+    ops: list[Op] = []
+    taken = set(program.variables())
+
+    def fresh(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    variables = program.variables()
+    turned: dict[str, str] = {}
+    for op in program.ops:
+        if op.kind == "edge_softmax":
+            ops += _softmax(op, fresh)
+        elif op.kind == "linear" and op.attr("transpose"):
+            name = op.operands[1].name
+            if name not in turned:
+                turned[name] = fresh(f"{name}_t")
+                ops.append(_transposed(variables[name], turned[name]))
+            ops.append(replace(op, operands=(op.operands[0], replace(op.operands[1], name=turned[name])), attrs=()))
+        elif op.kind == "outer" and segments(op.over, op.result.domain, op.by) is None and op.over != op.result.domain:
+            # No list of rows by that: first by edge type (or row by row), then the sum of those.
+            middle = EDGE_TYPE if op.over in (EDGE, *PAIRS) else op.over
+            part = Variable(fresh(f"{op.name}_part"), middle, op.result.shape)
+            ops.append(replace(op, result=part, by=""))
+            ops.append(Op("sum", op.result, (Operand(part.name),), (), middle, op.by, op.location))
+        else:
+            ops.append(op)
+    return _starts(program.with_ops(ops))
+
+
+def is_product(op: Op, variables: Mapping[str, Variable]) -> bool:
+    """Whether an operator is the product of a segment GEMM."""
+    if op.kind == "outer":
+        leading = op.result.shape[0] if op.attr("heads") else 1
+        return op.over != op.result.domain and leading * _spare(op, variables) <= _MOST_PARTS
+    if op.kind != "linear":
+        return False
+    weight = variables[op.operands[1].name]
+    if op.over in (EDGE_TYPE, NODE_TYPE, NONE) or op.result.shape[-1] < LEAST_COLUMNS:
+        return False
+    return segments(op.over, weight.domain, op.operands[1].end) is not None and (
+        math.prod(op.result.shape[:-1]) <= _MOST_PARTS
+    )
+
+
+def _spare(op: Op, variables: Mapping[str, Variable]) -> int:
+    shape = variables[op.operands[0].name].shape
+    return math.prod(shape[: len(shape) - (2 if op.attr("heads") else 1)])
+
+
+def _softmax(op: Op, fresh) -> list[Op]:  # type: ignore[no-untyped-def]
+    """``p = exp(x - max x)``, ``p / sum p``, over the edges with the same end."""
+    shape, at = op.result.shape, op.location
+
+    def value(name: str, domain=EDGE) -> Variable:  # type: ignore[no-untyped-def]
+        return Variable(fresh(f"{op.name}_{name}"), domain, shape)
+
+    most, less, part, total = value("max", NODE), value("less"), value("exp"), value("sum", NODE)
+    return [
+        Op("max_rows", most, op.operands, (), EDGE, op.by, at),
+        Op("sub", less, (*op.operands, Operand(most.name, op.by)), (), EDGE, "", at),
+        Op("exp", part, (Operand(less.name),), (), EDGE, "", at),
+        Op("sum", total, (Operand(part.name),), (), EDGE, op.by, at),
+        Op("div", op.result, (Operand(part.name), Operand(total.name, op.by)), (), EDGE, "", at),
+    ]
+
+
+def _transposed(weight: Variable, name: str) -> Op:
+    shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
+    perm = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
+    return Op("transpose", Variable(name, weight.domain, shape), (Operand(weight.name),), (("perm", perm),))
+
+
+def _starts(program: Program) -> Prepared:
+    """Turns ``add(sum(m), z)`` into a sum that starts from z, where z does not depend on the sum."""
+    start: dict[str, str] = {}
+    changed = True
+    while changed:
+        changed = False
+        definitions, users, variables = program.definitions(), program.users(), program.variables()
+        for op in program.ops:
+            found = _sum_and_other(op, program, definitions, users, variables, start)
+            if found is None:
+                continue
+            total, other = found
+            ops = [o for o in program.ops if o.name not in (total.name, op.name)]
+            if total.name in start:
+                # What it starts from and the other are added first, which may in turn be a sum.
+                joint = replace(op, result=replace(op.result, name=f"{op.name}_start"),
+                                operands=(Operand(start.pop(total.name)), Operand(other)))  # fmt: skip
+                ops.append(joint)
+                other = joint.name
+            ops.append(replace(total, result=op.result))
+            start[op.name] = other
+            program = _ordered(program.with_ops(ops), start)
+            changed = True
+            break
+    return Prepared(program, start)
+
+
+def _sum_and_other(op: Op, program, definitions, users, variables, start) -> tuple[Op, str] | None:  # type: ignore[no-untyped-def]
+    if op.kind != "add" or op.over != NODE:
+        return None
+    for this, that in (op.operands, op.operands[::-1]):
+        total = definitions.get(this.name)
+        other = variables[that.name]
+        if (
+            total is not None
+            and total.kind == "sum"
+            and total.over in (EDGE, *PAIRS)
+            and total.result.domain == NODE
+            and this.name not in program.outputs
+            and len(users[this.name]) == 1
+            and this.name != that.name
+            and this.name not in start.values()
+            and total.result.shape == op.result.shape
+            and ((other.domain == NODE and other.shape == op.result.shape) or this.name in start)
+            and not _depends(definitions, start, that.name, this.name)
+        ):
+            return total, that.name
+    return None
+
+
+def _depends(definitions: Mapping[str, Op], start: Mapping[str, str], name: str, on: str) -> bool:
+    todo, seen = [name], set()
+    while todo:
+        name = todo.pop()
+        if name == on:
+            return True
+        if name in definitions and name not in seen:
+            seen.add(name)
+            todo += definitions[name].reads
+            if name in start:
+                todo.append(start[name])
+    return False
+
+
+def _ordered(program: Program, start: Mapping[str, str]) -> Program:
+    """Operators in an order in which everything, starts included, is defined before it is read."""
+    done = {v.name for v in program.arguments}
+    waiting, ops = list(program.ops), []
+    while waiting:
+        later = []
+        for op in waiting:
+            needs = [*op.reads, *([start[op.name]] if op.name in start else [])]
+            if all(name in done for name in needs):
+                ops.append(op)
+                done.add(op.name)
+            else:
+                later.append(op)
+        assert len(later) < len(waiting), f"a cycle among {[op.name for op in later]}"
+        waiting = later
+    return program.with_ops(ops)
+
+
+__all__ = ["Prepared", "is_product", "only_end", "prepare", "reaches"]
