@@ -24,7 +24,7 @@ VARIABLE = "PLANISH_CACHE"
 
 def cached(template: Template, make: Callable[[Path], None], path: Path) -> None:
     """Puts the object of `template` at `path`: a copy of the one that is kept, or what `make` writes there."""
-    folder = _folder()
+    folder = cache_folder()
     kept = None if folder is None else folder / f"{template.symbol}-{_key(template)}.o"
     if kept is not None and kept.is_file() and not kept.is_symlink():
         shutil.copyfile(kept, path)
@@ -41,7 +41,7 @@ def cached(template: Template, make: Callable[[Path], None], path: Path) -> None
         pass  # a full disk: it is compiled again next time
 
 
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
     """The folder, made if need be; None if objects are not to be kept, or if others could write there."""
     chosen = os.environ.get(VARIABLE)
     if chosen == "":

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, compiled ahead of time for several architectures and launched through the driver."""

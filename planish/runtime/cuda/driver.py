@@ -1,0 +1,164 @@
+"""The CUDA driver, through ctypes: modules, functions and launches. Loading this module loads no driver."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from planish.ir.errors import InputError, UnsupportedError
+
+# CUfunction_attribute, CUdevice_attribute
+_MAX_DYNAMIC_SHARED = 8
+_MAJOR, _MINOR, _PROCESSORS, _SHARED_OPTIN = 75, 76, 16, 97
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The driver's library, initialized.
+
+    Raises:
+        UnsupportedError: the machine has no NVIDIA driver, or the driver has no GPU.
+    """
+    for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+            break
+        except OSError:
+            continue
+    else:
+        raise UnsupportedError("this machine has no NVIDIA driver (libcuda is not found).")
+    driver.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+    if code := driver.cuInit(0):
+        raise UnsupportedError(f"the NVIDIA driver does not start: {_message(driver, code)}.")
+    return driver
+
+
+def available() -> bool:
+    """Whether there is a driver with a GPU."""
+    try:
+        count = ctypes.c_int()
+        check(library().cuDeviceGetCount(ctypes.byref(count)), "counting the GPUs")
+    except UnsupportedError:
+        return False
+    return count.value > 0
+
+
+def _message(driver: ctypes.CDLL, code: int) -> str:
+    text = ctypes.c_char_p()
+    driver.cuGetErrorString(code, ctypes.byref(text))
+    return text.value.decode() if text.value else f"error {code}"
+
+
+def check(code: int, doing: str) -> None:
+    """Raises UnsupportedError if the driver answers an error, with what it says."""
+    if code:
+        raise UnsupportedError(f"{doing}: the CUDA driver says '{_message(library(), code)}' (error {code}).")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels are chosen by.
+
+    Attributes:
+        arch: 10 · major + minor of the compute capability.
+        processors: streaming multiprocessors.
+        shared: bytes of shared memory that one block may ask for.
+    """
+
+    arch: int
+    processors: int
+    shared: int
+
+
+@functools.cache
+def device(index: int = 0) -> Device:
+    """The properties of a GPU.
+
+    Raises:
+        UnsupportedError: there is no such GPU.
+    """
+    handle = ctypes.c_int()
+    check(library().cuDeviceGet(ctypes.byref(handle), index), f"GPU {index}")
+
+    def attribute(name: int) -> int:
+        value = ctypes.c_int()
+        check(library().cuDeviceGetAttribute(ctypes.byref(value), name, handle), f"properties of GPU {index}")
+        return value.value
+
+    return Device(10 * attribute(_MAJOR) + attribute(_MINOR), attribute(_PROCESSORS), attribute(_SHARED_OPTIN))
+
+
+class Module:
+    """Loaded kernels, in the context that is current when this is made (torch makes that of its device current)."""
+
+    def __init__(self, code: bytes) -> None:
+        self._code = code  # the driver reads it while it loads
+        self._handle = ctypes.c_void_p()
+        check(library().cuModuleLoadData(ctypes.byref(self._handle), code), "loading a kernel")
+
+    def function(self, name: str, shared: int = 0) -> Function:
+        """A kernel that asks for `shared` bytes of dynamic shared memory."""
+        handle = ctypes.c_void_p()
+        check(library().cuModuleGetFunction(ctypes.byref(handle), self._handle, name.encode()), f"kernel '{name}'")
+        if shared > 48 << 10:
+            doing = f"{shared} bytes of shared memory for kernel '{name}'"
+            check(library().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared), doing)
+        return Function(self, handle, name, shared)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel, to be launched."""
+
+    module: Module
+    handle: ctypes.c_void_p
+    name: str
+    shared: int
+
+    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: Any) -> None:
+        """Starts the kernel on a stream (its address; 0: the default one).
+
+        Args:
+            arguments: ctypes values or structures, as the kernel has them.
+
+        Raises:
+            InputError: the grid is outside of what GPUs have.
+            UnsupportedError: what the driver refuses.
+        """
+        if not (0 < grid[0] < 1 << 31 and 0 < grid[1] < 1 << 16 and 0 < grid[2] < 1 << 16):
+            raise InputError(
+                f"kernel '{self.name}': a grid of {grid} blocks; the limits are 2^31 - 1, 65535 and 65535."
+            )
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(item) for item in arguments))
+        code = library().cuLaunchKernel(
+            self.handle, *grid, threads, 1, 1, self.shared, ctypes.c_void_p(stream), pointers, None
+        )
+        check(code, f"launching kernel '{self.name}'")
+
+
+def tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
+    """The description of a tensor of 16-bit elements, for Hopper's copies of boxes with the 128-byte swizzle.
+
+    Args:
+        sizes: innermost first; strides: of all but the innermost, in bytes, multiples of 16.
+        box: elements of a copy by axis.
+    """
+    rank = len(sizes)
+    made = TensorMap()
+    aligned = ctypes.addressof(made) + -ctypes.addressof(made) % 64
+    code = library().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(aligned), 6, rank, ctypes.c_void_p(address),  # 6: float16, and any other 16 bits
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*(1,) * rank),
+        0, 3, 2, 0,  # not interleaved, 128-byte swizzle, L2 sectors of 128 bytes, zeros outside
+    )  # fmt: skip
+    check(code, f"describing a tensor of sizes {sizes}")
+    return TensorMap.from_buffer_copy(ctypes.string_at(aligned, 128) + bytes(64))
+
+
+class TensorMap(ctypes.Structure):
+    """A CUtensorMap in its first 128 bytes; the rest leaves room to align one."""
+
+    _fields_ = [("data", ctypes.c_char * 192)]

@@ -1,0 +1,346 @@
+// Flash attention (arXiv:2205.14135, arXiv:2307.08691) over all key tiles, or over those that CSR lists of blocks name
+// (S2-Attention, arXiv:2407.17678). One thread block computes GROUPS tiles of 64 queries of a head; it walks the key
+// tiles that any of them sees, and every one of its groups of four warps keeps a running softmax of its own tile.
+//
+// Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1.
+#include "tiles.cuh"
+#include "wgmma.cuh"
+
+#ifndef HEAD
+#define HEAD 128
+#endif
+#ifndef GROUPS
+#define GROUPS 2
+#endif
+#define THREADS (GROUPS * 128)
+#define TILE_BYTES (HEAD / 64 * PANEL_BYTES)
+// Turing has 64 KB of shared memory, and no copies that run by themselves.
+#if WGMMA
+#define STAGES 3
+#elif ASYNC_COPY
+#define STAGES 2
+#else
+#define STAGES 1
+#endif
+#define NONE 0x7FFFFFFF
+
+struct Parameters {
+  const Element *q, *k, *v;
+  Element *out;
+  float *lse;                              // (batch, q_heads, queries), or null
+  long long q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head;
+  const int *indptr, *indices, *head_layout;  // null: all keys; indices ascend within a row
+  const int *lengths;                      // keys of each batch row, or null: all
+  int queries, keys, q_heads, kv_heads, causal, rows, block;
+  float scale;                             // times log2(e)
+};
+
+// The key tiles that the GROUPS tiles of queries list, in ascending order, each once.
+struct Cursor {
+  const int *indices;
+  int at[GROUPS], end[GROUPS], next[GROUPS], limit[GROUPS];  // limit: the first tile that is hidden from the group
+  int factor, sub;
+
+  __device__ void start(const Parameters &p, int first_tile, int offset, int head, int tiles) {
+    indices = p.indices;
+    factor = p.indptr ? p.block / TILE : 1;
+    sub = 0;
+    const int *ends = p.indptr ? p.indptr + p.head_layout[head] * (p.rows + 1) : nullptr;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      int tile = first_tile + g;
+      bool there = tile * TILE < offset + p.queries;
+      limit[g] = !there ? 0 : p.causal ? min(tile + 1, tiles) : tiles;
+      if (ends) {
+        int row = tile / factor;
+        at[g] = row < p.rows ? ends[row] : 0;
+        end[g] = row < p.rows && there ? ends[row + 1] : 0;
+        next[g] = at[g] < end[g] ? indices[at[g]] : NONE;
+      } else {
+        at[g] = 0, end[g] = limit[g], next[g] = limit[g] > 0 ? 0 : NONE;
+      }
+    }
+  }
+
+  // The next tile, and in bit g of `seen` whether group g sees it; NONE at the end.
+  __device__ int step(uint32_t &seen) {
+    while (true) {
+      int block = next[0];
+      for (int g = 1; g < GROUPS; ++g) block = min(block, next[g]);
+      if (block == NONE) return NONE;
+      int tile = block * factor + sub;
+      seen = 0;
+#pragma unroll
+      for (int g = 0; g < GROUPS; ++g)
+        if (next[g] == block && tile < limit[g]) seen |= 1u << g;
+      if (++sub == factor) {
+        sub = 0;
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+          if (next[g] == block) next[g] = ++at[g] < end[g] ? (indices ? indices[at[g]] : at[g]) : NONE;
+      }
+      if (seen) return tile;
+    }
+  }
+};
+
+// Running softmax of the two rows of a tile that a thread shares with the three beside it.
+struct Softmax {
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+
+  // Scores → probabilities (up to the rows' factors); `factor`: what earlier sums of a row shrink by.
+  __device__ void step(float (&s)[TILE / 8][4], float scale, float (&factor)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < TILE / 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      float now = fmaxf(maximum[r], top * scale);
+      float base = now == -INFINITY ? 0.f : now;
+      factor[r] = exp2_fast(maximum[r] - base);
+      maximum[r] = now;
+      float total = 0;
+#pragma unroll
+      for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float &x = s[j][2 * r + c];
+          x = exp2_fast(fmaf(x, scale, -base));
+          total += x;
+        }
+      sum[r] = sum[r] * factor[r] + total;
+    }
+  }
+};
+
+// -inf where a key is later than its query, past the last key, or of a tile that the group does not see.
+__device__ __forceinline__ void hide(float (&s)[TILE / 8][4], int key, int query, int keys, bool causal, bool seen) {
+#pragma unroll
+  for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      int k = key + j * 8 + (c & 1), q = query + (c >> 1) * 8;
+      if (!seen || k >= keys || (causal && k > q)) s[j][c] = -INFINITY;
+    }
+}
+
+__device__ __forceinline__ void to_operand(const float (&s)[TILE / 8][4], uint32_t (&p)[TILE / 16][4]) {
+#pragma unroll
+  for (int j = 0; j < TILE / 16; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      p[j][2 * i] = pack(s[2 * j + i][0], s[2 * j + i][1]);
+      p[j][2 * i + 1] = pack(s[2 * j + i][2], s[2 * j + i][3]);
+    }
+}
+
+__device__ __forceinline__ void shrink(float (&o)[HEAD / 8][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int j = 0; j < HEAD / 8; ++j)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) o[j][c] *= factor[c >> 1];
+}
+
+#if !WGMMA
+// s = q kᵀ of a warp's 16 queries; the lanes' addresses are those that ldmatrix wants.
+__device__ __forceinline__ void scores(float (&s)[TILE / 8][4], uint32_t q, uint32_t k, int warp, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILE / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+#pragma unroll
+  for (int step = 0; step < HEAD / 16; ++step) {
+    uint32_t a[4];
+    load_matrices(a, q + chunk_offset(warp * 16 + (lane & 15), step * 2 + (lane >> 4)));
+#pragma unroll
+    for (int j = 0; j < TILE / 16; ++j) {
+      uint32_t b[4];
+      load_matrices(b, k + chunk_offset(j * 16 + (lane >> 4) * 8 + (lane & 7), step * 2 + (lane >> 3 & 1)));
+      multiply(s[2 * j], a, b[0], b[1]);
+      multiply(s[2 * j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+__device__ __forceinline__ void weighted(float (&o)[HEAD / 8][4], const uint32_t (&p)[TILE / 16][4], uint32_t v, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILE / 16; ++j)
+#pragma unroll
+    for (int n = 0; n < HEAD / 16; ++n) {
+      uint32_t b[4];
+      load_transposed(b, v + chunk_offset(j * 16 + (lane & 15), n * 2 + (lane >> 4)));
+      multiply(o[2 * n], p[j], b[0], b[1]);
+      multiply(o[2 * n + 1], p[j], b[2], b[3]);
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention(const __grid_constant__ Parameters p, const __grid_constant__ TensorMap k_map,
+              const __grid_constant__ TensorMap v_map) {
+  extern __shared__ __align__(1024) char memory[];  // nothing is before it, so that it is aligned
+  const uint32_t base = shared_address(memory);
+  const uint32_t stages = base + GROUPS * TILE_BYTES;
+  const int thread = threadIdx.x, warp = thread / 32 % 4, lane = thread % 32, group = thread / 128;
+  const int head = blockIdx.y, kv_head = head / (p.q_heads / p.kv_heads), batch = blockIdx.z;
+  const int keys = p.lengths ? min(p.lengths[batch], p.keys) : p.keys, tiles = (keys + TILE - 1) / TILE;
+  // Positions: tiles of queries and of keys have common borders, so that a tile lies in one row of the layout.
+  const int offset = p.causal ? p.keys - p.queries : 0;
+  // The longest rows first, so that the last blocks to run are short.
+  const int first_tile = offset / TILE + (gridDim.x - 1 - blockIdx.x) * GROUPS;
+  const Element *q = p.q + batch * p.q_batch + head * p.q_head;
+
+
+#pragma unroll
+  for (int i = 0; i < GROUPS * TILE * HEAD / 8 / THREADS; ++i) {
+    int at = i * THREADS + thread, row = at / (HEAD / 8), chunk = at % (HEAD / 8);
+    int query = first_tile * TILE + row - offset;
+    bool there = query >= 0 && query < p.queries;
+    copy_chunk(base + row / TILE * TILE_BYTES + chunk_offset(row % TILE, chunk), q + (there ? query * p.q_row : 0) + chunk * 8, there);
+  }
+  Cursor cursor;
+  cursor.start(p, first_tile, offset, head, tiles);
+  uint32_t now, later;  // what each group sees, of this tile and of the next
+#if WGMMA
+  const uint32_t arrived = stages + STAGES * 2 * TILE_BYTES;
+  if (thread == 0)
+    for (int i = 0; i < STAGES; ++i) barrier_start(arrived + 8 * i);
+  commit_copies();
+  wait_copies<0>();  // the queries
+  __syncthreads();
+  auto load = [&](int stage, int tile) {
+    if (thread != 0 || tile == NONE) return;
+    uint32_t to = stages + stage * 2 * TILE_BYTES, barrier = arrived + 8 * stage;
+    barrier_expect(barrier, 2 * TILE_BYTES);
+    for (int panel = 0; panel < HEAD / 64; ++panel) {
+      load_panel(to + panel * PANEL_BYTES, k_map, panel * 64, tile * TILE, kv_head, batch, barrier);
+      load_panel(to + TILE_BYTES + panel * PANEL_BYTES, v_map, panel * 64, tile * TILE, kv_head, batch, barrier);
+    }
+  };
+  // What lies behind the last key may be anything in memory, and zero times that must be zero.
+  auto arrive = [&](int stage, uint32_t phase, int tile) {
+    barrier_wait(arrived + 8 * stage, phase);
+    int rows = keys - tile * TILE;
+    if (p.lengths && rows < TILE) {
+      for (int i = thread; i < (TILE - rows) * HEAD / 8; i += THREADS)
+        clear_chunk(stages + stage * 2 * TILE_BYTES + TILE_BYTES + chunk_offset(rows + i / (HEAD / 8), i % (HEAD / 8)));
+      wait_copies<0>();
+    }
+    __syncthreads();
+  };
+#else
+  const Element *k = p.k + batch * p.k_batch + kv_head * p.k_head, *v = p.v + batch * p.v_batch + kv_head * p.v_head;
+  auto load = [&](int stage, int tile) {
+    if (tile != NONE) {
+      uint32_t to = stages + stage * 2 * TILE_BYTES;
+      int rows = min(TILE, keys - tile * TILE);
+      load_tile<HEAD, THREADS>(to, k + static_cast<long long>(tile) * TILE * p.k_row, p.k_row, rows, thread);
+      load_tile<HEAD, THREADS>(to + TILE_BYTES, v + static_cast<long long>(tile) * TILE * p.v_row, p.v_row, rows, thread);
+    }
+    commit_copies();
+  };
+#endif
+
+  float o[HEAD / 8][4] = {}, factor[2];
+  uint32_t operand[TILE / 16][4] = {};
+  Softmax softmax;
+  const int first_query = (first_tile + group) * TILE, query = first_query + warp * 16 + lane / 4;
+  auto mask = [&](float(&s)[TILE / 8][4], int tile, bool visible) {
+    if (!visible || (tile + 1) * TILE > keys || (p.causal && tile * TILE + TILE - 1 > first_query))
+      hide(s, tile * TILE + lane % 4 * 2, query, keys, p.causal, visible);
+  };
+
+  int tile = cursor.step(now), next;
+  load(0, tile);
+#if WGMMA
+  // The scores of a tile are computed together with the product of the tile before; the next one is on its way.
+  int stage = 0;
+  uint32_t phase = 0;
+  auto keys_at = [&](int stage) { return stages + stage * 2 * TILE_BYTES; };
+  auto score = [&](float(&s)[TILE / 8][4], uint32_t at) {
+#pragma unroll
+    for (int step = 0; step < HEAD / 16; ++step) {
+      uint32_t column = (step >> 2) * PANEL_BYTES + (step & 3) * 32;
+      group_multiply(s, descriptor(base + group * TILE_BYTES + column), descriptor(at + column), step > 0);
+    }
+    group_commit();
+  };
+  auto weigh = [&](uint32_t at) {
+#pragma unroll
+    for (int j = 0; j < TILE / 16; ++j) group_multiply_rows(o, operand[j], descriptor(at + j * 2048));
+    group_commit();
+  };
+  if (tile != NONE) {
+    next = cursor.step(later);
+    arrive(0, 0, tile);
+    load(1, next);
+    float s[TILE / 8][4];
+    group_fence();
+    score(s, keys_at(0));
+    group_wait<0>();
+    mask(s, tile, now >> group & 1);
+    softmax.step(s, p.scale, factor);
+    to_operand(s, operand);
+    for (tile = next; tile != NONE; tile = next) {
+      now = later, next = cursor.step(later);
+      const int before = stage;
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+      arrive(stage, phase, tile);
+      load(stage + 1 == STAGES ? 0 : stage + 1, next);
+      group_fence();
+      score(s, keys_at(stage));
+      weigh(keys_at(before) + TILE_BYTES);
+      group_wait<1>();
+      mask(s, tile, now >> group & 1);
+      softmax.step(s, p.scale, factor);
+      group_wait<0>();
+      shrink(o, factor);
+      to_operand(s, operand);
+    }
+    group_fence();
+    weigh(keys_at(stage) + TILE_BYTES);
+    group_wait<0>();
+  }
+#else
+  for (int stage = 0; tile != NONE; tile = next, now = later, stage ^= 1) {
+    uint32_t at = stages;
+#if STAGES > 1
+    at += stage * 2 * TILE_BYTES;
+    next = cursor.step(later);
+    load(stage ^ 1, next);
+    wait_copies<1>();
+#endif
+    __syncthreads();
+    float s[TILE / 8][4];
+    scores(s, base + group * TILE_BYTES, at, warp, lane);
+    mask(s, tile, now >> group & 1);
+    softmax.step(s, p.scale, factor);
+    shrink(o, factor);
+    to_operand(s, operand);
+    weighted(o, operand, at + TILE_BYTES, lane);
+    __syncthreads();
+#if STAGES == 1
+    next = cursor.step(later);
+    load(0, next);
+#endif
+  }
+#endif
+  wait_copies<0>();
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = softmax.sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    int row = query + 8 * r - offset;
+    if (row < 0 || row >= p.queries) continue;
+    float inverse = sum > 0 ? 1 / sum : 0;
+    Element *to = p.out + batch * p.out_batch + row * p.out_row + head * p.out_head;
+#pragma unroll
+    for (int j = 0; j < HEAD / 8; ++j)
+      *reinterpret_cast<uint32_t *>(to + j * 8 + lane % 4 * 2) = pack(o[j][2 * r] * inverse, o[j][2 * r + 1] * inverse);
+    if (p.lse && lane % 4 == 0)
+      p.lse[(static_cast<long long>(batch) * p.q_heads + head) * p.queries + row] =
+          sum > 0 ? (softmax.maximum[r] + log2f(sum)) * 0.69314718056f : -INFINITY;
+  }
+}

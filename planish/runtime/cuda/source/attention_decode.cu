@@ -1,0 +1,234 @@
+// Attention of one query behind a cache, with the keys split among thread blocks (flash decoding): each part gives a sum
+// that is weighted by its own maximum and log-sum-exp, and the last part of a head to finish combines them. Memory
+// bandwidth is what counts, so there are no tensor cores here and the kernel is the same on all architectures.
+//
+// Compiled with -D HEAD=64|128, SHARED=1|2|4|8 (query heads that share a key head and a layout), ELEMENT_BF16=0|1.
+#include "tiles.cuh"
+
+#ifndef HEAD
+#define HEAD 128
+#endif
+#ifndef SHARED
+#define SHARED 1
+#endif
+#define WARPS 8
+#define LANES (HEAD / 8)          // lanes that hold a row, 8 elements each
+#define TEAMS (32 / LANES)        // rows that a warp reads at once
+#define MAX_SPLITS 64
+// Tiles that are on their way while one is used; a lane copies the chunks that it will read, so that no lane waits for
+// another. Turing has no such copies.
+#if ASYNC_COPY
+#define STAGES 2
+#else
+#define STAGES 1
+#endif
+#define ROWS (TILE / WARPS / TEAMS)  // rows of a tile for each of a warp's teams
+
+struct Parameters {
+  const Element *q, *k, *v;
+  Element *out;
+  float *parts;    // (batch, q_heads, splits, HEAD + 2): sums, maximum, sum of weights
+  unsigned *done;  // (batch, q_heads / SHARED), zeros before and after
+  long long q_batch, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_head;
+  const int *indptr, *indices, *head_layout;
+  const int *lengths;
+  int keys, q_heads, kv_heads, rows, block, splits;
+  float scale;  // times log2(e)
+};
+
+__device__ __forceinline__ void widen(const uint4 &data, float (&to)[8]) {
+  const uint32_t words[4] = {data.x, data.y, data.z, data.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#if ELEMENT_BF16
+    float2 pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&words[i]));
+#else
+    float2 pair = __half22float2(*reinterpret_cast<const __half2 *>(&words[i]));
+#endif
+    to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ uint4 read_chunk(uint32_t at) {
+  uint4 data;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w) : "r"(at) : "memory");
+  return data;
+}
+
+// One head's part: a sum of values weighted by exp2(score - maximum), and the sum of the weights.
+struct Part {
+  float value[8] = {}, maximum = -INFINITY, sum = 0;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const __grid_constant__ Parameters p) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, team = lane / LANES, column = lane % LANES * 8;
+  const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, first_head = group * SHARED;
+  const int kv_head = first_head / (p.q_heads / p.kv_heads);
+  const int keys = p.lengths ? min(p.lengths[batch], p.keys) : p.keys;
+  const Element *k = p.k + batch * p.k_batch + kv_head * p.k_head + column;
+  const Element *v = p.v + batch * p.v_batch + kv_head * p.v_head + column;
+
+  float q[SHARED][8];
+  Part part[SHARED];
+#pragma unroll
+  for (int h = 0; h < SHARED; ++h) {
+    widen(*reinterpret_cast<const uint4 *>(p.q + batch * p.q_batch + (first_head + h) * p.q_head + column), q[h]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[h][i] *= p.scale;
+  }
+
+  // The tiles of the last position's row of the layout, divided evenly.
+  const int factor = p.indptr ? p.block / TILE : 1;
+  int begin = 0, count = (keys + TILE - 1) / TILE;
+  if (p.indptr) {
+    int row = (keys - 1) / p.block;
+    const int *ends = p.indptr + p.head_layout[first_head] * (p.rows + 1);
+    begin = row < p.rows ? ends[row] : 0;
+    count = (row < p.rows ? ends[row + 1] - begin : 0) * factor;
+  }
+  const int last = static_cast<long long>(count) * (split + 1) / p.splits;
+  int i = static_cast<long long>(count) * split / p.splits, coming = i;
+  extern __shared__ __align__(16) char memory[];
+  const uint32_t base = shared_address(memory) + thread * 16;
+  auto chunk_at = [&](int stage, int row, int value) {
+    return base + ((stage * ROWS + row) * 2 + value) * WARPS * 32 * 16;
+  };
+  auto first_row = [&](int i) {
+    int tile = p.indptr ? p.indices[begin + i / factor] * factor + i % factor : i;
+    return tile * TILE + warp * (TILE / WARPS) + team;  // a team's rows are TEAMS apart
+  };
+  int firsts[STAGES];
+  auto load = [&](int stage) {
+    if (coming < last) {
+      int first = firsts[stage] = first_row(coming++);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        int key = first + r * TEAMS;
+        bool there = key < keys;
+        copy_chunk(chunk_at(stage, r, 0), k + (there ? key * p.k_row : 0), there);
+        copy_chunk(chunk_at(stage, r, 1), v + (there ? key * p.v_row : 0), there);
+      }
+    }
+    commit_copies();
+  };
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) load(stage);
+  while (i < last)
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+    if (i == last) break;
+    ++i;
+    wait_copies<STAGES - 1>();
+    const int first = firsts[stage];
+    uint4 kd[ROWS], vd[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) kd[r] = read_chunk(chunk_at(stage, r, 0)), vd[r] = read_chunk(chunk_at(stage, r, 1));
+#pragma unroll
+    for (int h = 0; h < SHARED; ++h) {
+      float s[ROWS], top = -INFINITY;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float row[8];
+        widen(kd[r], row);
+        s[r] = 0;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) s[r] = fmaf(q[h][c], row[c], s[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int step = LANES / 2; step > 0; step /= 2) s[r] += __shfl_xor_sync(~0u, s[r], step);
+        if (first + r * TEAMS >= keys) s[r] = -INFINITY;
+        top = fmaxf(top, s[r]);
+      }
+      float now = fmaxf(part[h].maximum, top), from = now == -INFINITY ? 0.f : now;
+      float shrink = exp2_fast(part[h].maximum - from);
+      part[h].maximum = now;
+      part[h].sum *= shrink;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) part[h].value[c] *= shrink;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float weight = exp2_fast(s[r] - from), row[8];
+        widen(vd[r], row);
+        part[h].sum += weight;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) part[h].value[c] = fmaf(weight, row[c], part[h].value[c]);
+      }
+    }
+    load(stage);
+  }
+
+  // The teams of all warps → one part, in shared memory.
+  __shared__ float values[WARPS * TEAMS][HEAD], maxima[WARPS * TEAMS], sums[WARPS * TEAMS];
+  __shared__ bool combines;
+  float *to = p.parts + (static_cast<long long>(batch) * p.q_heads + first_head) * p.splits * (HEAD + 2);
+#pragma unroll
+  for (int h = 0; h < SHARED; ++h) {
+    __syncthreads();
+    int slot = warp * TEAMS + team;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) values[slot][column + c] = part[h].value[c];
+    if (column == 0) maxima[slot] = part[h].maximum, sums[slot] = part[h].sum;
+    __syncthreads();
+    float top = -INFINITY, total = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS * TEAMS; ++i) top = fmaxf(top, maxima[i]);
+    float from = top == -INFINITY ? 0.f : top;
+    float *mine = to + (static_cast<long long>(h) * p.splits + split) * (HEAD + 2);
+    for (int c = thread; c < HEAD; c += WARPS * 32) {
+      float value = 0;
+#pragma unroll
+      for (int i = 0; i < WARPS * TEAMS; ++i) value += values[i][c] * exp2_fast(maxima[i] - from);
+      mine[c] = value;
+    }
+    if (thread == 0) {
+#pragma unroll
+      for (int i = 0; i < WARPS * TEAMS; ++i) total += sums[i] * exp2_fast(maxima[i] - from);
+      mine[HEAD] = top, mine[HEAD + 1] = total;
+    }
+  }
+
+  // Who finishes last combines: all parts of these heads are in memory then.
+  unsigned *done = p.done + batch * gridDim.y + group;
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) combines = atomicAdd(done, 1) == p.splits - 1;
+  __syncthreads();
+  if (!combines) return;
+  __threadfence();
+  __shared__ float weights[MAX_SPLITS];
+  for (int h = 0; h < SHARED; ++h) {
+    const float *from = to + static_cast<long long>(h) * p.splits * (HEAD + 2);
+    __syncthreads();
+    if (warp == 0) {  // a split or two for each lane: its weight among all
+      float top[2], sum[2], most = -INFINITY, total = 0;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int at = lane + 32 * i;
+        top[i] = at < p.splits ? __ldcg(from + at * (HEAD + 2) + HEAD) : -INFINITY;
+        sum[i] = at < p.splits ? __ldcg(from + at * (HEAD + 2) + HEAD + 1) : 0;
+        most = fmaxf(most, top[i]);
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+      float base = most == -INFINITY ? 0.f : most;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) top[i] = exp2_fast(top[i] - base), total += sum[i] * top[i];
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+      float inverse = total > 0 ? 1 / total : 0;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (lane + 32 * i < p.splits) weights[lane + 32 * i] = top[i] * inverse;
+    }
+    __syncthreads();
+    for (int c = thread; c < HEAD; c += WARPS * 32) {
+      float value = 0;
+#pragma unroll 16
+      for (int i = 0; i < p.splits; ++i) value = fmaf(__ldcg(from + i * (HEAD + 2) + c), weights[i], value);
+      p.out[batch * p.out_batch + (first_head + h) * p.out_head + c] = Element(value);
+    }
+  }
+  if (thread == 0) *done = 0;
+}
