@@ -23,8 +23,12 @@ _OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPEN, _CLOSE = "([{", ")]}"
 
 
-def parse_pipeline(text: str) -> list[Pass]:
+def parse_pipeline(text: str, lookup: Any = registry) -> list[Pass]:
     """Reads a pipeline string; an empty one has no passes.
+
+    Args:
+        text: the string.
+        lookup: has ``names()`` and ``get(name)``: passes other than the registered ones.
 
     Raises:
         InputError: with the string and a caret under the place that is wrong: syntax, an unknown pass or option
@@ -32,7 +36,7 @@ def parse_pipeline(text: str) -> list[Pass]:
     """
     if not isinstance(text, str):
         raise InputError(f"a pipeline is a string such as 'fuse-gelu,fold-constants', not {type(text).__name__}.")
-    return _Parser(text).pipeline()
+    return _Parser(text, lookup).pipeline()
 
 
 def format_pipeline(passes: Sequence[Pass]) -> str:
@@ -64,8 +68,8 @@ def as_passes(passes: str | Sequence[Pass | str]) -> list[Pass]:
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+    def __init__(self, text: str, lookup: Any = registry) -> None:
+        self.text, self.at, self.lookup = text, 0, lookup
 
     def fail(self, problem: str, at: int | None = None) -> InputError:
         place = self.at if at is None else at
@@ -105,9 +109,9 @@ class _Parser:
 
     def one(self) -> Pass:
         name, start = self.word(_NAME, "the name of a pass")
-        if name not in registry.names():
-            raise self.fail(f"unknown pass '{name}'.{did_you_mean(name, registry.names())}", start)
-        cls = registry.get(name)
+        if name not in self.lookup.names():
+            raise self.fail(f"unknown pass '{name}'.{did_you_mean(name, self.lookup.names())}", start)
+        cls = self.lookup.get(name)
         options: dict[str, Any] = {}
         places: dict[str, int] = {}
         if self.peek() == "{":

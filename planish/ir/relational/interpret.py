@@ -7,7 +7,7 @@ operator is applied, so memory grows with edges times features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -179,6 +179,12 @@ def _rowwise(op: Op, count: int, arguments: list[Array]) -> Array:
     if kind == "linear":
         return _linear(arguments[0], arguments[1], bool(op.attr("transpose")))
     return _view(op, count, arguments)
+
+
+def elementwise(op: Op, numbers: Sequence[float]) -> float:
+    """An elementwise operator of numbers."""
+    with np.errstate(all="ignore"):
+        return float(_rowwise(op, 1, [np.array([number]) for number in numbers])[0])
 
 
 def _aligned(arguments: list[Array]) -> list[Array]:
