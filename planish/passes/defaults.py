@@ -23,6 +23,7 @@ _FUSE = (
     "share-kv-heads",
     *_VIEWS,
     "fuse-kv-cache",
+    "split-packed-heads",
     "merge-attention-heads",
     "fuse-layer-norm",
     "fuse-rms-norm",
@@ -52,12 +53,13 @@ _LOWER = (
 # Numbers that are computed from sizes, the scale of attention among them, are known then.
 _TYPES = ("infer-shapes", "simplify-shapes", "fold-constants")
 # With generated kernels a product takes what follows it along; what has no kernel is lowered as without them.
-_KERNELS = ("lower-linear", "lower-normalization", "lower-attention", "eliminate-dead-code")
-_RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
+_KERNELS = ("lower-linear", "lower-normalization", "fuse-block-sparse", "lower-attention", "eliminate-dead-code")
+#: Cleaning and recognition: everything before a form is chosen for the runtime.
+RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
 _PIPELINES = {
-    "ort-cpu": (*_RECOGNIZE, *_LOWER),
-    "ort-cpu:kernels": (*_RECOGNIZE, *_KERNELS, *_LOWER),
-    "tvm-cpu": (*_RECOGNIZE, "lower-linear", "lower-normalization", "eliminate-dead-code"),
+    "ort-cpu": (*RECOGNIZE, *_LOWER),
+    "ort-cpu:kernels": (*RECOGNIZE, *_KERNELS, *_LOWER),
+    "tvm-cpu": (*RECOGNIZE, "lower-linear", "lower-normalization", "eliminate-dead-code"),
 }
 
 

@@ -172,7 +172,7 @@ class _Keys:
         from tvm import tirx
 
         T, state, lists = script(), self.state, self.lists
-        tile = None
+        tile: Any = None
         if lists.entry_tile is not None:
             tile = fixed(T.Cast("int64", lists.entry_tile[entry]))
             with T.If(tile >= 0), T.Then():
@@ -222,9 +222,10 @@ class _Keys:
 
         T, at, lanes, block = script(), self.at, self.task.lanes, self.template.block_size
         inside = fixed((at.first + self.offset[0]) % block + query)
-        flat = self.lists.tiles
+        flat: Any = self.lists.tiles
+        rows: Any = self.row
         for r in range(shape[0]):
-            start = fixed(self.row[T.min(row + r, total - 1)])
+            start = fixed(rows[T.min(row + r, total - 1)])
             with T.If(start >= 0), T.Then():
                 tile, line = fixed(start // (block * block)), fixed(start // block % block)
                 with T.unroll(shape[1]) as c:
