@@ -110,10 +110,10 @@ class ShardAttention(ApproximatePass):
         self._pattern(causal=True)
         if self.decode not in _DECODE:
             raise unknown("decode", self.decode, _DECODE)
-        for name in ("min_length", "max_length"):
+        for name, least in (("min_length", 0), ("max_length", 1)):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"{name} is {value}; it is a number of tokens, 0 or more.")
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; it is a number of tokens, {least} or more.")
         if self.keep_mass is not None and not 0 < self.keep_mass <= 1:
             raise InputError(f"keep_mass is {self.keep_mass:g}; it is a share, above 0 and up to 1.")
         if self.keep_mass is not None and self.pattern == "mask":
@@ -128,8 +128,7 @@ class ShardAttention(ApproximatePass):
         return make_pattern(self.pattern, given | {"causal": causal})
 
     def entry_names(self, program: Program) -> list[str]:
-        names = list(program.entries)
-        return [name for name in names if name != DECODE] if DECODE in names and self.decode == "dense" else names
+        return [name for name in program.entries if name != DECODE] or list(program.entries)
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         """Raises InputError: an option does not fit the model, or the pattern can not be evicted."""
@@ -140,7 +139,7 @@ class ShardAttention(ApproximatePass):
         known = {v: (v.type, v.shape) for m in program.entries.values() for n in m.graph for v in n.outputs}
         for model in program.entries.values():
             infer_shapes(model)  # fusions leave values of unknown sizes
-        entries = self.entry_names(program)
+        entries = self.entry_names(program) if self.decode == "dense" else list(program.entries)
         count = max(len(list(attentions(program.entry(entry).graph))) for entry in entries)
         self._check_layers(count)
         run = _Run(program, ctx, Splicer(program, self.name))
@@ -241,6 +240,13 @@ class ShardAttention(ApproximatePass):
         if not isinstance(site.length, int):
             text += f"; dense up to {bounds.least} tokens"
         run.note(text, site.index)
+        tokens = run.program.sizes().get(site.length) if isinstance(site.length, str) else None
+        if tokens is not None and tokens <= bounds.least:
+            run.note(
+                f"measured with {tokens} tokens, where it is dense: error and gain are those of no longer inputs; give "
+                f"calibration inputs of more than {bounds.least}",
+                site.index,
+            )
 
     def _covered(self, run: _Run, site: Site, pattern: Pattern) -> tuple[Layout, Bounds]:
         """The lists for a site, and the lengths at which they are used.
@@ -258,9 +264,9 @@ class ShardAttention(ApproximatePass):
         cuts = layout.dense_rows() * layout.block
         least = cuts if self.min_length is None else self.min_length
         if length <= cuts:
-            raise Decline(f"it has {length} tokens at most, and up to {cuts} the pattern is dense")
+            raise Decline(f"it has at most {length} tokens, and at that length the pattern is dense")
         if length <= least:
-            raise Decline(f"it has {length} tokens at most, and up to {least} it stays dense")
+            raise Decline(f"it has at most {length} tokens, and up to {least} it stays dense")
         return layout, Bounds(least, longest)
 
     def _longest(self, program: Program, pattern: Pattern) -> int:

@@ -14,6 +14,7 @@ from planish.ir.causal_lm import LENGTHS, cache_layer
 from planish.ir.graphs import is_op
 from planish.ir.program import Program
 from planish.passes.base import Decline
+from planish.passes.fusion.mask_allows import mask_allows
 from planish.passes.fusion.sizes import Term, sizes
 from planish.passes.lowering.mask_parts import MaskParts, mask_parts
 
@@ -104,6 +105,7 @@ def _site(entry: str, index: int, node: ir.Node) -> Site:
     if any(value is not None for value in node.inputs[4:]):
         if any(value is not None for value in node.inputs[6:]) or _is_causal(node):
             raise Decline("it counts positions in a way of its own")
+        _check_past(node)
         return Site(entry, index, node, heads, scale, size)
     if len(node.outputs) > 1:
         raise Decline("it gives a cache and reads none")
@@ -113,6 +115,14 @@ def _site(entry: str, index: int, node: ir.Node) -> Site:
 
 def _is_causal(node: ir.Node) -> bool:
     return bool(node.attributes.get_int("is_causal", 0))
+
+
+def _check_past(node: ir.Node) -> None:
+    """A pattern hides later keys, so that queries over a cache must not see any of them as it is."""
+    dims, mask = sizes(node.inputs[0]), node.inputs[3]
+    assert dims is not None
+    if dims[-2 if len(dims) == 4 else 1] != 1 and (mask is None or mask_allows(mask) is None):
+        raise Decline("it reads several tokens over its cache, and nothing says that none sees a later one")
 
 
 def _heads(node: ir.Node) -> tuple[Heads, int]:
