@@ -7,7 +7,7 @@ and prints as ``name{option=value}``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -128,19 +128,26 @@ class Rewriter(Builder):
         return self.definitions.get(name if isinstance(name, str) else name.name)
 
     def finish(self) -> Program:
-        """The new program; outputs keep their names."""
+        """The new program; outputs keep their names, and what stands for a value takes its name over."""
         names: dict[str, str] = {}
         for name in self.source.outputs:
             now = self.replaced.get(name)
-            if now is None:
-                continue
-            own = self.known[now.name].domain == self.old[name].domain
-            if own and now.name in self.definitions and now.name not in names and now.name not in self.source.outputs:
-                names[now.name] = name
-            else:
+            own = now is not None and self.known[now.name].domain == self.old[name].domain
+            if now is not None and not (own and self._renamed(names, now, name, ())):
                 self.ops.append(Op("copy", self.old[name], (now,)))
+        for name, now in self.replaced.items():
+            if name not in self.source.outputs:
+                self._renamed(names, now, name, self.old)
         ops = [_named(op, names).renamed(names) for op in self.ops]
         return replace(self.source, ops=tuple(_live(ops, self.source.outputs)))
+
+    def _renamed(self, names: dict[str, str], now: Operand, name: str, taken: Container[str]) -> bool:
+        """Renames the new value `now` to `name`, unless it is an argument or has a name to keep."""
+        free = now.name in self.definitions and now.name not in names and now.name not in taken
+        if free and now.name not in self.source.outputs:
+            names[now.name] = name
+            return True
+        return False
 
 
 def _named(op: Op, names: dict[str, str]) -> Op:
