@@ -12,7 +12,9 @@
 """
 
 from planish.ir.relational.domains import DST_PAIR, EDGE, EDGE_TYPE, NODE, NODE_TYPE, NONE, SRC_PAIR
-from planish.ir.relational.dsl import Layer, Value, Weight
+from planish.ir.relational.dsl import Layer
+from planish.ir.relational.dsl_rows import Weight
+from planish.ir.relational.dsl_values import Value
 from planish.ir.relational.functions import (
     absolute,
     accumulate,

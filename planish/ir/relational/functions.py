@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from planish.ir.relational.domains import DST_PAIR, EDGE, EDGE_TYPE, NODE, SRC_PAIR, ends
-from planish.ir.relational.dsl import ACCUMULATIONS, Accumulation, Row, Value, Weight, fault, here
+from planish.ir.relational.dsl import ACCUMULATIONS
+from planish.ir.relational.dsl_rows import Accumulation, Row, Weight
+from planish.ir.relational.dsl_values import Value, fault, here
 from planish.ir.relational.inter import Operand
 
 
@@ -16,7 +18,7 @@ def _layer(*given: Any) -> Any:
         if isinstance(value, Accumulation):
             raise value.unfinished()
         if isinstance(value, Weight):
-            raise fault(f"weight '{value.operand.name}' is by type: index it, as in {value.operand.name}[e.type]")
+            raise value.unindexed()
         if isinstance(value, Value):
             return value.layer
     raise fault("one operand at least must be a value of a layer")
