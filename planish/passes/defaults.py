@@ -45,7 +45,9 @@ _LOWER = (
     "eliminate-dead-code",
     "lower-residual-add",
     "lower-flash-attention",
-    # All layers share the masks of its blocks, and the conditions.
+    # All layers share the masks of blocks, and the conditions.
+    "fuse-block-sparse",
+    "lower-window-attention",
     "lower-causal-attention",
     "eliminate-common-subexpressions",
     "eliminate-dead-code",

@@ -34,7 +34,7 @@ def tuned(
     if p.speedup is None or not p.measured or p.rule == "released" or p.nominal is not None:
         return p, ""
     ratios = [p.speedup, *(r for r in _ratios(p, program) if r > p.speedup)]
-    search = _Search(shares_gone(p, program, ratios), p.speedup)
+    search = Search(shares_gone(p, program, ratios), p.speedup)
     predicted = [1 / max(1 - share, 1e-9) for share in search.gone]
     variants = [p, *(replace(p, nominal=ratio) for ratio in ratios[1:])]
     while (index := search.following()) is not None:
@@ -54,7 +54,7 @@ def _text(nominal: float, predicted: float, measured: float) -> str:
 
 
 @dataclass
-class _Search:
+class Search:
     """Finds the first of some variants that is fast enough.
 
     Attributes:
