@@ -23,6 +23,7 @@ from planish.ir.ops.base import (
 )
 from planish.ir.ops.bf16_attention import BF16_ATTENTION
 from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
+from planish.ir.ops.feed_forward import FEED_FORWARD
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
 from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
 from planish.ir.ops.linear import LINEAR, LINEAR_TRANSPOSED
@@ -149,6 +150,7 @@ for _op in (
     SWIGLU,
     *LINEAR.values(),
     LINEAR_TRANSPOSED,
+    *FEED_FORWARD.values(),
     *NORMS.values(),
     *FLASH_ATTENTION.values(),
     *BF16_ATTENTION.values(),

@@ -7,7 +7,6 @@ body does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,12 +31,13 @@ def _of(op: DialectOp) -> DialectOp:
         q, k, v = (made.rounded(value) for value in list(made.values.values())[:3])
         return body_over(made, q, k, v) if "key_mask" in made.values else made.function(made.attend(q, k, v))
 
-    def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, *more: np.ndarray, **settings: Any) -> Sequence[Any]:
+    def reference(
+        q: np.ndarray, k: np.ndarray, v: np.ndarray, *more: np.ndarray, **settings: Any
+    ) -> tuple[np.ndarray, ...]:
         import ml_dtypes
 
         operands = [np.asarray(a, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32) for a in (q, k, v)]
-        found: Sequence[Any] = op.reference(*operands, *more, **settings)
-        return found
+        return op.reference(*operands, *more, **settings)
 
     return DialectOp(schema, op.infer, body, reference, op.flops, min_opset=op.min_opset)
 

@@ -47,7 +47,8 @@ TRANSPOSED = "LinearTransposed"
 _QUICK = 1.702
 
 
-def _schema(name: str, inputs: Sequence[str], doc: str) -> Schema:
+def linear_schema(name: str, inputs: Sequence[str], doc: str) -> Schema:
+    """The schema of an operator whose products have a `compute_type`."""
     compute = Attribute(COMPUTE_TYPE, ir.AttributeType.INT, default=COMPUTE_TYPES[0])
     return Schema(name, tuple(Operand(item, _FLOAT) for item in inputs), (Operand("y", _FLOAT),), (compute,), doc)
 
@@ -99,7 +100,7 @@ def _flops(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], _
     return 2 * outputs[0].elements * x.sizes[-1]
 
 
-class _Body:
+class LinearBody:
     """Builds the graph of a function."""
 
     def __init__(self, name: str, inputs: Sequence[str], opset: int) -> None:
@@ -114,13 +115,15 @@ class _Body:
         self._nodes.append(node)
         return node.outputs[0]
 
-    def product(self, x: str, weight: str, *, transposed: bool = False) -> ir.Value:
+    def product(self, x: str | ir.Value, weight: str, *, transposed: bool = False) -> ir.Value:
+        """x times a weight, with both rounded to the compute type."""
         right = self._rounded(weight)
         return self.add("MatMul", self._rounded(x), self.add("Transpose", right, perm=[1, 0]) if transposed else right)
 
-    def _rounded(self, name: str) -> ir.Value:
+    def _rounded(self, given: str | ir.Value) -> ir.Value:
         to = ir.RefAttr("to", COMPUTE_TYPE, ir.AttributeType.INT)
-        return self.add("Cast", self.add("Cast", self.values[name], to=to), to=int(ir.DataType.FLOAT))
+        value = self.values[given] if isinstance(given, str) else given
+        return self.add("Cast", self.add("Cast", value, to=to), to=int(ir.DataType.FLOAT))
 
     def activation(self, name: str | None, x: ir.Value) -> ir.Value:
         if name is None:
@@ -160,7 +163,8 @@ def _activated(name: str | None, x: np.ndarray) -> np.ndarray:
     return product
 
 
-def _operand(array: np.ndarray, compute_type: int) -> np.ndarray:
+def rounded_operand(array: np.ndarray, compute_type: int) -> np.ndarray:
+    """An operand as a product of that type takes it, in float64."""
     if compute_type == int(ir.DataType.BFLOAT16):
         import ml_dtypes
 
@@ -174,10 +178,10 @@ def _one_product(name: str) -> DialectOp:
     after = "plus residual" if residual else f"then {activation}" if activation else "and no activation"
     transposed = name == TRANSPOSED
     factor = "the transpose of weight (N, K)" if transposed else "weight (K, N)"
-    schema = _schema(name, inputs, f"x (..., K) times {factor} plus bias (N), {after}; y is (..., N).")
+    schema = linear_schema(name, inputs, f"x (..., K) times {factor} plus bias (N), {after}; y is (..., N).")
 
     def body(opset: int) -> ir.Function:
-        made = _Body(name, inputs, opset)
+        made = LinearBody(name, inputs, opset)
         product = made.product("x", "weight", transposed=transposed)
         y = made.activation(activation, made.add("Add", product, made.values["bias"]))
         return made.function(made.add("Add", y, made.values["residual"]) if residual else y)
@@ -185,8 +189,8 @@ def _one_product(name: str) -> DialectOp:
     def reference(
         x: np.ndarray, weight: np.ndarray, bias: np.ndarray, *more: np.ndarray, compute_type: int = COMPUTE_TYPES[0]
     ) -> tuple[np.ndarray, ...]:
-        right = _operand(weight, compute_type)
-        y = _operand(x, compute_type) @ (right.T if transposed else right) + bias.astype(np.float64)
+        right = rounded_operand(weight, compute_type)
+        y = rounded_operand(x, compute_type) @ (right.T if transposed else right) + bias.astype(np.float64)
         y = _activated(activation, y)
         return (y + sum(item.astype(np.float64) for item in more),)
 
@@ -195,20 +199,18 @@ def _one_product(name: str) -> DialectOp:
 
 def _swiglu() -> DialectOp:
     name, inputs = "LinearSwiGLU", ("x", "gate_weight", "up_weight")
-    schema = _schema(name, inputs, "silu(x gate_weight) * (x up_weight); x (..., K), weights (K, N), y (..., N).")
+    schema = linear_schema(name, inputs, "silu(x gate_weight) * (x up_weight); x (..., K), weights (K, N), y (..., N).")
 
     def body(opset: int) -> ir.Function:
-        made = _Body(name, inputs, opset)
+        made = LinearBody(name, inputs, opset)
         gate = made.activation("silu", made.product("x", "gate_weight"))
         return made.function(made.add("Mul", gate, made.product("x", "up_weight")))
 
     def reference(
         x: np.ndarray, gate_weight: np.ndarray, up_weight: np.ndarray, compute_type: int = COMPUTE_TYPES[0]
     ) -> tuple[np.ndarray, ...]:
-        rows = _operand(x, compute_type)
-        return (
-            _activated("silu", rows @ _operand(gate_weight, compute_type)) * (rows @ _operand(up_weight, compute_type)),
-        )
+        rows, gate, up = (rounded_operand(array, compute_type) for array in (x, gate_weight, up_weight))
+        return (_activated("silu", rows @ gate) * (rows @ up),)
 
     def flops(inputs: Sequence[TensorInfo | None], outputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> int:
         return 2 * _flops(inputs, outputs, attributes)

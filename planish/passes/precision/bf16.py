@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from planish.ir.graphs import constant_tensor, dims_of, is_op
 from planish.ir.ledger import Declined
 from planish.ir.ops import DIALECT_DOMAIN, import_functions
 from planish.ir.ops.bf16_attention import IN_BF16
+from planish.ir.ops.feed_forward import FUSED
 from planish.ir.ops.linear import COMPUTE_TYPE, LINEAR, TRANSPOSED
 from planish.ir.program import Program
 from planish.passes.base import ApproximatePass, Decline, PassContext, PassResult
@@ -63,6 +65,8 @@ class Bf16(ApproximatePass):
         if node.domain == DIALECT_DOMAIN:
             if node.op_type in (*LINEAR, TRANSPOSED) and node.attributes.get_int(COMPUTE_TYPE, 1) != _BFLOAT16:
                 node.attributes[COMPUTE_TYPE] = ir.AttrInt64(COMPUTE_TYPE, _BFLOAT16)
+                if node.op_type == "LinearAdd":
+                    _join(editor, node)
                 return True
             if self.attention and node.op_type in IN_BF16:
                 node.op_type = IN_BF16[node.op_type]
@@ -77,6 +81,39 @@ def unsupported(ctx: PassContext) -> str:
     if lacking := processor.missing(processor.AMX_BF16):
         return f"this processor lacks {', '.join(lacking)}, without which bfloat16 is no faster: float32 stays"
     return ""
+
+
+def _join(editor: Editor, last: ir.Node) -> None:
+    """Makes one operator of a product with an activation and the product behind it: a feed-forward network.
+
+    What is between them then never is in memory, and is rounded once.
+    """
+    hidden = last.inputs[0]
+    first = hidden.producer() if hidden is not None else None
+    if first is None or first.domain != DIALECT_DOMAIN or first.op_type not in FUSED or hidden is None:
+        return
+    if len(hidden.uses()) > 1 or hidden.is_graph_output() or first.graph is not last.graph:
+        return
+    if first.attributes.get_int(COMPUTE_TYPE, 1) != _BFLOAT16:
+        return
+    insert(editor, last, FUSED[first.op_type], [*first.inputs, *last.inputs[1:]], [first, last])
+    editor.remove(first)
+
+
+def insert(
+    editor: Editor, old: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], sources: Sequence[ir.Node]
+) -> None:
+    """Puts an operator of the dialect, in bfloat16, in place of a node of one output."""
+    graph, output = old.graph, old.outputs[0]
+    assert graph is not None
+    name = editor.names.fresh(f"{op_type}_planish")
+    made = ir.node(op_type, list(inputs), {COMPUTE_TYPE: _BFLOAT16}, domain=DIALECT_DOMAIN, name=name)
+    made.outputs[0].name = editor.names.fresh(f"{output.name}_planish")
+    made.outputs[0].type, made.outputs[0].shape = output.type, output.shape
+    graph.insert_before(old, made)
+    editor.mark(made, sources)
+    editor.replace(output, made.outputs[0])
+    editor.remove(old)
 
 
 def _tied_head(editor: Editor, node: ir.Node) -> bool:
@@ -94,19 +131,9 @@ def _tied_head(editor: Editor, node: ir.Node) -> bool:
     rows, depth = (int(n) for n in tensor.shape.numpy())
     if not dims_of(x) or min(rows, depth) < _LEAST:
         raise Decline(f"its weight is {depth} by {rows}; kernels pay from {_LEAST} on")
-    graph, old = node.graph, node.outputs[0]
-    assert isinstance(graph, ir.Graph)
-    bias = editor.constant(graph, np.zeros(rows, np.float32), "no_bias")
-    settings = {COMPUTE_TYPE: _BFLOAT16}
-    made = ir.node(
-        TRANSPOSED, [x, weight, bias], settings, domain=DIALECT_DOMAIN, name=editor.names.fresh(f"{TRANSPOSED}_planish")
-    )
-    made.outputs[0].name = editor.names.fresh(f"{old.name}_planish")
-    made.outputs[0].type, made.outputs[0].shape = old.type, old.shape
-    graph.insert_before(node, made)
-    editor.mark(made, [node, transpose])
-    editor.replace(old, made.outputs[0])
-    editor.remove(node)
+    assert isinstance(node.graph, ir.Graph)
+    bias = editor.constant(node.graph, np.zeros(rows, np.float32), "no_bias")
+    insert(editor, node, TRANSPOSED, [x, weight, bias], [node, transpose])
     if not transpose.outputs[0].uses() and not transpose.outputs[0].is_graph_output():
         editor.remove(transpose)
     return True

@@ -1,9 +1,6 @@
-"""The products of `gemm` in bfloat16 with float32 sums, on Intel's matrix unit (AMX).
+"""The products of `gemm` in bfloat16 with float32 sums, on Intel's matrix unit (AMX): see `amx`.
 
-Operands are rounded to nearest even: weights when they are packed, x inside of the kernel. Tiles and their instructions
-are those of the "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 1, chapter 18: sixteen rows of
-64 bytes; ``tdpbf16ps`` adds the product of 16 x 32 and 32 x 16 numbers to a tile of float32, rows of the second in
-pairs.
+Operands are rounded to nearest even: weights when they are packed, x inside of the kernel.
 A process must ask Linux once for the use of tiles: `planish.runtime.kernels.cpu.permit_tiles`.
 """
 
@@ -15,55 +12,41 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from planish.ir.errors import UnsupportedError
 from planish.runtime.kernels import gemm, tir_math
-from planish.runtime.kernels.cpu import Cpu, detect
+from planish.runtime.kernels.amx import SIDE, STEP, TILE, amx, configure, keep, load, rounded, tile_op
+from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import argument, prim_func, size
 from planish.runtime.kernels.template import ON_STACK, Template
 
-#: Rows of a weight in a tile, as pairs; the depth K is filled up with zeros to a multiple.
-STEP = 32
-_SIDE = 16  # rows of a tile, and float32 numbers in one
-_TILE = _SIDE * STEP  # bfloat16 numbers in a tile
 #: Two by two tiles of sums; what the epilogue sees of them.
-_SHAPE = gemm.Tile(2 * _SIDE, 2, _SIDE)
-#: Steps of a weight that are fetched ahead into the nearest cache.
-_AHEAD = 4
+SHAPE = gemm.Tile(2 * SIDE, 2, SIDE)
+#: Lines of the next panel that are fetched in each step: from memory one takes as long as several products of tiles.
+_NEXT = 8
 
 
 def panel_width(cpu: Cpu) -> int:
     """Columns of a panel of packed weights."""
-    return _SHAPE.width
-
-
-def _amx() -> Cpu:
-    found = detect("amx")
-    if found is None:
-        raise UnsupportedError(
-            "products in bfloat16 need a processor with AMX (Linux flags amx_bf16, amx_tile, avx512_bf16), which this "
-            "one lacks. Use compute type float32."
-        )
-    return found
+    return SHAPE.width
 
 
 def pack(weight: np.ndarray) -> np.ndarray:
     """Float32 weights (K, N) as panels of tiles, uint16 (ceil(N / 32), ceil(K / 32), 1024); filled up with zeros."""
     depth, columns = weight.shape
-    steps, panels = -(-depth // STEP), -(-columns // _SHAPE.width)
-    padded = np.zeros((steps * STEP, panels * _SHAPE.width), ml_dtypes.bfloat16)
+    steps, panels = -(-depth // STEP), -(-columns // SHAPE.width)
+    padded = np.zeros((steps * STEP, panels * SHAPE.width), ml_dtypes.bfloat16)
     padded[:depth, :columns] = weight
-    tiles = padded.reshape(steps, _SIDE, 2, panels, 2, _SIDE).transpose(3, 0, 4, 1, 5, 2)
-    return np.ascontiguousarray(tiles).reshape(panels, steps, 2 * _TILE).view(np.uint16)
+    tiles = padded.reshape(steps, SIDE, 2, panels, 2, SIDE).transpose(3, 0, 4, 1, 5, 2)
+    return np.ascontiguousarray(tiles).reshape(panels, steps, 2 * TILE).view(np.uint16)
 
 
 def unpack(panels: np.ndarray, depth: int, columns: int) -> np.ndarray:
     """The inverse of `pack`, as float32 (K, N)."""
     count, steps, _ = panels.shape
-    tiles = panels.view(ml_dtypes.bfloat16).reshape(count, steps, 2, _SIDE, _SIDE, 2).transpose(1, 3, 5, 0, 2, 4)
-    return np.asarray(tiles.reshape(steps * STEP, count * _SHAPE.width)[:depth, :columns], np.float32)
+    tiles = panels.view(ml_dtypes.bfloat16).reshape(count, steps, 2, SIDE, SIDE, 2).transpose(1, 3, 5, 0, 2, 4)
+    return np.asarray(tiles.reshape(steps * STEP, count * SHAPE.width)[:depth, :columns], np.float32)
 
 
-def _rounded(x: np.ndarray) -> np.ndarray:
+def rounded_operand(x: np.ndarray) -> np.ndarray:
     return np.asarray(x.astype(ml_dtypes.bfloat16), np.float64)
 
 
@@ -90,11 +73,11 @@ class Gemm(Template):
         return "_".join(["gemm_bf16", *filter(None, [self.activation, "residual" if self.residual else None])])
 
     def cpu(self) -> Cpu:
-        return _amx()
+        return amx("a product")
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
         x, panels, bias = arguments[:3]
-        y: np.ndarray = _rounded(x) @ unpack(panels, x.shape[1], len(bias)).astype(np.float64) + bias
+        y: np.ndarray = rounded_operand(x) @ unpack(panels, x.shape[1], len(bias)).astype(np.float64) + bias
         if self.activation:
             y = tir_math.REFERENCES[self.activation](y)
         return y + arguments[3] if self.residual else y
@@ -121,17 +104,17 @@ class GatedGemm(Template):
         return f"gated_gemm_bf16_{self.activation or 'linear'}"
 
     def cpu(self) -> Cpu:
-        return _amx()
+        return amx("a product")
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
         """Takes the width N from a last argument y (M, N), or all columns of the panels without one."""
         x, gate, up = arguments[:3]
-        columns = arguments[3].shape[1] if len(arguments) > 3 else gate.shape[0] * _SHAPE.width
+        columns = arguments[3].shape[1] if len(arguments) > 3 else gate.shape[0] * SHAPE.width
         gate, up = (unpack(panels, x.shape[1], columns).astype(np.float64) for panels in (gate, up))
-        activated = _rounded(x) @ gate
+        activated = rounded_operand(x) @ gate
         if self.activation:
             activated = tir_math.REFERENCES[self.activation](activated)
-        return np.asarray(activated * (_rounded(x) @ up))
+        return np.asarray(activated * (rounded_operand(x) @ up))
 
     def build(self, cpu: Cpu) -> Any:
         return _build(self.symbol, 2, self.activation, bias=False, residual=False)
@@ -152,7 +135,7 @@ class PackWeight(Template):
         return "pack_weight_bf16_nk" if self.transposed else "pack_weight_bf16_kn"
 
     def cpu(self) -> Cpu:
-        return _amx()
+        return amx("a product")
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
         return pack(arguments[0].T if self.transposed else arguments[0])
@@ -161,13 +144,13 @@ class PackWeight(Template):
         with prim_func(self.symbol) as built:
             depth, columns, panels, steps = size(), size(), size(), size()
             source = argument("source", (columns, depth) if self.transposed else (depth, columns))
-            packed = argument("packed", (panels, steps, 2 * _TILE), "uint16")
+            packed = argument("packed", (panels, steps, 2 * TILE), "uint16")
             import tvm.tirx as tx
             from tvm.tirx.script.builder import ir as T
 
-            with T.parallel(panels) as p, T.serial(steps) as s, T.serial(tx.const(2 * _TILE, "int64")) as at:
-                row = T.bind(s * STEP + at % _TILE // STEP * 2 + at % 2)
-                column = T.bind(p * _SHAPE.width + at // _TILE * _SIDE + at % STEP // 2)
+            with T.parallel(panels) as p, T.serial(steps) as s, T.serial(tx.const(2 * TILE, "int64")) as at:
+                row = T.bind(s * STEP + at % TILE // STEP * 2 + at % 2)
+                column = T.bind(p * SHAPE.width + at // TILE * SIDE + at % STEP // 2)
                 where = (column, row) if self.transposed else (row, column)
                 inside = tx.all(row < depth, column < columns)
                 value = tx.if_then_else(inside, source[where], tx.const(0.0, "float32"))
@@ -183,16 +166,16 @@ def _build(symbol: str, weights: int, activation: str | None, *, bias: bool, res
 
         m, n, k, panels, steps = size(), size(), size(), size(), size()
         x = argument("x", (m, k))
-        packed = [argument(f"w{i}", (panels, steps, 2 * _TILE), "uint16") for i in range(weights)]
+        packed = [argument(f"w{i}", (panels, steps, 2 * TILE), "uint16") for i in range(weights)]
         b = argument("bias", (n,)) if bias else None
         r = argument("residual", (m, n)) if residual else None
         y = argument("y", (m, n))
         # Tiles of x: whole pairs of them, so that the last rows are no case of their own.
-        bands = (m + 2 * _SIDE - 1) // (2 * _SIDE) * 2
-        tiles = T.alloc_buffer(((bands * steps + 1) * _TILE,), "uint16", align=64)
+        bands = (m + 2 * SIDE - 1) // (2 * SIDE) * 2
+        tiles = T.alloc_buffer(((bands * steps + 1) * TILE,), "uint16", align=64)
         with T.parallel(tx.const(0, "int64"), bands) as band:
-            _round_band(x, tiles, gemm.opaque(band), steps)
-        gemm.for_row_blocks(m, panels, _SHAPE, lambda *at: _task(tiles, steps, packed, activation, b, r, y, *at))
+            round_band(x, tiles, gemm.opaque(band), steps, tx.const(0, "int64"))
+        gemm.for_row_blocks(m, panels, SHAPE, lambda *at: _task(tiles, steps, packed, activation, b, r, y, *at))
     return built[0]
 
 
@@ -212,45 +195,24 @@ def _bfloat16_bits(x: Any) -> Any:
     return tx.Let(name, x, tx.Let(bits, tx.reinterpret(f"uint32{lanes}", name), result))
 
 
-def _round_band(x: Any, tiles: Any, band: Any, steps: Any) -> None:
-    """Sixteen rows of x as tiles, one after the other; rows and columns that x lacks are zero."""
+def round_band(x: Any, tiles: Any, band: Any, steps: Any, base: Any) -> None:
+    """Sixteen rows of x, from `base` + 16 `band` on, as tiles, one after the other; what x lacks is zero."""
     import tvm.tirx as tx
     from tvm.tirx.script.builder import ir as T
 
     rows, depth = x.shape
     zero = tx.const(0.0, "float32")
-    with T.serial(tx.const(_SIDE, "int64")) as i:
-        row = gemm.opaque(band * _SIDE + i)
-        start = gemm.opaque(band * steps * _TILE + i * STEP)
-        whole = gemm.opaque(tx.if_then_else(row < rows, depth // _SIDE, tx.const(0, "int64")))
+    with T.serial(tx.const(SIDE, "int64")) as i:
+        row = gemm.opaque(base + band * SIDE + i)
+        start = gemm.opaque(band * steps * TILE + i * STEP)
+        whole = gemm.opaque(tx.if_then_else(row < rows, depth // SIDE, tx.const(0, "int64")))
         with T.serial(whole) as c:
-            at = [tx.Ramp(start + c // 2 * _TILE + c % 2 * _SIDE, 1, _SIDE)]
-            T.buffer_store(tiles, _bfloat16_bits(x.vload([row, c * _SIDE], f"float32x{_SIDE}")), at)
-        with T.serial(steps * STEP - whole * _SIDE) as rest:
-            column = gemm.opaque(whole * _SIDE + rest)
+            at = [tx.Ramp(start + c // 2 * TILE + c % 2 * SIDE, 1, SIDE)]
+            T.buffer_store(tiles, rounded(x.vload([row, c * SIDE], f"float32x{SIDE}")), at)
+        with T.serial(steps * STEP - whole * SIDE) as rest:
+            column = gemm.opaque(whole * SIDE + rest)
             value = tx.if_then_else(tx.all(row < rows, column < depth), x[row, column], zero)
-            T.buffer_store(tiles, _bfloat16_bits(value), [start + column // STEP * _TILE + column % STEP])
-
-
-def _intrinsic(name: str, *arguments: Any) -> None:
-    """An instruction on tiles; small integers are numbers of tiles."""
-    import tvm.tirx as tx
-    from tvm.tirx.script.builder import ir as T
-
-    values = [tx.const(a, "int8") if isinstance(a, int) else a for a in arguments]
-    T.evaluate(tx.call_llvm_intrin("void", f"llvm.x86.{name}", *values))
-
-
-def _configure() -> None:
-    """Eight tiles of sixteen rows of 64 bytes."""
-    import tvm.tirx as tx
-    from tvm.tirx.script.builder import ir as T
-
-    config = T.alloc_buffer((64,), "uint8", scope="local", align=64, annotations=ON_STACK)
-    values = {0: 1} | {16 + 2 * tile: 64 for tile in range(8)} | {48 + tile: _SIDE for tile in range(8)}
-    for byte in range(64):
-        T.buffer_store(config, tx.const(values.get(byte, 0), "uint8"), [byte])
-    _intrinsic("ldtilecfg", T.address_of(config[0]))
+            T.buffer_store(tiles, _bfloat16_bits(value), [start + column // STEP * TILE + column % STEP])
 
 
 def _task(
@@ -270,40 +232,50 @@ def _task(
     from tvm.tirx.script.builder import ir as T
 
     results = [
-        T.alloc_buffer((_SHAPE.rows * _SHAPE.width,), "float32", scope="local", align=64, annotations=ON_STACK)
+        T.alloc_buffer((SHAPE.rows * SHAPE.width,), "float32", scope="local", align=64, annotations=ON_STACK)
         for _ in packed
     ]
-    _configure()
-    with T.serial((rows + _SHAPE.rows - 1) // _SHAPE.rows) as step:
-        first = gemm.opaque(row + step * _SHAPE.rows)
-        height = gemm.opaque(tx.min(tx.const(_SHAPE.rows, "int64"), row + rows - first))
+    configure()
+    with T.serial((rows + SHAPE.rows - 1) // SHAPE.rows) as step:
+        first = gemm.opaque(row + step * SHAPE.rows)
+        height = gemm.opaque(tx.min(tx.const(SHAPE.rows, "int64"), row + rows - first))
         for weight, result in zip(packed, results, strict=True):
-            with T.If(height > _SIDE):
+            with T.If(height > SIDE):
                 with T.Then():
-                    _multiply(2, tiles, steps, weight, result, p, first)
+                    multiply(2, tiles, steps, weight, result, p, first, step)
                 with T.Else():
-                    _multiply(1, tiles, steps, weight, result, p, first)
-        gemm.finish(_SHAPE, results, activation, b, r, y, p, first, height)
-    _intrinsic("tilerelease")
+                    multiply(1, tiles, steps, weight, result, p, first, step)
+        gemm.finish(SHAPE, results, activation, b, r, y, p, first, height)
+    tile_op("tilerelease")
 
 
-def _multiply(bands: int, tiles: Any, steps: Any, weight: Any, result: Any, p: Any, first: Any) -> None:
-    """``result[: 16 bands] = x[first : first + 16 bands] W[p]``: sums in tiles 0 to 3, x in 4 and 5, W in 6 and 7."""
-    import tvm.tirx as tx
+def multiply(bands: int, tiles: Any, steps: Any, weight: Any, result: Any, p: Any, first: Any, number: Any) -> None:
+    """``result[: 16 bands] = x[first : first + 16 bands] W[p]``: sums in tiles 0 to 3, x in 4 and 5, W in 6 and 7.
+
+    `number` counts the calls for this panel: each fetches a part of the next one into the second-level cache.
+    """
     from tvm.tirx.script.builder import ir as T
 
-    stride, out_stride = tx.const(2 * STEP, "int64"), tx.const(4 * _SHAPE.width, "int64")
+    line = STEP  # numbers in a line of the cache
     for tile in range(2 * bands):
-        _intrinsic("tilezero", tile)
-    with T.serial(steps) as s:
+        tile_op("tilezero", tile)
+
+    def step(s: Any) -> None:
         for j in range(2):
-            _intrinsic("tileloadd64", 6 + j, T.address_of(weight[p, s, j * _TILE]), stride)
+            load(6 + j, weight[p, s, j * TILE])
         for i in range(bands):
-            at = (first // _SIDE + i) * steps + s
-            _intrinsic("tileloadd64", 4 + i, T.address_of(tiles[at * _TILE]), stride)
+            load(4 + i, tiles[((first // SIDE + i) * steps + s) * TILE])
             for j in range(2):
-                _intrinsic("tdpbf16ps", 2 * i + j, 4 + i, 6 + j)
+                tile_op("tdpbf16ps", 2 * i + j, 4 + i, 6 + j)
+
+    with T.If(number < 2 * TILE // line // _NEXT):
+        with T.Then(), T.serial(steps) as s:
+            ahead = gemm.opaque((number * steps + s) * _NEXT)
+            for i in range(_NEXT):
+                gemm.fetch(weight[p + 1, 0, (ahead + i) * line], 2)
+            step(s)
+        with T.Else(), T.serial(steps) as s:
+            step(s)
     for i in range(bands):
         for j in range(2):
-            at = T.address_of(result[i * _SIDE * _SHAPE.width + j * _SIDE])
-            _intrinsic("tilestored64", 2 * i + j, at, out_stride)
+            keep(2 * i + j, result[i * SIDE * SHAPE.width + j * SIDE], 4 * SHAPE.width)

@@ -283,7 +283,7 @@ def _multiply(
 
     def step(k: Any, part: int) -> None:
         for j in range(shape.vectors):
-            _fetch(weight[p, k + _AHEAD, j * shape.lanes], 3)
+            fetch(weight[p, k + _AHEAD, j * shape.lanes], 3)
         line = [T.bind(weight.vload([p, k, j * shape.lanes], vector)) for j in range(shape.vectors)]
         for i in range(rows):
             factor = T.bind(tx.Broadcast(x[first + i, k], shape.lanes))
@@ -295,7 +295,7 @@ def _multiply(
             number, lines = ahead
             for i in range(lines):
                 line = T.min((number * (depth // _UNROLL) + outer) * lines + i, depth * shape.vectors - 1)
-                _fetch(weight[p + 1, 0, line * shape.lanes], 2)
+                fetch(weight[p + 1, 0, line * shape.lanes], 2)
         for u in range(_UNROLL):
             step(outer * _UNROLL + u, u % parts)
     with T.serial(depth % _UNROLL) as inner:
@@ -308,7 +308,7 @@ def _multiply(
             T.buffer_store(result, total, [tx.Ramp((at + i) * shape.width + j * shape.lanes, 1, shape.lanes)])
 
 
-def _fetch(element: Any, locality: int) -> None:
+def fetch(element: Any, locality: int) -> None:
     """Asks for the line of an element: 3 for the nearest cache, 2 for the one behind it."""
     import tvm.tirx as tx
     from tvm.tirx.script.builder import ir as T

@@ -70,7 +70,8 @@ def _build(kernels: tuple[OpKernel, ...]) -> Library:
     features = frozenset(feature for template in templates for feature in template.cpu().features)
     table = folder / "table.c"
     table.write_text(_table(kernels, sorted(features)), encoding="utf-8")
-    sources = [_NATIVE / name for name in ("host.c", *sorted({kernel.source for kernel in kernels}))]
+    glue = {name for kernel in kernels for name in (kernel.source, *kernel.needs)}
+    sources = [_NATIVE / name for name in ("host.c", *sorted(glue))]
     defines = ["PLANISH_AMX"] if "amx_bf16" in features else []
     path = folder / "kernels.so"
     link([*sources, table], objects, path, [_NATIVE], defines)

@@ -63,13 +63,17 @@ class LinearKernel(OpKernel):
         )
 
     def _form(self, compute_type: int) -> str:
-        module = _module(compute_type)
-        product, pack = self._templates(compute_type)
-        symbols = f"__tvm_ffi_{product.symbol}, __tvm_ffi_{pack.symbol}"
-        width = module.panel_width(product.cpu())
-        if compute_type == _BFLOAT16:
-            return f"{{{compute_type}, {symbols}, {width}, {module.STEP}, {_DL_UINT}, 16}}"
-        return f"{{{compute_type}, {symbols}, {width}, 1, {_DL_FLOAT}, 32}}"
+        return form_declaration(compute_type, *self._templates(compute_type))
+
+
+def form_declaration(compute_type: int, product: Template, pack: Template) -> str:
+    """C: a ``linear_form``, of a product and of what packs its weights."""
+    module = _module(compute_type)
+    symbols = f"__tvm_ffi_{product.symbol}, __tvm_ffi_{pack.symbol}"
+    width = module.panel_width(product.cpu())
+    if compute_type == _BFLOAT16:
+        return f"{{{compute_type}, {symbols}, {width}, {module.STEP}, {_DL_UINT}, 16}}"
+    return f"{{{compute_type}, {symbols}, {width}, 1, {_DL_FLOAT}, 32}}"
 
 
 def _module(compute_type: int) -> Any:

@@ -21,6 +21,7 @@ class OpKernel(ABC):
 
     Class attributes:
         source: its glue, a C file of ``native/`` with a header of the same name.
+        needs: further C files that the glue calls.
         setup: the C function that completes a declaration before it is registered.
 
     Attributes:
@@ -28,6 +29,7 @@ class OpKernel(ABC):
     """
 
     source: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
     setup: ClassVar[str]
     op: str
 
@@ -65,6 +67,7 @@ def _families() -> dict[str, type[OpKernel]]:
     """Operator → the class of its kernels."""
     from planish.ir.ops.bf16_attention import BF16_ATTENTION
     from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
+    from planish.ir.ops.feed_forward import FEED_FORWARD
     from planish.ir.ops.flash_attention import FLASH_ATTENTION
     from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
     from planish.ir.ops.linear import LINEAR, TRANSPOSED
@@ -72,6 +75,7 @@ def _families() -> dict[str, type[OpKernel]]:
     from planish.ir.ops.window_attention import WINDOW_ATTENTION
     from planish.runtime.kernels.attention_ops import AttentionKernel
     from planish.runtime.kernels.bf16_attention_ops import Bf16AttentionKernel
+    from planish.runtime.kernels.feed_forward_ops import FeedForwardKernel
     from planish.runtime.kernels.linear import LinearKernel
     from planish.runtime.kernels.norm_ops import NormKernel
 
@@ -81,4 +85,5 @@ def _families() -> dict[str, type[OpKernel]]:
         **dict.fromkeys(NORMS, NormKernel),
         **dict.fromkeys(attention, AttentionKernel),
         **dict.fromkeys(BF16_ATTENTION, Bf16AttentionKernel),
+        **dict.fromkeys(FEED_FORWARD, FeedForwardKernel),
     }

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from planish.ir.errors import UnsupportedError
-from planish.runtime.kernels import amx_gemm, cpu, tir_math
+from planish.runtime.kernels import amx, cpu, tir_math
 from planish.runtime.kernels.amx_gemm import GatedGemm, Gemm, PackWeight, pack, unpack
 from planish.runtime.kernels.template import aligned, function
 from tests.runtime.kernels.test_gemm import gemms, shapes
@@ -108,6 +108,6 @@ def test_nan_of_x_stays_in_its_row():
 
 
 def test_processor_without_amx(monkeypatch):
-    monkeypatch.setattr(amx_gemm, "detect", lambda *levels: None)
-    with pytest.raises(UnsupportedError, match="need a processor with AMX"):
+    monkeypatch.setattr(amx, "detect", lambda *levels: None)
+    with pytest.raises(UnsupportedError, match="needs a processor with AMX"):
         Gemm().cpu()

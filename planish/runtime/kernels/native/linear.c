@@ -13,22 +13,20 @@ typedef struct {
 
 static int64_t panels(const linear_form *form, int64_t n) { return (n + form->width - 1) / form->width; }
 
-/* Shape of a packed weight; returns its rank. */
-static int packed_shape(const linear_form *form, int64_t k, int64_t n, int64_t *shape) {
+int planish_packed_shape(const linear_form *form, int64_t k, int64_t n, int64_t *shape) {
   shape[0] = panels(form, n);
   shape[1] = (k + form->rows - 1) / form->rows;
   shape[2] = form->rows * form->width;
   return 3;
 }
 
-/* Packs a weight, and says its K and N. */
-static ort_status *pack(
-    const linear_op *op, const linear_form *form, ort_context *context, tensor *weight, void **packed, int64_t *sizes) {
+ort_status *planish_pack(
+    const linear_form *form, int transposed, ort_context *context, tensor *weight, void **packed, int64_t *sizes) {
   dl_tensor from, to;
   int64_t shape[3];
   if (weight->rank != 2) return planish_error("the weight has rank %zu; it must have 2", weight->rank);
-  for (int i = 0; i < 2; ++i) sizes[i] = weight->shape[op->transposed ? 1 - i : i];
-  int rank = packed_shape(form, sizes[0], sizes[1], shape);
+  for (int i = 0; i < 2; ++i) sizes[i] = weight->shape[transposed ? 1 - i : i];
+  int rank = planish_packed_shape(form, sizes[0], sizes[1], shape);
   *packed = planish_allocate((size_t)planish_product(shape, (size_t)rank) * (size_t)form->bits / 8);
   if (!*packed) return planish_error("no memory for a packed weight of %ld x %ld", (long)sizes[0], (long)sizes[1]);
   tvm_any arguments[2] = {
@@ -59,7 +57,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
     tensor weight;
     int found;
     status = planish_constant(info, (size_t)(1 + i), sizeof(float), &weight, &found);
-    if (!status && found) status = pack(op, kernel->form, NULL, &weight, &kernel->packed[i], kernel->shape[i]);
+    if (!status && found) status = planish_pack(kernel->form, op->transposed, NULL, &weight, &kernel->packed[i], kernel->shape[i]);
     planish_release(&weight);
   }
   if (status) {
@@ -86,7 +84,7 @@ static ort_status *fetch(const linear *kernel, ort_context *context, operands *a
     const int64_t *shape = kernel->shape[i];
     if (!kernel->packed[i]) {
       CHECK(planish_input(context, next, sizeof(float), &all->weight[i]));
-      CHECK(pack(op, kernel->form, context, &all->weight[i], &all->packed[i], all->shape[i]));
+      CHECK(planish_pack(kernel->form, op->transposed, context, &all->weight[i], &all->packed[i], all->shape[i]));
       shape = all->shape[i];
     }
     if (i && (shape[0] != *k || shape[1] != *n))
@@ -121,7 +119,7 @@ static ort_status *run(const linear *kernel, ort_context *context, operands *all
   rows[0] = columns[0] = planish_product(shape, rank - 1);
   rows[1] = k;
   columns[1] = width[0] = n;
-  int packed_rank = packed_shape(kernel->form, k, n, packed);
+  int packed_rank = planish_packed_shape(kernel->form, k, n, packed);
 #define ARGUMENT(...) arguments[count] = planish_argument(&tensors[count], __VA_ARGS__), ++count
   ARGUMENT(all->x.data, DL_FLOAT, 32, 2, rows);
   for (int i = 0; i < op->weights; ++i)

@@ -21,4 +21,10 @@ typedef struct {
 
 void planish_linear(linear_op *op);
 
+/* Shape of a packed weight; returns its rank. */
+int planish_packed_shape(const linear_form *, int64_t k, int64_t n, int64_t *shape);
+/* Packs a weight (K, N), or (N, K) if it is transposed, into memory to be freed with `free`; `sizes` gets K and N. */
+ort_status *planish_pack(
+    const linear_form *, int transposed, ort_context *, tensor *weight, void **packed, int64_t *sizes);
+
 #endif
