@@ -11,6 +11,7 @@
 >>> program = g.build(n.y)
 """
 
+from planish.ir.relational.autodiff import Differentiated, differentiate
 from planish.ir.relational.domains import DST_PAIR, EDGE, EDGE_TYPE, NODE, NODE_TYPE, NONE, SRC_PAIR
 from planish.ir.relational.dsl import Layer
 from planish.ir.relational.dsl_rows import Weight
@@ -40,8 +41,11 @@ from planish.ir.relational.functions import (
     step,
     tanh,
 )
+from planish.ir.relational.graph import Graph
 from planish.ir.relational.inter import Program
 from planish.ir.relational.interpret import interpret
+from planish.ir.relational.statistics import Statistics
+from planish.passes.relational.pipeline import run_passes
 
 __all__ = [
     "DST_PAIR",
@@ -51,14 +55,18 @@ __all__ = [
     "NODE_TYPE",
     "NONE",
     "SRC_PAIR",
+    "Differentiated",
+    "Graph",
     "Layer",
     "Program",
+    "Statistics",
     "Value",
     "Weight",
     "absolute",
     "accumulate",
     "concat",
     "count",
+    "differentiate",
     "dot",
     "edge_softmax",
     "elu",
@@ -74,6 +82,7 @@ __all__ = [
     "minimum",
     "part",
     "relu",
+    "run_passes",
     "sigmoid",
     "silu",
     "sqrt",
