@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planish.ir.causal_lm import cache_layer
 from planish.ir.errors import ArtifactError, InputError
 from planish.runtime import tensorfile
+from planish.runtime.caches import fitting
 from planish.runtime.executable import Executable
 from planish.runtime.fingerprint import fingerprint
 from planish.runtime.folder import require_space, whole_folder
@@ -237,8 +237,7 @@ def _write_golden(exe: Executable, program: Program, files: _Files, notes: list[
         names = {spec.name for spec in exe.runners[part.entry].inputs}
         for number, batch in enumerate(part.batches[:GOLDEN_SAMPLES]):
             where = f"golden sample {number} of entry '{part.entry}'"
-            # Caches of layers that were left out are no inputs any more.
-            given = {name: value for name, value in batch.items() if name in names or cache_layer(name) is None}
+            given = fitting(program.entry(part.entry).graph, names, batch)
             outputs = exe.run(given, part.entry)
             try:
                 tensors = [_items(given), _items(outputs)]

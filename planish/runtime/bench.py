@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from planish.ir.block_sparsity.slots import SLOTS, SlotPlan
-from planish.ir.causal_lm import KEPT_HEADS, LENGTHS, cache_layer
 from planish.ir.ledger import Ratio
 from planish.ir.program import Calibration, Program
 from planish.ir.target import Target
+from planish.runtime.caches import fitting
 from planish.runtime.compile import compile_entry
 from planish.runtime.executable import CompiledEntry
 from planish.runtime.measure import speedup
@@ -85,17 +84,8 @@ class Bench:
         return speedup(*steps, seconds=seconds, threshold=threshold, clock=clock)
 
     def _fitting(self, program: Program, batch: dict[str, np.ndarray], entry: str) -> dict[str, np.ndarray]:
-        """A batch without what the program no longer has: caches of layers and of heads, positions of caches."""
         names = {spec.name for spec in self.runner(program, entry).inputs}
-        fitting = {name: value for name, value in batch.items() if name in names or cache_layer(name) is None}
-        for value in program.entry(entry).graph.inputs:
-            kept = value.metadata_props.get(KEPT_HEADS)
-            if kept is not None and value.name in fitting:
-                fitting[value.name] = np.take(fitting[value.name], [int(head) for head in kept.split()], axis=1)
-            slots = value.metadata_props.get(SLOTS)
-            if slots is not None and value.name in fitting:
-                fitting[value.name] = SlotPlan.parse(slots).gather(fitting[value.name], fitting[LENGTHS])
-        return fitting
+        return fitting(program.entry(entry).graph, names, batch)
 
     def forget(self, program: Program) -> None:
         """Drops what was compiled of a program."""
