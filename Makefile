@@ -6,6 +6,7 @@
 #   make bench-optimize        what an optimization itself costs, in time and memory
 #   make bench-fusion          whole models, causal attention and the optimizer's cost against every peer
 #   make bench-kernels         generated kernels by themselves, against ONNX Runtime's and torch's
+#   make bench-precision       low precision against OpenVINO's bf16: speed, error and memory
 #   make bench-decode          tokens a second of causal language models, and the forms of their cache
 #   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
@@ -23,7 +24,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
-  bench-layers bench-tvm bench-startup clean
+  bench-layers bench-tvm bench-startup bench-precision clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -69,6 +70,12 @@ bench-tvm: $(STAMP)
 	@$(BIN)/python -c 'import tvm' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tvm]'
 	@$(BIN)/python benchmarks/tvm_target.py
+
+# Without OpenVINO the benchmark runs, and says that it is not installed; without TVM there is nothing to measure.
+bench-precision: $(STAMP)
+	@$(BIN)/python -c 'import openvino, tvm' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,tvm]' || true
+	@$(BIN)/python benchmarks/precision.py
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py

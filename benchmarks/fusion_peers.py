@@ -53,6 +53,7 @@ class Job:
         outputs: names of the outputs that are asked for; all if empty.
         flush: a plain session treats denormal numbers as zero.
         model_type, num_heads, hidden_size: for ``onnxruntime.transformers.optimizer``.
+        pipeline: passes behind the exact ones of target ``ort-cpu:kernels``, for ``precision_peers.py``.
     """
 
     peer: str
@@ -67,6 +68,7 @@ class Job:
     model_type: str | None = None
     num_heads: int = 0
     hidden_size: int = 0
+    pipeline: str = ""
 
 
 @dataclass
@@ -199,7 +201,7 @@ def frozen(job: Job) -> Built:
     return module(job, torch.compile)
 
 
-def openvino(job: Job) -> Built:
+def openvino(job: Job, precision: str = "f32") -> Built:
     try:
         import openvino
     except ImportError as error:
@@ -207,7 +209,7 @@ def openvino(job: Job) -> Built:
 
     core = openvino.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": str(job.threads),
         "NUM_STREAMS": "1",
         "PERFORMANCE_HINT": "LATENCY",
@@ -327,7 +329,7 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
         return {"status": "failed", "reason": reason, "error": str(error), "trace": traceback.format_exc()}
 
 
-def main() -> int:
+def main(worker: type[Worker] = Worker) -> int:
     given = json.loads(sys.argv[1])
     given["outputs"] = tuple(given.get("outputs", ()))
     job = Job(**given)
@@ -335,9 +337,9 @@ def main() -> int:
     # Whatever a peer prints goes to the log; the answers have the pipe for themselves.
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    worker = Worker(job)
+    made = worker(job)
     for line in sys.stdin:
-        pipe.write(json.dumps(answer(worker, json.loads(line))) + "\n")
+        pipe.write(json.dumps(answer(made, json.loads(line))) + "\n")
         pipe.flush()
     # Threads of a peer may wait for each other at the end; nothing of this process is needed any more.
     pipe.close()

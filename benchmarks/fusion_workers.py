@@ -44,9 +44,9 @@ def environment(threads: int) -> dict[str, str]:
 class Process:
     """One worker; waits on its pipe while it is not asked."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, script: str = "fusion_peers.py") -> None:
         self.log = Path(job.folder) / "log.txt"
-        command = [sys.executable, str(HERE / "fusion_peers.py"), json.dumps(asdict(job))]
+        command = [sys.executable, str(HERE / script), json.dumps(asdict(job))]
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(job.threads)
@@ -95,13 +95,13 @@ class Process:
 
 
 class Workers:
-    """The workers of one row; a context that ends them."""
+    """The workers of one row, each a process that runs `script`; a context that ends them."""
 
-    def __init__(self, jobs: Mapping[str, Job]) -> None:
+    def __init__(self, jobs: Mapping[str, Job], script: str = "fusion_peers.py") -> None:
         for job in jobs.values():
             Path(job.folder).mkdir(parents=True, exist_ok=True)
         self.jobs = dict(jobs)
-        self.processes = {name: Process(job) for name, job in jobs.items()}
+        self.processes = {name: Process(job, script) for name, job in jobs.items()}
         self.built: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Workers:
