@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from planish.ir.relational.domains import Domain
 from planish.ir.relational.inter import Variable
 from planish.ir.relational.intra import Access, Loop, Statement
 from planish.runtime.kernels.loops import local, script
@@ -45,6 +46,7 @@ class Rows:
         self.row: Any = None
         self.known: dict[str, Value] = {}
         self.inner: dict[str, Value] = {}
+        self.fine: Domain | None = None
         self.at_row: dict[tuple[str, ...], Any] = {}
         self.at_inner: dict[tuple[str, ...], Any] = {}
         self.uses = _uses(items)
@@ -91,7 +93,9 @@ class Rows:
             return
         if statement.kind == "rows":
             pointers = self.buffers[statement.attr("pointers")]
-            count = script().Cast("float32", pointers[self.row + 1] - pointers[self.row])
+            of_inner = known is self.inner and statement.result.domain == self.fine
+            row = self.edge if of_inner else self.row
+            count = script().Cast("float32", pointers[row + 1] - pointers[row])
             value: Value = Computed((), lambda lead, offset, n: count)
         else:
             value = apply(statement, operands, self.lanes)
@@ -146,7 +150,7 @@ class Rows:
         with T.serial(count) as p:
             at = opaque(begin + p)
             self.edge = at if loop.rows is None else opaque(T.Cast("int64", self.buffers[loop.rows][at]))
-            self.inner, self.at_inner = {}, {}
+            self.inner, self.at_inner, self.fine = {}, {}, loop.fine
             for statement in loop.body:
                 if statement.kind in _REDUCTIONS:
                     self._accumulate(statement, sums[statement.result.name])
