@@ -38,6 +38,60 @@ def llava(layers: int = 4) -> Any:
     return LlavaForConditionalGeneration(config).eval()
 
 
+class Encoder(torch.nn.Module):
+    """A small vision transformer behind its patches: (batch, 17, 32) to its first token, (batch, 32)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = functools.partial(torch.nn.Linear, 32)
+        self.layers = torch.nn.ModuleList()
+        for _ in range(3):
+            parts = {"norm1": torch.nn.LayerNorm(32), "norm2": torch.nn.LayerNorm(32), "down": torch.nn.Linear(48, 32)}
+            parts |= {"up": layer(48), **{name: layer(32) for name in ("q", "k", "v", "out")}}
+            self.layers.append(Layer(parts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, 0]
+
+    def some(self, x: torch.Tensor, start: int, kept: list[int]) -> torch.Tensor:
+        """With only these tokens from a layer on."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x[:, kept] if index == start else x)
+        return x[:, 0]
+
+    def seen(self, x: torch.Tensor, last: int) -> torch.Tensor:
+        """The attention of the first token in layer `last` to the others, a mean over heads."""
+        for layer in self.layers[:last]:
+            x = layer(x)
+        q, k, _ = self.layers[last].qkv(x)
+        return (q[:, :, :1] @ k[:, :, 1:].transpose(2, 3) / 4).softmax(-1).mean(1)[0, 0]
+
+
+class Layer(torch.nn.ModuleDict):
+    """Of two heads of 16."""
+
+    def qkv(self, x: torch.Tensor) -> list[torch.Tensor]:
+        own = self["norm1"](x)
+        return [self[name](own).unflatten(2, (2, 16)).transpose(1, 2) for name in ("q", "k", "v")]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attended = torch.nn.functional.scaled_dot_product_attention(*self.qkv(x)).transpose(1, 2).flatten(2)
+        x = x + self["out"](attended)
+        return x + self["down"](torch.nn.functional.gelu(self["up"](self["norm2"](x))))
+
+
+def finder() -> Encoder:
+    """An encoder whose attention is far from uniform."""
+    torch.manual_seed(5)
+    model = Encoder().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q.weight", "k.weight")):
+            parameter.data.mul_(4)
+    return model
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to drop; options as those of the pass."""
