@@ -46,6 +46,7 @@ from planish.ir.relational.inter import Program
 from planish.ir.relational.interpret import interpret
 from planish.ir.relational.statistics import Statistics
 from planish.passes.relational.pipeline import run_passes
+from planish.relational.compiled import CompiledProgram, compile
 
 __all__ = [
     "DST_PAIR",
@@ -55,6 +56,7 @@ __all__ = [
     "NODE_TYPE",
     "NONE",
     "SRC_PAIR",
+    "CompiledProgram",
     "Differentiated",
     "Graph",
     "Layer",
@@ -64,6 +66,7 @@ __all__ = [
     "Weight",
     "absolute",
     "accumulate",
+    "compile",
     "concat",
     "count",
     "differentiate",

@@ -31,18 +31,23 @@ _CHEAP = 8
 _TRIES = 12
 
 
-def lower(program: Program) -> Lowered:
+def lower(program: Program, *, scatter: bool = True) -> Lowered:
     """The kernels of a verified program.
+
+    Args:
+        program: with values by edge in the order of the given edges.
+        scatter: kernels may add rows to those of other domains as they come. Tiles then run one after the other;
+            without it, all kernels but outer products can run on several threads.
 
     Raises:
         UnsupportedError: a reduction that no kernel can do (a maximum over rows that graphs do not list).
     """
-    return _Lowering(prepare(program)).run()
+    return _Lowering(prepare(program), scatter).run()
 
 
 class _Lowering:
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
+    def __init__(self, prepared: Prepared, scatter: bool) -> None:
+        self.prepared, self.scatter = prepared, scatter
         self.program = prepared.program
         self.variables: dict[str, Variable] = self.program.variables()
         self.defs: dict[str, Op] = self.program.definitions()
@@ -158,7 +163,12 @@ class _Lowering:
     def _follow(self, kernel: Building, user: Op) -> None:
         fine = kernel.relation.fine if kernel.relation else None
         if user.kind in _REDUCTIONS:
-            if user.kind != "sum" or user.over not in (kernel.rows, fine) or user.result.domain in (kernel.rows, NONE):
+            if (
+                not self.scatter
+                or user.kind != "sum"
+                or user.over not in (kernel.rows, fine)
+                or user.result.domain in (kernel.rows, NONE)
+            ):
                 raise Cannot
             self._scatter(kernel, user)
             return
@@ -176,7 +186,8 @@ class _Lowering:
             return True
         users = self.users[op.name]
         return (
-            op.name not in self.program.outputs
+            self.scatter
+            and op.name not in self.program.outputs
             and bool(users)
             and all(
                 (user.kind == "sum" and user.over == fine)

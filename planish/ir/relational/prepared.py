@@ -101,67 +101,90 @@ def _transposed(weight: Variable, name: str) -> Op:
 
 
 def _starts(program: Program) -> Prepared:
-    """Turns ``add(sum(m), z)`` into a sum that starts from z, where z does not depend on the sum."""
+    """Turns ``add(sum(m), z)`` over nodes into a sum that starts from z, and chains of such additions into sums that
+    start from each other, in the order in which their terms are there."""
     start: dict[str, str] = {}
-    changed = True
-    while changed:
-        changed = False
-        definitions, users, variables = program.definitions(), program.users(), program.variables()
-        for op in program.ops:
-            found = _sum_and_other(op, program, definitions, users, variables, start)
-            if found is None:
-                continue
-            total, other = found
-            ops = [o for o in program.ops if o.name not in (total.name, op.name)]
-            if total.name in start:
-                # What it starts from and the other are added first, which may in turn be a sum.
-                joint = replace(op, result=replace(op.result, name=f"{op.name}_start"),
-                                operands=(Operand(start.pop(total.name)), Operand(other)))  # fmt: skip
-                ops.append(joint)
-                other = joint.name
-            ops.append(replace(total, result=op.result))
-            start[op.name] = other
-            program = _ordered(program.with_ops(ops), start)
-            changed = True
-            break
-    return Prepared(program, start)
+    definitions, users, variables = program.definitions(), program.users(), program.variables()
+    place = {op.name: number for number, op in enumerate(program.ops)}
+    ops = list(program.ops)
+    inside: set[str] = set()
+    for op in reversed(program.ops):
+        if op.kind != "add" or op.over != NODE or op.name in inside:
+            continue
+        terms = _terms(op, program, definitions, users, inside)
+        sums = [name for name in terms if _is_sum(name, op, program, definitions, users)]
+        if not sums or len(set(terms)) < len(terms):
+            continue
+        terms.sort(key=lambda name: place.get(name, -1))
+        narrow = [name for name in terms if variables[name].domain != NODE or variables[name].shape != op.result.shape]
+        wide = [name for name in terms if name not in narrow]
+        first = next((i for i, name in enumerate(wide) if name not in sums), len(wide) - 1)
+        wide[first + 1 : first + 1] = narrow  # added to the first term that is no sum
+        removed = {op.name, *(name for name in inside if name in _inner(op, definitions, inside)), *sums}
+        made = _chain(op, wide, sums, definitions, start)
+        ops = [o for o in ops if o.name not in removed] + made
+    return Prepared(_ordered(program.with_ops(ops), start), start)
 
 
-def _sum_and_other(op: Op, program, definitions, users, variables, start) -> tuple[Op, str] | None:  # type: ignore[no-untyped-def]
-    if op.kind != "add" or op.over != NODE:
-        return None
-    for this, that in (op.operands, op.operands[::-1]):
-        total = definitions.get(this.name)
-        other = variables[that.name]
+def _terms(
+    op: Op, program: Program, definitions: Mapping[str, Op], users: Mapping[str, list[Op]], inside: set[str]
+) -> list[str]:
+    """What is added up in a tree of additions, whose inner nodes go to `inside`."""
+    found: list[str] = []
+    for operand in op.operands:
+        below = definitions.get(operand.name)
         if (
-            total is not None
-            and total.kind == "sum"
-            and total.over in (EDGE, *PAIRS)
-            and total.result.domain == NODE
-            and this.name not in program.outputs
-            and len(users[this.name]) == 1
-            and this.name != that.name
-            and this.name not in start.values()
-            and total.result.shape == op.result.shape
-            and ((other.domain == NODE and other.shape == op.result.shape) or this.name in start)
-            and not _depends(definitions, start, that.name, this.name)
+            below is not None
+            and below.kind == "add"
+            and below.over == NODE
+            and below.result.shape == op.result.shape
+            and len(users[below.name]) == 1
+            and below.name not in program.outputs
         ):
-            return total, that.name
-    return None
+            inside.add(below.name)
+            found += _terms(below, program, definitions, users, inside)
+        else:
+            found.append(operand.name)
+    return found
 
 
-def _depends(definitions: Mapping[str, Op], start: Mapping[str, str], name: str, on: str) -> bool:
-    todo, seen = [name], set()
-    while todo:
-        name = todo.pop()
-        if name == on:
-            return True
-        if name in definitions and name not in seen:
-            seen.add(name)
-            todo += definitions[name].reads
-            if name in start:
-                todo.append(start[name])
-    return False
+def _inner(op: Op, definitions: Mapping[str, Op], inside: set[str]) -> set[str]:
+    found: set[str] = set()
+    for name in op.reads:
+        if name in inside:
+            found |= {name} | _inner(definitions[name], definitions, inside)
+    return found
+
+
+def _is_sum(name: str, op: Op, program: Program, definitions: Mapping[str, Op], users: Mapping[str, list[Op]]) -> bool:
+    total = definitions.get(name)
+    return (
+        total is not None
+        and total.kind == "sum"
+        and total.over in (EDGE, *PAIRS)
+        and total.result.domain == NODE
+        and total.result.shape == op.result.shape
+        and name not in program.outputs
+        and len(users[name]) == 1
+    )
+
+
+def _chain(op: Op, terms: list[str], sums: list[str], definitions: Mapping[str, Op], start: dict[str, str]) -> list[Op]:
+    """Operators that accumulate `terms` in order; the last one defines what `op` does."""
+    made: list[Op] = []
+    known = terms[0]
+    if known in sums:
+        made.append(definitions[known])
+    for number, term in enumerate(terms[1:], 1):
+        last = number == len(terms) - 1
+        result = replace(op.result, name=op.name if last else f"{op.name}_part{number}")
+        if term in sums:
+            made.append(replace(definitions[term], result=result))
+            start[result.name] = known
+        else:
+            made.append(replace(op, result=result, operands=(Operand(known), Operand(term))))
+        known = result.name
+    return made
 
 
 def _ordered(program: Program, start: Mapping[str, str]) -> Program:

@@ -37,7 +37,7 @@ PASSES: dict[str, type[RelationalPass]] = {
     )
 }
 #: What a layer goes through before it becomes kernels.
-DEFAULT = "canonicalize,cse,hoist,reorder,aggregate-first,outer-by-pair,compact,canonicalize,cse,dce"
+DEFAULT = "canonicalize,cse,hoist,aggregate-first,reorder,outer-by-pair,compact,canonicalize,cse,dce"
 
 
 class _Lookup:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ from planish.runtime.relational.tiles import Matrix, multiply, outer, parts_of
 from planish.runtime.relational.values import Stored, Value, in_registers, opaque, sweep
 
 
+@cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
 @dataclass(frozen=True)
 class RelationalKernel(Template):
     """A kernel over memory. Arguments, all flat: values in the order of `memory` (float32), tables in that of `tables`
@@ -31,10 +40,12 @@ class RelationalKernel(Template):
     Attributes:
         kernel: what it does.
         shapes: the values that it reads and writes, as they are in memory.
+        sources: a hash of what generates the code, by which compiled kernels are kept.
     """
 
     kernel: Kernel
     shapes: tuple[Variable, ...]
+    sources: str = field(default_factory=_sources)
 
     @cached_property
     def memory(self) -> tuple[str, ...]:

@@ -274,6 +274,7 @@ class _Steps:
     def _array(self, key: str, array: np.ndarray) -> Tensor:
         array = np.ascontiguousarray(array, np.int32).reshape(-1)
         self.tables[key] = array
+        self.kept.append(array)
         tensor = self._tensor(0, array.size)
         tensor.data = array.ctypes.data if array.size else ctypes.addressof(tensor)
         self.tensors[key] = tensor
