@@ -236,7 +236,8 @@ def _write(rewriter: Rewriter, found: _Match, op: Op, place: Domain) -> Operand:
         rewriter.emit("copy", at(found.w), over=place) if rewriter.known[found.w.name].domain != place else at(found.w)
     )
     product = flat(applied(own, (i,), 1), (i,), size)
-    end = next((o.end for o in (found.w, found.weight) if rewriter.known[o.name].domain == place), "")
+    weights = [found.w, found.weight, *([found.bias[0]] if found.bias else [])]
+    end = next((o.end for o in weights if rewriter.known[o.name].domain == place), "")
     value = rewriter.emit("linear", found.x, Operand(product.name, end), over=op.over)
     if found.bias is not None:
         bias, step = found.bias

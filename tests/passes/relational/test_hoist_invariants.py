@@ -75,3 +75,69 @@ def test_node_types_of_edge_types_need_a_canonical_graph() -> None:
 
 def test_outputs_keep_their_rows() -> None:
     check_declines("hoist", "program p(x: node(3)) {\n  y: edge(3) = tanh(x@src)\n  return y\n}")
+
+
+def test_factors_of_a_sum_are_applied_to_it() -> None:
+    """A node without edges is 0, not 0 / 0."""
+    check(
+        "hoist",
+        """
+        program p(x: node(3), s: edge(), t: edge_type()) {
+          c: node() = count(over=edge, by=dst)
+          m: edge(3) = mul(x@src, s)
+          d: edge(3) = div(m, c@dst)
+          h: node(3) = sum(d, over=edge, by=dst)
+          e: edge(3) = mul(t, m)
+          p: dst_pair(3) = mean(e, over=edge)
+          y: node(3) = sum(p, over=dst_pair, by=dst)
+          return h, y
+        }
+        """,
+        """
+        program p(x: node(3), s: edge(), t: edge_type()) {
+          c: node() = count(over=edge, by=dst)
+          m: edge(3) = mul(x@src, s)
+          constant: none() = constant(shape=(), value=1.0)
+          max: node() = max(c, constant)
+          sum: node(3) = sum(m, over=edge, by=dst)
+          h: node(3) = div(sum, max)
+          mean: dst_pair(3) = mean(m, over=edge)
+          p: dst_pair(3) = mul(mean, t)
+          y: node(3) = sum(p, over=dst_pair, by=dst)
+          return h, y
+        }
+        """,
+        edits=6,
+    )
+
+
+def test_factors_that_vary_within_the_sum_stay() -> None:
+    check_declines(
+        "hoist",
+        """
+        program p(x: node(3), u: edge(3)) {
+          a: edge(3) = mul(u, x@src)
+          h: node(3) = sum(a, over=edge, by=dst)
+          b: edge(3) = mul(u, x@dst)
+          y: node(3) = sum(b, over=edge, by=dst)
+          z: node(3) = sum(b, over=edge, by=src)
+          return h, y, z
+        }
+        """,
+    )
+
+
+def test_a_factor_of_nodes_without_edges_may_be_infinite() -> None:
+    """1 / degree, given as data: 0 times infinity is not the 0 of an empty sum. The same for 1 / x at a node."""
+    check_declines(
+        "hoist",
+        """
+        program p(x: node(3), norm: node()) {
+          m: edge(3) = mul(x@src, norm@dst)
+          r: edge(3) = recip(x@src)
+          y: node(3) = sum(m, over=edge, by=dst)
+          z: node(3) = sum(r, over=edge, by=dst)
+          return y, z
+        }
+        """,
+    )

@@ -85,11 +85,21 @@ def test_forward_and_backward_after_all_passes(name: str, graph: str) -> None:
 
 
 def test_models_gain_what_they_should() -> None:
-    """RGAT: the product with attention at the destination is reordered, that of messages is compacted."""
+    """RGAT: both logits are products with vectors by type, and messages are summed before they are multiplied."""
     done = run_passes(rgat(64, 64), EAGER)
-    kinds = {(op.kind, str(op.over)) for op in done.program.ops if op.kind in ("linear", "dot")}
-    assert kinds == {("linear", "src_pair"), ("dot", "src_pair"), ("linear", "dst_pair"), ("dot", "edge_type")}
-    assert "reorder: 1 fired" in str(done) and "'linear' is needed elsewhere" in str(done)
+    kinds = {(op.kind, str(op.over), op.result.shape) for op in done.program.ops if op.kind in ("linear", "dot", "sum")}
+    assert kinds == {
+        ("dot", "edge_type", (64, 1)),
+        ("linear", "src_pair", (1,)),
+        ("linear", "dst_pair", (1,)),
+        ("sum", "edge", (64,)),
+        ("linear", "dst_pair", (64,)),
+        ("sum", "dst_pair", (1, 64)),
+    }
+    # With more pairs on that side, messages are made at the source, and are what its logit is made of.
+    done = run_passes(rgat(64, 64), Statistics(100, 10_000, 500, 4000, 7))
+    assert "400 on this side" not in str(done) and "'linear' is needed elsewhere" in str(done)
+    assert ("linear", "src_pair") in {(op.kind, str(op.over)) for op in done.program.ops if op.result.shape == (64,)}
 
 
 def test_strings() -> None:
