@@ -54,12 +54,22 @@ def emit(
 def _kept_between_loops(step: Building) -> set[str]:
     """Values of an inner loop that a later one reads and that cost too much to compute twice."""
     first = {item.op.name: item for item in step.items if item.level == "inner" and not item.reduces}
-    found = set()
-    for item in step.items:
+    found: set[str] = set()
+
+    def visit(item: Item, time: int) -> None:
+        """What a loop at `time` needs for `item`, whose own sources it may have to compute again."""
         for source in item.sources:
             origin = first.get(source.value) if source.local else None
-            if origin is not None and item.level == "inner" and origin.time < item.time and origin.op.kind in _COSTLY:
+            if origin is None or origin.time >= time:
+                continue
+            if origin.op.kind in _COSTLY:
                 found.add(source.value)
+            else:
+                visit(origin, time)
+
+    for item in step.items:
+        if item.level == "inner":
+            visit(item, item.time)
     return found
 
 
