@@ -160,7 +160,7 @@ def _times_sigmoid(factor: float) -> Callable[[Any], Any]:
 def _relu(x: Any) -> Any:
     import tvm.tirx as tx
 
-    return tx.max(x, _like(0.0))
+    return tx.max(_like(0.0), x)  # NaN stays, in this order
 
 
 #: Activations of sixteen numbers, for what is rounded to bfloat16 next: relative errors stay below its 2**-9.

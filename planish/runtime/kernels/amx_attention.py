@@ -287,7 +287,8 @@ class _Kernel:
             self._put(self.top, at, self._line(best, 0))
             self._put(shift, 0, self._line(best, 0) * self._line(factor, 0))
             ratio = _stack(SIDE)
-            self._put(ratio, 0, exp2(self._line(old, 0) * self._line(factor, 0) - self._line(shift, 0)))
+            # A difference first: with a fused product, that of two equal numbers as large as these would not be 0.
+            self._put(ratio, 0, exp2((self._line(old, 0) - self._line(best, 0)) * self._line(factor, 0)))
             self._put(total, 0, self._line(self.sum, at) * self._line(ratio, 0))
             with T.serial(self.chunks * SIDE) as r:
                 self._put(self.out, at, self._line(self.out, at, r) * self._line(ratio, 0), r)
