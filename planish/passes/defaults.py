@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from planish.ir.errors import InputError
 from planish.ir.target import Target
+from planish.passes.base import ApproximatePass, Pass
+from planish.passes.pipeline import parse_pipeline
 
 # Cleaning comes first, so that fusions see one form of a thing; fusions come largest first, since a small one
 # would take apart what a larger one looks for; and what they leave behind is cleaned at the end.
@@ -58,15 +63,36 @@ _TYPES = ("infer-shapes", "simplify-shapes", "fold-constants")
 _KERNELS = ("lower-linear", "lower-normalization", "fuse-block-sparse", "lower-attention", "eliminate-dead-code")
 #: Cleaning and recognition: everything before a form is chosen for the runtime.
 RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
-_PIPELINES = {
-    "ort-cpu": (*RECOGNIZE, *_LOWER),
-    "ort-cpu:kernels": (*RECOGNIZE, *_KERNELS, *_LOWER),
-    "tvm-cpu": (*RECOGNIZE, "lower-linear", "lower-normalization", "eliminate-dead-code"),
+#: Target → what lowers the recognized program.
+_LOWERINGS = {
+    "ort-cpu": _LOWER,
+    "ort-cpu:kernels": (*_KERNELS, *_LOWER),
+    "tvm-cpu": ("lower-linear", "lower-normalization", "eliminate-dead-code"),
 }
 
 
 def default_pipeline(target: Target | str) -> str:
     """The pipeline string of a target's exact passes."""
+    return ",".join(_parts(target)[0] + _parts(target)[1])
+
+
+def with_approximate(target: Target | str, approximate: Sequence[Pass]) -> list[Pass]:
+    """The target's exact passes with approximate ones where they belong, in the order that the passes declare.
+
+    Raises:
+        InputError: one of them is exact.
+    """
+    for item in approximate:
+        if not isinstance(item, ApproximatePass):
+            raise InputError(f"'{item.name}' is an exact pass; approximate= takes approximate ones, passes= takes any.")
+    given = sorted((item for item in approximate if isinstance(item, ApproximatePass)), key=lambda item: item.order)
+    recognize, lower = (parse_pipeline(",".join(part)) for part in _parts(target))
+    early, late = ([item for item in given if item.lowered == lowered] for lowered in (False, True))
+    return [*recognize, *early, *lower, *late]
+
+
+def _parts(target: Target | str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What recognizes, and what lowers."""
     target = Target.parse(target)
     name = f"{target.name}:kernels" if target.runtime == "ort" and target.kernels else target.name
-    return ",".join(_PIPELINES.get(name, CLEAN))
+    return (RECOGNIZE, _LOWERINGS[name]) if name in _LOWERINGS else (CLEAN, ())

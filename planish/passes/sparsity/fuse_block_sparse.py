@@ -15,6 +15,7 @@ from planish.ir.ops.window_attention import window_mask
 from planish.passes.base import Decline
 from planish.passes.fusion.index_vectors import Offset, offset_of
 from planish.passes.fusion.sizes import Term, sizes
+from planish.passes.lowering.lower_window_attention import limits
 from planish.passes.lowering.mask_bands import Band
 from planish.passes.lowering.mask_parts import MaskParts, mask_parts
 from planish.passes.registry import register
@@ -48,8 +49,8 @@ class FuseBlockSparse(DialectRewritePass):
 
     def check(self, match: Match) -> None:
         node = match.root
-        if match.target.name != "ort-cpu" or not match.target.kernels:
-            raise Decline(f"target '{match.target}' has no generated kernels; 'ort-cpu:kernels' has")
+        if match.target.name != "ort-cpu":
+            raise Decline(f"target '{match.target}' has no operators for it")
         if self.block_size < 16 or self.block_size % 16:
             raise Decline(f"block_size is {self.block_size}; kernels take multiples of 16")
         if len(node.inputs) < 4 or node.inputs[3] is None:
@@ -76,9 +77,14 @@ class FuseBlockSparse(DialectRewritePass):
             return place.give(self._lists(op, match, place, parts))
         if not parts.band.has_globals and parts.band.left is None and parts.band.right in (None, Offset()):
             raise Decline("its mask is no window")
-        return place.give(place.call("WindowAttention", [], _key_mask(op, parts), parts, **_window(place, parts.band)))
+        window = _window(place, parts.band)
+        if not match.target.kernels:
+            _require_blocks(place, window)
+        return place.give(place.call("WindowAttention", [], _key_mask(op, parts), parts, **window))
 
     def _lists(self, op: Any, match: Match, place: _Place, parts: MaskParts) -> ir.Value:
+        if not match.target.kernels:
+            raise Decline(f"its mask is a constant, for which target '{match.target}' has no kernel")
         allowed = _whole(place, parts)
         found = tiled(allowed, place.heads, self.block_size)
         if found.density > self.most:
@@ -121,8 +127,13 @@ class _Place:
     def _flat(self, value: ir.Value) -> ir.Value:
         if not self._four:
             return value
+        assert value.shape is not None
+        batch, heads, length, size = value.shape
         turned = self._op.Transpose(value, perm=[0, 2, 1, 3])
         flat: ir.Value = self._op.Reshape(turned, np.array([0, 0, -1], dtype=np.int64))
+        turned.type = flat.type = value.type
+        turned.shape = ir.Shape([batch, length, heads, size])
+        flat.shape = ir.Shape([batch, length, int(heads) * int(size)])  # type: ignore[arg-type]
         return flat
 
     def call(self, name: str, lists: list[ir.Value], keys: ir.Value | None, parts: MaskParts, **more: int) -> ir.Value:
@@ -132,6 +143,7 @@ class _Place:
         if keys is not None:
             name, settings["hidden_score"] = name + "KeyMask", parts.hidden
         made: ir.Value = getattr(self._op, name)(*inputs, **settings, **more, _domain=DIALECT_DOMAIN)
+        made.type, made.shape = self._operands[0].type, self._operands[0].shape
         return made
 
     def give(self, flat: ir.Value) -> ir.Value:
@@ -176,6 +188,13 @@ def _window(place: _Place, band: Band) -> dict[str, int]:
     if band.global_queries and past != Offset():
         raise Decline("it has global queries behind a cache")
     return found
+
+
+def _require_blocks(place: _Place, window: dict[str, int]) -> None:
+    """What lower-window-attention asks for: without kernels, the operator by itself is slower than what it replaces."""
+    limits(window.get)
+    if place.queries != place.keys:
+        raise Decline("its queries and keys are not as many, and without kernels that is no gain")
 
 
 def _whole(place: _Place, parts: MaskParts) -> np.ndarray:

@@ -314,8 +314,10 @@ def test_declined(change: tuple[str, str], reason: str) -> None:
 
 
 def test_targets_and_options() -> None:
-    plain = program_of(window("mistral").main)
-    check_declines(PASS, plain, "target 'ort-cpu' has no generated kernels; 'ort-cpu:kernels' has")
+    check_declines(PASS, program_of(window("mistral").main, "tvm-cpu"), "target 'tvm-cpu' has no operators for it")
+    plain = program_of(constant(band(300, 9, 9)).main)
+    check_declines(PASS, plain, "its mask is a constant, for which target 'ort-cpu' has no kernel")
+    check_declines(PASS, program_of(window("longformer").main), "it has positions that all others see")
     check_declines("fuse-block-sparse{block_size=24}", window("mistral"), "block_size is 24")
     assert PASS in default_pipeline(KERNELS)
 
