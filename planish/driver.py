@@ -55,6 +55,7 @@ def optimize(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     passes: str | Sequence[Pass] | None = None,
+    approximate: str | Sequence[Pass] | None = None,
     calibration: Any = None,
     budget: Budget | None = None,
     task: str | CausalLM | None = None,
@@ -68,6 +69,8 @@ def optimize(
         example_inputs: for a torch module: what its forward takes, a tuple of tensors or a dict by parameter.
         dynamic_shapes: for a torch module: as for ``torch.export.export``; names may stand for ``Dim`` objects.
         passes: None for the target's exact pipeline, a pipeline string, or a list of passes.
+        approximate: approximate passes to run with the target's exact ones, in place of `passes`: a pipeline string or
+            a list. They are put where they belong, in the order that they declare; all share the budget's error.
         calibration: inputs to measure with: a dict by input name, a tuple in input order, or a list of these.
             None: the example inputs; without these, inputs made from the specs, marked as synthetic.
         budget: limits of the gates; None for the defaults of :class:`planish.Budget`.
@@ -88,7 +91,7 @@ def optimize(
     target, budget = _implemented(Target.parse(target)), budget if budget is not None else Budget()
     if not isinstance(budget, Budget):
         raise InputError(f"budget is a {type(budget).__name__}; give planish.Budget(error=..., seconds=...).")
-    pipeline = resolve_pipeline(passes, target)
+    pipeline = resolve_pipeline(passes, target, approximate)
     hooks.progress("reading the model")
     compare: Callable[[Bench], Any] | None
     if task is not None:
@@ -115,17 +118,27 @@ def optimize(
     return Executable(best, runners, report=report, pipeline=report.pipeline)
 
 
-def resolve_pipeline(passes: str | Sequence[Pass] | None, target: Target) -> list[Pass]:
+def resolve_pipeline(
+    passes: str | Sequence[Pass] | None, target: Target, approximate: str | Sequence[Pass] | None = None
+) -> list[Pass]:
     """The passes that `optimize` will run; what they require of the program is checked once there is one.
 
     Raises:
-        InputError: a pipeline string that does not parse, something that is no pass, or levels that do not chain.
+        InputError: a pipeline string that does not parse, something that is no pass, or levels that do not chain; both
+            `passes` and `approximate`.
     """
-    from planish.passes.defaults import default_pipeline
+    from planish.passes.defaults import default_pipeline, with_approximate
     from planish.passes.manager import check_levels
     from planish.passes.pipeline import as_passes
 
-    pipeline = as_passes(default_pipeline(target) if passes is None else passes)
+    if approximate is not None:
+        if passes is not None:
+            raise InputError(
+                "approximate= goes with the target's exact passes; name all passes in passes=, or leave it out."
+            )
+        pipeline = with_approximate(target, as_passes(approximate))
+    else:
+        pipeline = as_passes(default_pipeline(target) if passes is None else passes)
     check_levels(pipeline)
     return pipeline
 

@@ -35,6 +35,12 @@ Pipeline = Annotated[
         "--passes", "-p", help="Pipeline, e.g. 'fuse-gelu,fold-constants'. Left out: the target's exact passes."
     ),
 ]
+Approximate = Annotated[
+    str | None,
+    typer.Option(
+        "--approximate", "-a", help="Approximate passes beside the exact ones, e.g. 'quantize-weights{bits=4}'."
+    ),
+]
 
 app = typer.Typer(
     name="planish",
@@ -69,6 +75,7 @@ def optimize(
     model: Model,
     target: TargetText = "ort-cpu",
     passes: Pipeline = None,
+    approximate: Approximate = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="Artifact folder to make.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact that is already there.")] = False,
     budget: Annotated[str | None, typer.Option(help="Limits: error=1e-3,min_gain=1.02,seconds=30.")] = None,
@@ -86,7 +93,7 @@ def optimize(
 ) -> int:
     """Optimizes a model and writes an artifact.
 
-    Exits with 1 if a pass that -p names was rolled back, or an exact pass raised or changed the numbers.
+    Exits with 1 if a pass that -p or -a names was rolled back, or an exact pass raised or changed the numbers.
     """
     from pathlib import Path
 
@@ -109,9 +116,10 @@ def optimize(
             journal=commands.journal(journal, resume),
         )
         try:
-            exe, stopped = optimize(model, wanted, passes=passes, calibration=data, budget=limits, hooks=hooks), False
+            given: dict[str, Any] = {"passes": passes, "approximate": approximate, "calibration": data}
+            exe, stopped = optimize(model, wanted, **given, budget=limits, hooks=hooks), False
         except Interrupted as interrupt:
-            saved = commands.salvage(model, interrupt, wanted, passes, synthetic=data is None)
+            saved = commands.salvage(model, interrupt, wanted, passes, approximate, synthetic=data is None)
             if saved is None or output is None:
                 raise
             exe, stopped = saved, True
@@ -121,7 +129,7 @@ def optimize(
     assert exe.report is not None
     if report is not None:
         exe.report.to_html(report)
-    failed = commands.failed_passes(exe.report, named=passes is not None)
+    failed = commands.failed_passes(exe.report, named=passes is not None, approximate=approximate is not None)
     if not json:
         printing.optimized(exe.report, output, failed)
     elif not stopped:

@@ -73,16 +73,18 @@ def make_target(text: str, threads: int | None) -> Target:
     return dataclasses.replace(target, threads=threads)
 
 
-def failed_passes(report: Report, named: bool) -> list[str]:
+def failed_passes(report: Report, named: bool, approximate: bool = False) -> list[str]:
     """Passes that make a run count as "a gate failed".
 
     That is a pass that was rolled back because it raised or changed the numbers; and any pass that was rolled
-    back if the user `named` the pipeline: who asked for a pass wants to know that it is not in the result.
+    back if the user `named` the pipeline, or `approximate` passes: who asked for a pass wants to know that it is not in
+    the result.
     """
     wrong = []
     for entry in report.passes:
         numbers = entry.error_original is not None and entry.kind == "exact"
-        if not entry.kept and (named or numbers or entry.reproducer):
+        asked = named or (approximate and entry.kind == "approximate")
+        if not entry.kept and (asked or numbers or entry.reproducer):
             wrong.append(entry.name)
     return wrong
 
@@ -112,10 +114,17 @@ def instruments(print_after: Sequence[str], verify: bool, file: TextIO) -> list[
 
 
 def salvage(
-    model: str | Path, interrupted: Interrupted, target: Target, pipeline: str | None, synthetic: bool
+    model: str | Path,
+    interrupted: Interrupted,
+    target: Target,
+    pipeline: str | None,
+    approximate: str | None = None,
+    *,
+    synthetic: bool,
 ) -> Executable | None:
     """The best program of an interrupted run as an executable, or None if nothing had been kept yet."""
-    from planish.passes.defaults import default_pipeline
+    from planish.driver import resolve_pipeline
+    from planish.passes.pipeline import format_pipeline
     from planish.runtime.compile import compile_entry
     from planish.runtime.executable import Executable
     from planish.runtime.report import Report
@@ -125,7 +134,7 @@ def salvage(
     best = interrupted.best
     interrupted.ledger.synthetic = synthetic
     last = interrupted.ledger.entries[-1]
-    text = default_pipeline(target) if pipeline is None else pipeline
+    text = format_pipeline(resolve_pipeline(pipeline, target, approximate)) if pipeline is None else pipeline
     report = Report.build(
         model=Path(model).name,
         before=open_program(model, target),

@@ -103,9 +103,14 @@ class ApproximatePass(Pass):
 
     Class attributes:
         gives_up: one sentence: what the result may lose.
+        order: where the pass goes among approximate ones that are given without a pipeline: layers and heads first
+            (10), then tokens (30), what attention sees (50), and the formats of numbers (60).
+        lowered: whether it goes behind the passes that lower operators to the target, and not in front of them.
     """
 
     gives_up: ClassVar[str]
+    order: ClassVar[int] = 50
+    lowered: ClassVar[bool] = False
 
     def entry_names(self, program: Program) -> list[str]:
         """The entries that the pass is to make faster; in others it may only follow."""

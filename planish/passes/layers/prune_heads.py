@@ -45,6 +45,7 @@ class PruneHeads(ApproximatePass):
 
     name: ClassVar[str] = "prune-heads"
     gives_up: ClassVar[str] = "What the heads that are removed add to the output of their attention."
+    order: ClassVar[int] = 20
 
     heads: dict[int, tuple[int, ...]] | None = field(default=None, hash=False)
     keep: int | None = None

@@ -64,6 +64,7 @@ class SkipLayers(ApproximatePass):
 
     name: ClassVar[str] = "skip-layers"
     gives_up: ClassVar[str] = "What the layers that are left out compute; the less, the more alike layers are."
+    order: ClassVar[int] = 10
 
     speedup: float | None = None
     layers: tuple[int, ...] | None = None

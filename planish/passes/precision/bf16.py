@@ -42,6 +42,8 @@ class Bf16(ApproximatePass):
 
     name: ClassVar[str] = "bf16"
     gives_up: ClassVar[str] = "Operands of matrix products keep 8 of the 24 bits of their mantissas."
+    order: ClassVar[int] = 60
+    lowered: ClassVar[bool] = True
 
     attention: bool = True
     head: bool = True

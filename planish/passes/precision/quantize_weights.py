@@ -62,6 +62,7 @@ class QuantizeWeights(ApproximatePass):
 
     name: ClassVar[str] = "quantize-weights"
     gives_up: ClassVar[str] = "Weights keep 8 or 4 bits, and what they are multiplied with 8 bits."
+    order: ClassVar[int] = 60
 
     bits: int = 8
     block: int | None = None

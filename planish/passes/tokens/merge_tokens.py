@@ -51,6 +51,7 @@ class MergeTokens(ApproximatePass):
     name: ClassVar[str] = "merge-tokens"
     requires: ClassVar[tuple[str, ...]] = ("shapes",)
     gives_up: ClassVar[str] = "The difference between tokens that are alike."
+    order: ClassVar[int] = 30
 
     r: int | tuple[int, ...] | None = None
     inflection: float = 0.0
