@@ -77,6 +77,7 @@ def _families() -> dict[str, type[OpKernel]]:
     from planish.runtime.kernels.bf16_attention_ops import Bf16AttentionKernel
     from planish.runtime.kernels.feed_forward_ops import FeedForwardKernel
     from planish.runtime.kernels.linear import LinearKernel
+    from planish.runtime.kernels.merge_ops import MergeKernel
     from planish.runtime.kernels.norm_ops import NormKernel
 
     attention = (*FLASH_ATTENTION, KEY_MASK_ATTENTION.name, *BLOCK_SPARSE, *WINDOW_ATTENTION)
@@ -86,4 +87,5 @@ def _families() -> dict[str, type[OpKernel]]:
         **dict.fromkeys(attention, AttentionKernel),
         **dict.fromkeys(BF16_ATTENTION, Bf16AttentionKernel),
         **dict.fromkeys(FEED_FORWARD, FeedForwardKernel),
+        "MergeTokens": MergeKernel,  # its relatives run as their functions
     }
