@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from planish.ir import processor
 from planish.ir.graphs import constant_tensor, dims_of, is_op
 from planish.ir.ledger import Declined
-from planish.ir.ops import DIALECT_DOMAIN, import_functions
+from planish.ir.ops import DIALECT_DOMAIN, dialect_op, import_functions
 from planish.ir.ops.bf16_attention import IN_BF16
 from planish.ir.ops.feed_forward import FUSED
 from planish.ir.ops.linear import COMPUTE_TYPE, LINEAR, TRANSPOSED
 from planish.ir.program import Program
 from planish.passes.base import ApproximatePass, Decline, PassContext, PassResult
 from planish.passes.canonicalize.editing import Editor
+from planish.passes.canonicalize.eliminate_dead_code import EliminateDeadCode
 from planish.passes.registry import register
 
 _BFLOAT16 = int(ir.DataType.BFLOAT16)
@@ -60,7 +62,11 @@ class Bf16(ApproximatePass):
                     fired += self._node(editor, node)
                 except Decline as decline:
                     declined.append(Declined(self.name, node.name or entry, decline.reason))
-            import_functions(model)
+        if fired:
+            store_rounded(program, editor)
+            EliminateDeadCode().apply(program, ctx)
+            for model in program.entries.values():
+                import_functions(model)
         return PassResult(fired > 0, fired, declined)
 
     def _node(self, editor: Editor, node: ir.Node) -> bool:
@@ -83,6 +89,41 @@ def unsupported(ctx: PassContext) -> str:
     if lacking := processor.missing(processor.AMX_BF16):
         return f"this processor lacks {', '.join(lacking)}, without which bfloat16 is no faster: float32 stays"
     return ""
+
+
+def store_rounded(program: Program, editor: Editor) -> None:
+    """Keeps weights as bfloat16 that nothing but products in bfloat16 reads; entries go on sharing them."""
+    places: dict[int, list[ir.Value]] = {}
+    for graph in program.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
+                places.setdefault(id(value.const_value), []).append(value)
+    for values in places.values():
+        tensor = values[0].const_value
+        if tensor is None or not all(map(_only_rounded, values)):
+            continue
+        # Rounded to nearest even, as the kernel would do when it packs the weight.
+        rounded = ir.tensor(np.ascontiguousarray(tensor.numpy()).astype(ml_dtypes.bfloat16))
+        name = editor.names.fresh(f"{values[0].name}_bf16")
+        for value in values:
+            made = ir.Value(name=name, const_value=rounded)
+            made.type, made.shape = ir.TensorType(rounded.dtype), ir.Shape(rounded.shape.numpy())
+            assert value.graph is not None and value.name is not None
+            value.graph.register_initializer(made)
+            editor.replace(value, made)
+            del value.graph.initializers[value.name]
+
+
+def _only_rounded(value: ir.Value) -> bool:
+    """Whether all users of an initializer round it."""
+    if not value.uses() or value.is_graph_input() or value.is_graph_output():
+        return False
+    return all(
+        node.domain == DIALECT_DOMAIN
+        and node.attributes.get_int(COMPUTE_TYPE, 1) == _BFLOAT16
+        and dialect_op(node.op_type).schema.inputs[index].name.endswith("weight")
+        for node, index in value.uses()
+    )
 
 
 def _join(editor: Editor, last: ir.Node) -> None:
