@@ -25,10 +25,10 @@ from planish.passes.manager import PassManager  # noqa: E402
 from planish.passes.pipeline import parse_pipeline  # noqa: E402
 from planish.passes.testing import apply_pass  # noqa: E402
 from planish.runtime.bench import Bench  # noqa: E402
+from planish.runtime.executable import Executable  # noqa: E402
 from tests.token_pruning import IMAGE, Recipe, finder, head, llava, prefill, step  # noqa: E402
 
 BEFORE, AFTER = default_pipeline("ort-cpu").split(",lower-feed-forward,")
-FREE = planish.Budget(gates=False)
 RECIPES = (
     Recipe("feather", (1, 3), (0.3, 0.5)),
     Recipe("feather", (2,), (0.5,), stride=0),
@@ -97,8 +97,10 @@ def test_prefill(recipe: Recipe) -> None:
 def test_generate() -> None:
     """Greedy decoding over caches of several lengths, in the whole pipeline, token for token."""
     model, recipe = llava(), RECIPES[0]
-    passes = f"{BEFORE},prune-tokens{{{recipe},span=(2, 16)}},lower-feed-forward,{AFTER}"
-    exe = planish.optimize(model, task="causal-lm", passes=passes, budget=FREE)
+    program, _ = pruned(decoder(), f"{recipe},span=(2, 16)")
+    PassManager(parse_pipeline(f"lower-feed-forward,{AFTER}")).apply(program, PassContext(program.target))
+    bench = Bench(program.target, None)
+    exe = Executable(program, {entry: bench.runner(program, entry) for entry in program.entries})
     ids, lengths = np.random.default_rng(3).integers(0, IMAGE, (2, 22)), (22, 19)
     mask = np.arange(22) < np.array(lengths)[:, None]
     tokens = exe.generate(ids, max_new_tokens=6, attention_mask=mask)[:, 22:]
