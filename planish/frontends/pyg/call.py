@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +104,22 @@ def check_plain(module: Any) -> str:
         raise UnsupportedError(f"{name}: it has hooks on its messages, which a compiled layer would not call.")
     if getattr(module, "explain", None):
         raise UnsupportedError(f"{name}: explanations need PyG's own forward; set module.explain = False.")
+    if module not in _CHECKED:
+        _check_parameters(module, name)
+        _CHECKED.add(module)
+    return name
+
+
+#: Layers whose parameters were looked at; there may be hundreds of them. Dtypes are checked again when they are used.
+_CHECKED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def _check_parameters(module: Any, name: str) -> None:
     for key, tensor in module.named_parameters():
         if isinstance(tensor, torch.nn.parameter.UninitializedParameter):
             raise InputError(f"{name}: '{key}' is not initialized yet (-1 channels); call the module once first.")
         if tensor.dtype != torch.float32:
             raise UnsupportedError(f"{name}: '{key}' is {tensor.dtype}; relational layers are float32.")
-    return name
 
 
 def edges(module: Any, name: str, edge_index: Any, edge_type: Any = None) -> tuple[Tensor, Tensor]:

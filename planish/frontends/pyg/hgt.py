@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -39,7 +40,7 @@ def hgt(module: Any, x_dict: Mapping[str, Tensor], edge_index_dict: Mapping[Any,
     for kind in kinds:
         features(name, f"x_dict[{kind!r}]", x_dict[kind], widths[kind])
     counts = [x_dict[kind].shape[0] for kind in kinds]
-    index, types = _joined(module, name, kinds, counts, edge_index_dict)
+    index, types = _edges(module, name, kinds, counts, edge_index_dict)
     out, one_width = module.out_channels, len(set(widths.values())) == 1
     skips = one_width and out in widths.values()
     program = hgt_program(widths[kinds[0]] if one_width else 0, out, module.heads, len(kinds), skips)
@@ -58,6 +59,35 @@ def hgt(module: Any, x_dict: Mapping[str, Tensor], edge_index_dict: Mapping[Any,
         lambda outputs: _by_kind(module, outputs[0], kinds, counts, x_dict, skips),
         tuple((number[a], number[b]) for a, _, b in module.edge_types),
     )
+
+
+#: What the edges of the last call of a layer were joined to, and the tensors, with their versions, that it came from.
+_LAST: weakref.WeakKeyDictionary[Any, tuple[Any, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def _edges(
+    module: Any, name: str, kinds: Sequence[str], counts: Sequence[Any], given: Mapping[Any, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`_joined`, or what it gave at the last call if nothing has changed."""
+    if any(type(tensor) is not Tensor for tensor in given.values()):  # tracing, among others
+        return _joined(module, name, kinds, counts, given)
+    last = _LAST.get(module)
+    if last is not None:
+        old_counts, refs = last[0]
+        now = given.items()
+        if (
+            old_counts == counts
+            and len(refs) == len(given)
+            and all(
+                triple == key and ref() is tensor and version == tensor._version
+                for (triple, ref, version), (key, tensor) in zip(refs, now, strict=True)
+            )
+        ):
+            return last[1]
+    joined = _joined(module, name, kinds, counts, given)
+    refs = [(triple, weakref.ref(tensor), tensor._version) for triple, tensor in given.items()]
+    _LAST[module] = ((list(counts), refs), joined)
+    return joined
 
 
 def _joined(
