@@ -122,6 +122,9 @@ class _Emitter:
                 matrices[name] = Matrix(stacks[name], 0, width)
         if gemm.kind == "outer":
             self._outer(gemm, segment, count, matrices["x"], matrices["y"])
+            if self.kernel.after:
+                with T.serial(count) as i:
+                    self.after.emit(opaque(begin + i), {})
         else:
             self._linear(gemm, segment, begin, count, matrices["x"])
 
