@@ -1,7 +1,7 @@
 """planish::FlashAttentionBf16 and FlashAttentionKeyMaskBf16: attention with operands of its products in bfloat16.
 
 They are FlashAttention and FlashAttentionKeyMask but for precision: q, k and v are rounded to bfloat16, scores, softmax
-and sums stay float32. A kernel may round the weights of the softmax too, which adds up to 2**-9 of each of them; the
+and sums stay float32. A kernel may round the weights of the softmax too, which adds up to 2**-8 of each of them; the
 body does not.
 """
 

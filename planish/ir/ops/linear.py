@@ -12,7 +12,8 @@ LinearTransposed    x Wᵀ + b, for a weight that is used otherwise too: an embe
 LinearSwiGLU        silu(x W_gate) * (x W_up) (arXiv:2002.05202)
 ==================  ============================================
 
-An operator each, since the body of a function has neither optional inputs nor choices.
+An operator each, since the body of a function has neither optional inputs nor choices. Weights may be stored as
+bfloat16.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from planish.ir.ops.base import Attribute, DialectOp, Dim, InferenceError, Opera
 from planish.ir.schemas import DIALECT_DOMAIN
 
 _FLOAT = frozenset({ir.DataType.FLOAT})
+_WEIGHT = frozenset({ir.DataType.FLOAT, ir.DataType.BFLOAT16})
 #: The attribute of the operands' dtype in the product, as ONNX counts dtypes: float32, or bfloat16 (then both are
 #: rounded to it, and sums stay float32).
 COMPUTE_TYPE = "compute_type"
@@ -50,7 +52,8 @@ _QUICK = 1.702
 def linear_schema(name: str, inputs: Sequence[str], doc: str) -> Schema:
     """The schema of an operator whose products have a `compute_type`."""
     compute = Attribute(COMPUTE_TYPE, ir.AttributeType.INT, default=COMPUTE_TYPES[0])
-    return Schema(name, tuple(Operand(item, _FLOAT) for item in inputs), (Operand("y", _FLOAT),), (compute,), doc)
+    operands = tuple(Operand(n, _WEIGHT, "W") if n.endswith("weight") else Operand(n, _FLOAT) for n in inputs)
+    return Schema(name, operands, (Operand("y", _FLOAT),), (compute,), doc)
 
 
 def _infer(weights: int, *, transposed: bool = False) -> Any:
@@ -63,7 +66,8 @@ def _infer(weights: int, *, transposed: bool = False) -> Any:
         if attributes[COMPUTE_TYPE] not in COMPUTE_TYPES:
             raise InferenceError(f"{COMPUTE_TYPE} is {attributes[COMPUTE_TYPE]}; it must be one of {COMPUTE_TYPES}")
         known = [item or TensorInfo() for item in inputs]
-        dtype = next((item.dtype for item in known if item.dtype is not None), None)
+        others = (known[0], *known[1 + weights :])
+        dtype = next((item.dtype for item in others if item.dtype is not None), None)
         rows: Dim = None
         columns: Dim = None
         for weight in known[1 : 1 + weights]:

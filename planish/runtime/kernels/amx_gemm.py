@@ -126,24 +126,31 @@ class PackWeight(Template):
 
     Attributes:
         transposed: the source has a row per output.
+        bits: the source holds bfloat16 already, as uint16.
     """
 
     transposed: bool = False
+    bits: bool = False
 
     @property
     def symbol(self) -> str:
-        return "pack_weight_bf16_nk" if self.transposed else "pack_weight_bf16_kn"
+        return f"pack_weight_bf16_{'nk' if self.transposed else 'kn'}{'_bits' * self.bits}"
 
     def cpu(self) -> Cpu:
         return amx("a product")
 
     def reference(self, *arguments: np.ndarray) -> np.ndarray:
-        return pack(arguments[0].T if self.transposed else arguments[0])
+        source = arguments[0].view(ml_dtypes.bfloat16).astype(np.float32) if self.bits else arguments[0]
+        return pack(source.T if self.transposed else source)
 
     def build(self, cpu: Cpu) -> Any:
         with prim_func(self.symbol) as built:
             depth, columns, panels, steps = size(), size(), size(), size()
-            source = argument("source", (columns, depth) if self.transposed else (depth, columns))
+            shape, dtype = (
+                (columns, depth) if self.transposed else (depth, columns),
+                "uint16" if self.bits else "float32",
+            )
+            source = argument("source", shape, dtype)
             packed = argument("packed", (panels, steps, 2 * TILE), "uint16")
             import tvm.tirx as tx
             from tvm.tirx.script.builder import ir as T
@@ -153,8 +160,8 @@ class PackWeight(Template):
                 column = T.bind(p * SHAPE.width + at // TILE * SIDE + at % STEP // 2)
                 where = (column, row) if self.transposed else (row, column)
                 inside = tx.all(row < depth, column < columns)
-                value = tx.if_then_else(inside, source[where], tx.const(0.0, "float32"))
-                T.buffer_store(packed, _bfloat16_bits(value), [p, s, at])
+                value = tx.if_then_else(inside, source[where], tx.const(0, dtype))
+                T.buffer_store(packed, value if self.bits else _bfloat16_bits(value), [p, s, at])
         return built[0]
 
 

@@ -44,10 +44,14 @@ class OpKernel(ABC):
 
     @abstractmethod
     def declaration(self) -> str:
-        """C: the definition of the variable ``op_<operator>``."""
+        """C: the definitions of `variables`."""
+
+    def variables(self) -> tuple[str, ...]:
+        """The C variables that describe it: one, or one for each combination of dtypes."""
+        return (f"op_{self.op}",)
 
 
-def types_declaration(op: str, types: list[int]) -> str:
+def types_declaration(op: str, types: Iterable[int]) -> str:
     """C: the element types of inputs and outputs, as ``types_<operator>``."""
     return f"static const int types_{op}[] = {{{', '.join(map(str, types))}}};"
 

@@ -124,3 +124,33 @@ def test_flops_are_those_of_the_products() -> None:
     inputs = [TensorInfo(ir.DataType.FLOAT, array.shape) for array in feeds.values()]
     outputs = [TensorInfo(ir.DataType.FLOAT, (2, 33, 50))]
     assert DIALECT["FeedForwardSwiGLU"].cost(inputs, outputs, {}).flops == 2 * 66 * 70 * (2 * 40 + 50)
+
+
+def test_weights_stored_as_bfloat16_beside_others() -> None:
+    """Both are there in one graph: the same numbers, whichever way a weight is kept."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    sizes = SIZES[1] | {"n": SIZES[1]["f"]}
+    feeds = feeds_of("Linear", sizes, False)
+    x, weight, bias = feeds.values()
+    kept = weight.astype(ml_dtypes.bfloat16)
+    text = (
+        '<ir_version: 10, opset_import: ["" : 23, "planish" : 1]> g (float[b, m, 40] x) => (float[b, m, 70] y, '
+        "float[b, m, 70] z, float[b, m, 70] t) { y = planish.Linear <compute_type = 16> (x, w, bias) "
+        "z = planish.Linear <compute_type = 16> (x, w16, bias) "
+        "t = planish.LinearTransposed <compute_type = 16> (x, wt, bias) }"
+    )
+    tensors = {"w": weight, "w16": kept, "wt": np.ascontiguousarray(kept.T), "bias": bias}
+    made = ir.from_onnx_text(text, initializers=[ir.tensor(array, name=name) for name, array in tensors.items()])
+    (want,) = DIALECT["Linear"].reference(x, weight, bias, compute_type=BF16)
+    for target in _targets():
+        got = compile_ort(made, Target.parse(target)).run({"x": x})
+        for name in "yzt":
+            assert np.allclose(got[name], want, rtol=1e-5, atol=1e-5), (target, name)
+
+
+def test_a_float32_product_of_a_bfloat16_weight_has_no_kernel() -> None:
+    from planish.runtime.kernels.linear import LinearKernel
+
+    weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.BFLOAT16))
+    node = ir.node("Linear", [ir.Value(name="x"), weight, ir.Value(name="b")], domain="planish")
+    assert LinearKernel.of("Linear", [node]) is None

@@ -35,7 +35,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
   for (int i = 0; i < weight_count(op) && !status; ++i) {
     tensor weight;
     int found;
-    status = planish_constant(info, weight_input(op, i), sizeof(float), &weight, &found);
+    status = planish_constant(info, weight_input(op, i), (size_t)op->form->stored / 8, &weight, &found);
     if (!status && found) status = planish_pack(op->form, 0, NULL, &weight, &kernel->packed[i], kernel->shape[i]);
     planish_release(&weight);
   }
@@ -63,7 +63,7 @@ static ort_status *fetch(const feed_forward *kernel, ort_context *context, opera
   for (int i = 0; i < count; ++i) {
     memcpy(all->shape[i], kernel->shape[i], sizeof all->shape[i]);
     if (kernel->packed[i]) continue;
-    CHECK(planish_input(context, weight_input(op, i), sizeof(float), &all->weight[i]));
+    CHECK(planish_input(context, weight_input(op, i), (size_t)op->form->stored / 8, &all->weight[i]));
     CHECK(planish_pack(op->form, 0, context, &all->weight[i], &all->packed[i], all->shape[i]));
   }
   const int64_t *first = all->shape[0], *second = all->shape[count - 1];

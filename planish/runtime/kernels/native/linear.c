@@ -30,7 +30,7 @@ ort_status *planish_pack(
   *packed = planish_allocate((size_t)planish_product(shape, (size_t)rank) * (size_t)form->bits / 8);
   if (!*packed) return planish_error("no memory for a packed weight of %ld x %ld", (long)sizes[0], (long)sizes[1]);
   tvm_any arguments[2] = {
-      planish_argument(&from, weight->data, DL_FLOAT, 32, 2, weight->shape),
+      planish_argument(&from, weight->data, form->stored == 16 ? DL_UINT : DL_FLOAT, form->stored, 2, weight->shape),
       planish_argument(&to, *packed, form->code, form->bits, rank, shape),
   };
   return planish_call(context, form->pack, arguments, 2);
@@ -56,7 +56,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
   for (int i = 0; i < op->weights && !status; ++i) {
     tensor weight;
     int found;
-    status = planish_constant(info, (size_t)(1 + i), sizeof(float), &weight, &found);
+    status = planish_constant(info, (size_t)(1 + i), (size_t)kernel->form->stored / 8, &weight, &found);
     if (!status && found) status = planish_pack(kernel->form, op->transposed, NULL, &weight, &kernel->packed[i], kernel->shape[i]);
     planish_release(&weight);
   }
@@ -83,7 +83,7 @@ static ort_status *fetch(const linear *kernel, ort_context *context, operands *a
   for (int i = 0; i < op->weights; ++i, ++next) {
     const int64_t *shape = kernel->shape[i];
     if (!kernel->packed[i]) {
-      CHECK(planish_input(context, next, sizeof(float), &all->weight[i]));
+      CHECK(planish_input(context, next, (size_t)kernel->form->stored / 8, &all->weight[i]));
       CHECK(planish_pack(kernel->form, op->transposed, context, &all->weight[i], &all->packed[i], all->shape[i]));
       shape = all->shape[i];
     }

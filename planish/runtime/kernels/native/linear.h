@@ -11,6 +11,7 @@ typedef struct {
   tvm_function call, pack;
   int64_t width, rows;
   int code, bits;
+  int stored; /* bits of an element of the weight as the graph has it: 32 (float32) or 16 (bfloat16) */
 } linear_form;
 
 typedef struct {
