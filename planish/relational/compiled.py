@@ -56,6 +56,16 @@ def compile(
     raise InputError(f"planish.relational.compile takes a relational program or a torch module, not a {kind}.")
 
 
+def _statistics(graph: Graph) -> Statistics:
+    """The statistics of a graph; made once."""
+    if graph not in _known:
+        _known[graph] = Statistics.of(graph)
+    return _known[graph]
+
+
+_known: weakref.WeakKeyDictionary[Graph, Statistics] = weakref.WeakKeyDictionary()
+
+
 class CompiledProgram:
     """A relational program, callable with a graph and its arguments.
 
@@ -93,7 +103,7 @@ class CompiledProgram:
 
     def inference(self, graph: Graph) -> Engine:
         """The compiled forward pass; `graph` is what it is compiled for, if it is not yet."""
-        rows = Statistics.of(graph)
+        rows = _statistics(graph)
         key = ("inference", rows.canonical)
         if key not in self._engines:
             self._engines[key] = self._engine(self.program, rows)
@@ -105,7 +115,7 @@ class CompiledProgram:
         from planish.ir.relational.autodiff import differentiate
         from planish.passes.relational.pipeline import run_passes
 
-        rows = Statistics.of(graph)
+        rows = _statistics(graph)
         key = (wrt, rows.canonical)
         if key not in self._engines:
             both = differentiate(run_passes(self.program, rows, self.passes).program, wrt)
@@ -126,7 +136,9 @@ class CompiledProgram:
         from planish.runtime.relational.engine import Engine
 
         optimized = run_passes(program, rows, self.passes).program
-        lowered = choose(lower(optimized, scatter=self.threads == 1), rows, self.threads, **self.schedule)
+        lowered = choose(
+            lower(optimized, scatter=self.threads == 1, canonical=rows.canonical), rows, self.threads, **self.schedule
+        )
         return Engine(lowered, threads=self.threads)
 
 

@@ -109,7 +109,7 @@ def from_row(inner: Relation, rows: Domain, coarse: Domain, end: str) -> tuple[s
     if rows in PAIRS:
         if coarse == EDGE_TYPE or (coarse in (NODE, NODE_TYPE) and end == own):
             return tables(rows, coarse, end)
-        return tables(rows, coarse, end) if coarse == NODE_TYPE else None
+        return None
     if rows == NODE and coarse == NODE_TYPE and end == own:
         return ("node_type",)
     return None

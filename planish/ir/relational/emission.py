@@ -167,7 +167,7 @@ class _Emitter:
             )
             return Statement(op.kind, replace(op.result, name=inner_name), operands, attrs, kept)
         store = None
-        if name in self.memory and name not in self.stored and op.kind != "constant":
+        if name in self.memory and name not in self.stored and (op.kind != "constant" or self.step.rows == NONE):
             store = self.target(name, item.level)
         return Statement(op.kind, op.result, operands, attrs, store)
 

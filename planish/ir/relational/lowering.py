@@ -31,18 +31,19 @@ _CHEAP = 8
 _TRIES = 12
 
 
-def lower(program: Program, *, scatter: bool = True) -> Lowered:
+def lower(program: Program, *, scatter: bool = True, canonical: bool = True) -> Lowered:
     """The kernels of a verified program.
 
     Args:
         program: with values by edge in the order of the given edges.
         scatter: kernels may add rows to those of other domains as they come. Tiles then run one after the other;
             without it, all kernels but outer products can run on several threads.
+        canonical: all edges of a type join nodes of the same two types, in every graph that this is for.
 
     Raises:
         UnsupportedError: a reduction that no kernel can do (a maximum over rows that graphs do not list).
     """
-    return _Lowering(prepare(program), scatter).run()
+    return _Lowering(prepare(program, canonical), scatter).run()
 
 
 class _Lowering:
@@ -92,13 +93,12 @@ class _Lowering:
         """Makes sure that a value is in memory when the kernel that is under construction runs."""
         if name in self.memory or name in self.aliases:
             return
-        home = self.home.get(name)
-        if home is not None:
+        home, op = self.home.get(name), self.defs[name]
+        if home is not None and op.kind != "constant":
             if isinstance(home, Building) and home in self.building:
                 raise Cannot
             self.memory.add(name)
             return
-        op = self.defs[name]
         if op.kind in _ALIASES and op.over == self.variables[op.reads[0]].domain:
             source = op.reads[0]
             if name not in self.program.outputs and self.variables[source].domain != EDGE:
@@ -270,6 +270,11 @@ class _Lowering:
     def _rowwise(self, op: Op) -> None:
         """A kernel for an operator that nothing else computes; or a place in the one that computes what it reads."""
         over = op.result.domain if op.kind == "count" else op.over
+        if op.kind == "constant":  # in a kernel that runs on every graph
+            kernel = self._open(NONE, None)
+            self._place(kernel, op, "row", 0)
+            self._close(kernel)
+            return
         for at in range(len(self.steps) - 1, max(-1, len(self.steps) - 1 - _TRIES), -1):
             kernel = self.steps[at]
             if not isinstance(kernel, Building) or not any(name in kernel.placed for name in op.reads):

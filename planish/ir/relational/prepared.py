@@ -24,8 +24,8 @@ class Prepared:
     start: dict[str, str]
 
 
-def prepare(program: Program) -> Prepared:
-    """The rewrites, in order."""
+def prepare(program: Program, canonical: bool = True) -> Prepared:
+    """The rewrites, in order; `canonical`: all edges of a type join nodes of the same two types."""
     ops: list[Op] = []
     taken = set(program.variables())
 
@@ -38,7 +38,13 @@ def prepare(program: Program) -> Prepared:
     variables = program.variables()
     turned: dict[str, str] = {}
     for op in program.ops:
-        if op.kind == "edge_softmax":
+        if op.over == op.result.domain and op.kind in ("sum", "mean", "max_rows", "min_rows"):
+            ops.append(replace(op, kind="copy", by=""))  # each row is a group of its own
+        elif op.over == op.result.domain and op.kind == "count":
+            one = Variable(fresh(f"{op.name}_one"), NONE)
+            ops.append(Op("constant", one, (), (("shape", ()), ("value", 1.0))))
+            ops.append(replace(op, kind="copy", operands=(Operand(one.name),), by=""))
+        elif op.kind == "edge_softmax":
             ops += _softmax(op, fresh)
         elif op.kind == "linear" and op.attr("transpose"):
             name = op.operands[1].name
@@ -48,7 +54,8 @@ def prepare(program: Program) -> Prepared:
             ops.append(replace(op, operands=(op.operands[0], replace(op.operands[1], name=turned[name])), attrs=()))
         elif op.kind == "outer" and segments(op.over, op.result.domain, op.by) is None and op.over != op.result.domain:
             # No list of rows by that: first by edge type (or row by row), then the sum of those.
-            middle = EDGE_TYPE if op.over in (EDGE, *PAIRS) else op.over
+            by_type = canonical and op.result.domain == NODE_TYPE and op.over in (EDGE, *PAIRS)
+            middle = EDGE_TYPE if by_type else op.over
             part = Variable(fresh(f"{op.name}_part"), middle, op.result.shape)
             ops.append(replace(op, result=part, by=""))
             ops.append(Op("sum", op.result, (Operand(part.name),), (), middle, op.by, op.location))
