@@ -9,24 +9,21 @@ that computes them need go through memory, unless they cost next to nothing to c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from planish.ir.errors import UnsupportedError
 from planish.ir.relational import access as schemes
 from planish.ir.relational.access import Relation
 from planish.ir.relational.building import Building, Cannot
-from planish.ir.relational.domains import EDGE, EDGE_TYPE, NODE_TYPE, NONE, PAIRS, Domain, only_end
+from planish.ir.relational.domains import EDGE, NONE, PAIRS, Domain
 from planish.ir.relational.emission import emit
-from planish.ir.relational.inter import Op, Operand, Program, Variable
+from planish.ir.relational.inter import Op, Operand, Program
 from planish.ir.relational.intra import Access, Lowered, View
-from planish.ir.relational.prepared import Prepared, is_product, prepare
+from planish.ir.relational.placing import ALIASES, CHEAP, REDUCTIONS, Placement
+from planish.ir.relational.prepared import is_product, prepare
 
-_REDUCTIONS = frozenset(("sum", "mean", "max_rows", "min_rows"))
-_ALIASES = frozenset(("reshape", "copy"))
-#: Numbers of a value that is computed again rather than kept in memory.
-_CHEAP = 8
 #: Finished kernels that a reduction or a result is tried to be put into, latest first.
 _TRIES = 12
 
@@ -46,22 +43,7 @@ def lower(program: Program, *, scatter: bool = True, canonical: bool = True) -> 
     return _Lowering(prepare(program, canonical), scatter).run()
 
 
-class _Lowering:
-    def __init__(self, prepared: Prepared, scatter: bool) -> None:
-        self.prepared, self.scatter = prepared, scatter
-        self.program = prepared.program
-        self.variables: dict[str, Variable] = self.program.variables()
-        self.defs: dict[str, Op] = self.program.definitions()
-        self.users: dict[str, list[Op]] = self.program.users()
-        self.steps: list[Building | View] = []
-        #: The kernel or view in which a value is computed.
-        self.home: dict[str, Building | View] = {}
-        self.memory: set[str] = {v.name for v in self.program.arguments}
-        self.aliases: dict[str, str] = {}
-        self.building: list[Building] = []
-        edges = [v.name for v in self.program.arguments if v.domain == EDGE]
-        self.given_order = {*edges, *(o for o in self.program.outputs if self.variables[o].domain == EDGE)}
-
+class _Lowering(Placement):
     def run(self) -> Lowered:
         for op in self.program.ops:
             if op.name not in self.home and not self._waits(op):
@@ -76,7 +58,7 @@ class _Lowering:
         """Whether an operator is left until something reads it."""
         if is_product(op, self.variables) or op.kind in ("join", "pick"):
             return False
-        if op.kind in _REDUCTIONS:
+        if op.kind in REDUCTIONS:
             # Into the rows of a product that reads nothing else: part of its kernel.
             return op.over == EDGE and op.result.domain in PAIRS and self._only_products(op.name, op.result.domain)
         return True
@@ -99,7 +81,7 @@ class _Lowering:
                 raise Cannot
             self.memory.add(name)
             return
-        if op.kind in _ALIASES and op.over == self.variables[op.reads[0]].domain:
+        if op.kind in ALIASES and op.over == self.variables[op.reads[0]].domain:
             source = op.reads[0]
             if name not in self.program.outputs and self.variables[source].domain != EDGE:
                 self.materialize(source)
@@ -118,7 +100,7 @@ class _Lowering:
             self.memory |= {op.name}
         elif is_product(op, self.variables):
             self._product(op)
-        elif op.kind in _REDUCTIONS:
+        elif op.kind in REDUCTIONS:
             self._reduction(op)
         else:
             self._rowwise(op)
@@ -162,7 +144,7 @@ class _Lowering:
 
     def _follow(self, kernel: Building, user: Op) -> None:
         fine = kernel.relation.fine if kernel.relation else None
-        if user.kind in _REDUCTIONS:
+        if user.kind in REDUCTIONS:
             if (
                 not self.scatter
                 or user.kind != "sum"
@@ -182,7 +164,7 @@ class _Lowering:
 
     def _shrinks(self, op: Op, fine: Domain | None) -> bool:
         """Whether a value by edge is small, or ends up in sums: else it would be written for every edge."""
-        if len(op.result.shape) == 0 or _size(op.result) <= _CHEAP:
+        if len(op.result.shape) == 0 or math.prod(op.result.shape) <= CHEAP:
             return True
         users = self.users[op.name]
         return (
@@ -197,7 +179,7 @@ class _Lowering:
         )
 
     def _soft(self, op: Op) -> bool:
-        return op.kind not in _REDUCTIONS and op.kind not in ("join", "pick") and not is_product(op, self.variables)
+        return op.kind not in REDUCTIONS and op.kind not in ("join", "pick") and not is_product(op, self.variables)
 
     def _scatter(self, kernel: Building, op: Op) -> None:
         level = "row" if op.over == kernel.rows else "inner"
@@ -271,9 +253,9 @@ class _Lowering:
         """A kernel for an operator that nothing else computes; or a place in the one that computes what it reads."""
         over = op.result.domain if op.kind == "count" else op.over
         if op.kind == "constant":  # in a kernel that runs on every graph
-            kernel = self._open(NONE, None)
-            self._place(kernel, op, "row", 0)
-            self._close(kernel)
+            own = self._open(NONE, None)
+            self._place(own, op, "row", 0)
+            self._close(own)
             return
         for at in range(len(self.steps) - 1, max(-1, len(self.steps) - 1 - _TRIES), -1):
             kernel = self.steps[at]
@@ -284,9 +266,9 @@ class _Lowering:
                 continue
             if self._attempt(kernel, at, lambda k: self._place(k, op, k.mapped(over) or "row", k.section)):
                 return
-        kernel = self._open(over, None)
-        self._place(kernel, op, "row", 0)
-        self._close(kernel)
+        own = self._open(over, None)
+        self._place(own, op, "row", 0)
+        self._close(own)
 
     def _place(self, kernel: Building, op: Op, level: str, section: int) -> None:
         if op.kind == "count":
@@ -297,129 +279,3 @@ class _Lowering:
         sources = tuple(self._access(kernel, operand, op.over, level, section) for operand in op.operands)
         kernel.add(op, level, section, sources)
         self.home.setdefault(op.name, kernel)
-
-    # ---- how operands are read
-
-    def _access(self, kernel: Building, operand: Operand, over: Domain, level: str, section: int) -> Access:
-        name = operand.name
-        domain = self.variables[name].domain
-        end = operand.end or only_end(over, domain)
-        local = self._local_level(kernel, domain, over, end, level)
-        if local is not None and kernel.has(name, local, section):
-            return Access(name, "row" if local == "row" else "inner", local=True)
-        op = self.defs.get(name)
-        if op is not None and op.kind == "constant":
-            if not kernel.has(name, "row", section):
-                kernel.add(op, "row", section, ())
-                self.home.setdefault(name, kernel)
-            return Access(name, "row", local=True)
-        if (
-            name in self.memory
-            and self._readable(kernel, name)
-            and (op is None or local is None or not self._again(op))
-        ):
-            return self._read(kernel, name, domain, over, end, level)
-        if op is not None and local is not None and self._may_place(kernel, op, name):
-            self._place_lazily(kernel, op, local, section)
-            return Access(name, "row" if local == "row" else "inner", local=True)
-        if kernel.limit is not None and not self._readable(kernel, name):
-            raise Cannot
-        self.materialize(name)
-        if not self._readable(kernel, name):
-            raise Cannot
-        return self._read(kernel, name, domain, over, end, level)
-
-    def _place_lazily(self, kernel: Building, op: Op, level: str, section: int) -> None:
-        if op.kind in _REDUCTIONS:
-            self._reduce(kernel, op, self.prepared.start.get(op.name))
-        else:
-            self._place(kernel, op, level, section)
-
-    def _may_place(self, kernel: Building, op: Op, name: str) -> bool:
-        if not self._waits(op):
-            return False
-        if op.kind in _REDUCTIONS and (kernel.relation is None or op.over != kernel.relation.fine or kernel.section):
-            return False
-        if (
-            op.kind in _ALIASES
-            and op.reads[0] not in kernel.placed
-            and (op.reads[0] in self.memory and self.variables[op.reads[0]].domain == op.over != EDGE)
-        ):
-            return False
-        home = self.home.get(name)
-        # Computed by a kernel that is not finished: again here. By one that is: again only if that is cheap.
-        return home is None or home in self.building or self._again(op)
-
-    def _again(self, op: Op) -> bool:
-        """Whether a value is computed again rather than read from memory."""
-        if op.kind == "count":
-            return True
-        if not self._waits(op) or op.kind in (*_REDUCTIONS, "linear", "dot", "exp", "edge_softmax"):
-            return False
-        cheap = _size(op.result) <= _CHEAP or op.kind in _ALIASES
-        return cheap and all(
-            name in self.memory
-            or name in self.aliases
-            or (name in self.defs and self._again(self.defs[name]))
-            or self.defs[name].kind == "constant"
-            for name in op.reads
-        )
-
-    def _local_level(self, kernel: Building, domain: Domain, over: Domain, end: str, level: str) -> str | None:
-        """Where the kernel itself could compute a value that is read at `level`: "row", "inner", or not at all."""
-        if level == "row":
-            return "row" if domain == kernel.rows else None
-        relation = kernel.relation
-        assert relation is not None
-        if domain == relation.fine:
-            return "inner"
-        if domain == kernel.rows and schemes.from_row(relation, kernel.rows, domain, end) == ():
-            return "row"
-        return None
-
-    def _readable(self, kernel: Building, name: str) -> bool:
-        """Whether a value in memory is there before the kernel runs."""
-        name = self.aliases.get(name, name)
-        home = self.home.get(name)
-        if home is None:
-            return name in self.memory
-        if home in self.building or home not in self.steps:
-            return False
-        return kernel.limit is None or self.steps.index(home) < kernel.limit
-
-    def _read(self, kernel: Building, name: str, domain: Domain, over: Domain, end: str, level: str) -> Access:
-        first = ("order",) if name in self.given_order and domain == EDGE else ()
-        one = domain == NONE
-        if level == "inner":
-            relation = kernel.relation
-            assert relation is not None
-            shared = None if domain == relation.fine else schemes.from_row(relation, kernel.rows, domain, end)
-            if shared is not None:
-                return Access(name, "row", shared, one=one)
-        return Access(name, "inner" if level == "inner" else "row", schemes.tables(over, domain, end) + first, one=one)
-
-    # ---- trying
-
-    def _snapshot(self) -> Any:
-        kernels = [k for k in (*self.steps, *self.building) if isinstance(k, Building)]
-        return (
-            list(self.steps), dict(self.home), set(self.memory), dict(self.aliases), list(self.building),
-            [(k, k.save()) for k in kernels],
-        )  # fmt: skip
-
-    def _restore(self, state: Any) -> None:
-        self.steps, self.home, self.memory, self.aliases, self.building, kernels = (
-            list(state[0]), dict(state[1]), set(state[2]), dict(state[3]), list(state[4]), state[5]
-        )  # fmt: skip
-        for kernel, saved in kernels:
-            kernel.load(saved)
-
-
-def _size(variable: Variable) -> int:
-    total = 1
-    for size in variable.shape:
-        total *= size
-    return total
-
-
-__all__ = ["EDGE_TYPE", "NODE_TYPE", "lower"]
