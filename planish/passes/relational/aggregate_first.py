@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from planish.ir.relational.domains import DST_PAIR, EDGE, EDGE_TYPE, NODE, PAIRS, SRC_PAIR, TYPES, Domain, reaches
+from planish.ir.relational.domains import DST_PAIR, EDGE, EDGE_TYPE, NODE, PAIRS, SRC_PAIR, TYPES, Domain
 from planish.ir.relational.inter import Op, Operand, Program
 from planish.ir.relational.ops import full_end
 from planish.ir.relational.statistics import Statistics
 from planish.passes.relational.base import Notes, Outcome, RelationalPass, Rewriter
+from planish.passes.relational.moving import end_at
 
 _PAIR = {"src": SRC_PAIR, "dst": DST_PAIR}
 _OTHER = {"src": "dst", "dst": "src"}
@@ -81,10 +82,8 @@ class AggregateFirst(RelationalPass):
         per_pair: list[tuple[str, Operand]] = []
         for kind, factor in found.factors:
             known = rewriter.known[factor.name]
-            own_end = full_end(EDGE, known.domain, factor.end)
-            at_pair = _at_pair(pair, known.domain, own_end)
-            far = known.domain in (NODE, *PAIRS) and own_end not in ("", end)
-            if known.domain != EDGE and not far and reaches(pair, known.domain, at_pair):
+            at_pair = end_at(pair, factor, rewriter.known, rows)
+            if at_pair is not None:
                 per_pair.append((kind, Operand(factor.name, at_pair)))
                 continue
             wide = (*shape[:-2], shape[-2], 1) if heads and math.prod(known.shape) > 1 else (1,)
@@ -135,11 +134,6 @@ class AggregateFirst(RelationalPass):
 
 def _many(rewriter: Rewriter, operand: Operand) -> bool:
     return math.prod(rewriter.known[operand.name].shape) > 1
-
-
-def _at_pair(pair: Domain, domain: Domain, end: str) -> str:
-    """The end by which a loop over `pair` reads what one over edges reads by `end`."""
-    return "" if domain in (EDGE_TYPE, *PAIRS) else end
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from planish.ir.relational.inter import Op, Operand, Program
 from planish.ir.relational.ops import full_end
 from planish.ir.relational.statistics import Statistics
 from planish.passes.relational.base import Notes, Outcome, RelationalPass, Rewriter
-from planish.passes.relational.moving import FIXED, moved
+from planish.passes.relational.moving import FIXED, allowed, moved
 
 #: They, or their derivatives, may be infinite where operands are not.
 _POLES = frozenset(("recip", "log", "sqrt", "div", "exp"))
@@ -33,7 +33,7 @@ class HoistInvariants(RelationalPass):
         notes, rewriter = Notes(self.name), Rewriter(program)
         users = program.users()
         for op in map(rewriter.current, program.ops):
-            value = _factored(rewriter, op, users)
+            value = _factored(rewriter, op, users, rows)
             if value is not None:
                 rewriter.replace(op, value)
                 notes.fired += 1
@@ -57,7 +57,7 @@ def _count(rewriter: Rewriter, op: Op, factor: Operand) -> Op | None:
     return own if own is not None and same and own.by == op.by else None
 
 
-def _factored(rewriter: Rewriter, op: Op, users: Mapping[str, list[Op]]) -> Operand | None:
+def _factored(rewriter: Rewriter, op: Op, users: Mapping[str, list[Op]], rows: Statistics) -> Operand | None:
     """The sum of x_e c_p over edges of a pair p is (the sum of x_e) c_p; the same with a quotient.
 
     A node may have no edges, so its factor only if it is 1 over their number: sum / max(number, 1).
@@ -78,8 +78,9 @@ def _factored(rewriter: Rewriter, op: Op, users: Mapping[str, list[Op]]) -> Oper
     for value, factor in orders:
         domain = rewriter.known[factor.name].domain
         own = full_end(op.over, domain, factor.end)
-        choice = ends(op.result.domain, domain)
-        end = next((c for c in choice if compose(op.over, op.result.domain, op.by, domain, c) == own), None)
+        to = op.result.domain
+        choice = [c for c in ends(to, domain) if compose(op.over, to, op.by, domain, c) == own]
+        end = next((c for c in choice if allowed(to, domain, c, rows)), None)
         if end is None or rewriter.known[value.name].shape != op.result.shape:
             continue
         rewriter.location = op.location

@@ -20,7 +20,7 @@ from planish.ir.relational.ops import full_end
 from planish.ir.relational.statistics import Statistics
 from planish.passes.base import Decline
 from planish.passes.relational.base import Notes, Outcome, RelationalPass, Rewriter
-from planish.passes.relational.moving import end_at
+from planish.passes.relational.moving import allowed, end_at
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class OuterByPair(RelationalPass):
         for pair in PAIRS:
             at = [end_at(pair, o, rewriter.known, rows) for o in op.operands]
             for fixed, moving in ((0, 1), (1, 0)):
-                if at[fixed] is not None and at[moving] is None and _leads(pair, op):
+                if at[fixed] is not None and at[moving] is None and _leads(pair, op, rows):
                     pairs = rows.rows(pair)
                     cost = pairs * each + self.traffic * (rows.edges * sizes[moving] + pairs * sizes[fixed])
                     choices.append((cost, pair, fixed, moving, at[fixed] or ""))
@@ -77,8 +77,10 @@ class OuterByPair(RelationalPass):
         )
 
 
-def _leads(pair: Domain, op: Op) -> bool:
+def _leads(pair: Domain, op: Op, rows: Statistics) -> bool:
     """Whether pairs lead to the rows of the result as edges do."""
     domain = op.result.domain
     own = full_end(EDGE, domain, op.by)
-    return any(compose(EDGE, pair, "", domain, end) == own for end in ends(pair, domain))
+    return any(
+        compose(EDGE, pair, "", domain, end) == own and allowed(pair, domain, end, rows) for end in ends(pair, domain)
+    )

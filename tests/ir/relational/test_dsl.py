@@ -77,6 +77,48 @@ def test_pairs_types_and_counts() -> None:
     np.testing.assert_allclose(interpret(program, graph, v)[program.outputs[0]], wanted, rtol=1e-10)
 
 
+def test_compgcn() -> None:
+    """CompGCN (Vashishth et al. 2019, arXiv:1911.03082) with subtraction: relations have embeddings, updated too."""
+    g = rel.Layer("compgcn")
+    g.input("x", rel.NODE, 4)
+    g.input("r", rel.EDGE_TYPE, 4)
+    W, own, relation = (g.weight(name, rel.NONE, 4, 3) for name in ("W", "own", "relation"))
+    loop = g.weight("loop", rel.NONE, 4)
+    for n in g.nodes():
+        for e in n.incoming():
+            n.h += rel.linear(e.src.x - e.type.r, W)
+        n.y = rel.tanh((n.h + rel.linear(n.x - loop, own)) / 2)
+    for t in g.edge_types():
+        t.s = rel.linear(t.r, relation)
+    program = g.build(n.y, t.s)
+    graph = random_graph(4)
+    v = random_values(program, graph)
+    h = np.zeros((graph.num_nodes, 3))
+    np.add.at(h, graph.dst, (v["x"][graph.src] - v["r"][graph.edge_type]) @ v["W"])
+    y, s = interpret(program, graph, v).values()
+    np.testing.assert_allclose(y, np.tanh((h + (v["x"] - v["loop"]) @ v["own"]) / 2), atol=1e-12)
+    np.testing.assert_allclose(s, v["r"] @ v["relation"], atol=1e-12)
+
+
+def test_rows_lead_to_ends_pairs_and_types() -> None:
+    g = rel.Layer("rows")
+    g.input("x", rel.NODE)
+    V = g.weight("V", rel.NODE_TYPE)
+    for p in g.pairs("src"):
+        p.z = p.node.x * V[p.node.type]
+    for t in g.edge_types():
+        t.k = V[t.src_type] + 2 * V[t.dst_type]
+    for e in g.edges():
+        e.m = e.src_pair.z * V[e.dst.type] + e.type.k
+    program = g.build(e.m)
+    graph = random_graph(5)
+    v = random_values(program, graph)
+    kinds = graph.table("node_type")
+    first, second = v["V"][kinds[graph.src]], v["V"][kinds[graph.dst]]
+    (got,) = interpret(program, graph, v).values()
+    np.testing.assert_allclose(got, v["x"][graph.src] * first * second + first + 2 * second, atol=1e-12)
+
+
 def test_names_are_those_of_attributes() -> None:
     g, W = layer()
     for e in g.edges():

@@ -84,6 +84,28 @@ def test_forward_and_backward_after_all_passes(name: str, graph: str) -> None:
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), name=st.sampled_from(sorted(GRAPHS)))
+def test_gradients_of_random_programs(seed: int, name: str) -> None:
+    graph, program = GRAPHS[name], random_program(seed, 4 + seed % 10, canonical=name != "any types")
+    rows = Statistics(**{**EAGER.__dict__, "canonical": name != "any types"})
+    values = random_values(program, graph, seed)
+    found = []
+    seeds: dict[str, np.ndarray] = {}
+    for passes in ("", DEFAULT):
+        both = differentiate(run_passes(program, rows, passes).program)
+        backward = run_passes(both.backward, rows, passes).program
+        out = interpret(both.forward, graph, values)
+        seeds = seeds or {
+            name: np.cos(np.arange(out[y].size)).reshape(out[y].shape)
+            for name, y in zip(both.gradients, both.outputs, strict=True)
+        }
+        found.append(interpret(backward, graph, values | out | seeds))
+    for wanted, got in zip(*(each.values() for each in found), strict=True):
+        scale = max(1.0, float(np.abs(wanted).max(initial=0)))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-8 * scale)
+
+
 def test_models_gain_what_they_should() -> None:
     """RGAT: both logits are products with vectors by type, and messages are summed before they are multiplied."""
     done = run_passes(rgat(64, 64), EAGER)
