@@ -26,6 +26,7 @@ class Plan:
         ratio: the share of the tokens that each layer merges besides.
         protected: tokens in front that stay as they are.
         proportional: a merged token counts in attention as often as its size says.
+        weighted: a merged token counts in later means as often as its size says; else as one.
         op: the operator; `margins` are those of each layer, where the operator has one.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     proportional: bool = True
     op: str = "MergeTokens"
     margins: list[float] | None = None
+    weighted: bool = True
 
     def attributes(self, layer: int) -> dict[str, Any]:
         own = {} if self.margins is None else {"margin": float(self.margins[layer])}
@@ -97,11 +99,11 @@ def _merge(site: Site, state: Merged, plan: Plan, number: int, left: Tokens, edi
     assert node is not None
     emit = Behind(editor, node)
     keys = site.attention.inputs[1]
-    sizes = state.sizes
+    sizes = state.sizes if plan.weighted else None
     if sizes is None:
         one = emit.constant(np.array(1, np.float32), "token_size")
         sizes = emit.add("Expand", one, emit.add("Shape", site.at, start=0, end=2))
-        _typed(sizes, ir.DataType.FLOAT, _dims(site.at)[:2])
+        _typed(sizes, ir.DataType.FLOAT, (_dims(site.at)[0], state.tokens))
     if not site.heads:
         keys = emit.add("ReduceMean", keys, emit.ints(1), keepdims=0)
     attributes = plan.attributes(number) | {"heads": site.heads or 1}

@@ -24,10 +24,10 @@ def named_tokens(end: ir.Value) -> int:
     found, pending = 0, [end]
     while pending:
         for node, index in pending.pop().uses():
-            places = _places(node, index)
+            places = named_places(node, index)
             if places is not None and min(places, default=0) >= 0:
                 found = max([found, *(p + 1 for p in places)])
-            elif _treats_alike(node, index):
+            elif treats_alike(node, index):
                 pending.append(node.outputs[0])
     return found
 
@@ -62,7 +62,7 @@ class Tail:
                 node.replace_input_with(index, unmerged)
 
     def _settle(self, value: ir.Value, node: ir.Node, index: int) -> bool:
-        places = _places(node, index)
+        places = named_places(node, index)
         if places is not None and all(0 <= p < self.protected for p in places):
             return True
         if is_op(node, "Shape") and (node.attributes.get_int("start", 0), node.attributes.get_int("end", -1)) == (0, 1):
@@ -78,7 +78,7 @@ class Tail:
                 for user in users:
                     self._mean(user, start)
                 return True
-        if _treats_alike(node, index):
+        if treats_alike(node, index):
             self._resize(node.outputs[0], 0)
             self.settle(node.outputs[0])
             return True
@@ -126,7 +126,7 @@ class Tail:
             value.shape = ir.Shape([left if axis == 1 else d for axis, d in enumerate(value.shape)])
 
 
-def _places(node: ir.Node, index: int) -> tuple[int, ...] | None:
+def named_places(node: ir.Node, index: int) -> tuple[int, ...] | None:
     """The tokens that a Gather or a Slice reads by their places; None for anything else."""
     if index == 0 and is_op(node, "Gather") and node.attributes.get_int("axis", 0) in (1, -2):
         picked = constant_array(node.inputs[1])
@@ -161,7 +161,7 @@ def _averages(node: ir.Node) -> bool:
     return axes is not None and axes.tolist() in ([1], [-2])
 
 
-def _treats_alike(node: ir.Node, index: int) -> bool:
+def treats_alike(node: ir.Node, index: int) -> bool:
     """Whether a node does the same to every token, and reads nothing else that has a token's place."""
     if is_op(node, *_NORMS):
         return index == 0 and len(node.outputs) == 1 and node.attributes.get_int("axis", -1) in (-1, 2)
@@ -174,4 +174,4 @@ def _treats_alike(node: ir.Node, index: int) -> bool:
     return all(d is not None and (len(d) < 2 or d[-2] == 1) for d in dims) and node.inputs[index] not in others
 
 
-__all__ = ["Tail", "named_tokens"]
+__all__ = ["Tail", "named_places", "named_tokens", "treats_alike"]
