@@ -53,6 +53,7 @@ _LOWER = (
     # All layers share the masks of blocks, and the conditions.
     "fuse-block-sparse",
     "lower-window-attention",
+    "lower-block-sparse",
     "lower-causal-attention",
     "eliminate-common-subexpressions",
     "eliminate-dead-code",
