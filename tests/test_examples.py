@@ -13,11 +13,13 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 ARGUMENTS = {
     "demo_minilm.py": ["--seconds", "2", "--out", "{out}"],
     "skip_layers_quality.py": ["--small", "--threads", "1", "--svg", "{out}.svg"],
+    "token_quality.py": ["--small", "--threads", "1", "--svg", "{out}.svg"],
 }
 #: A line that shows the example came to its end with the right result.
 SHOWS = {
     "demo_minilm.py": "The similar pair stays the closer one.",
     "skip_layers_quality.py": "The claim that balanced beats contiguous",
+    "token_quality.py": "times the throughput, between the measured points:",
 }
 
 
