@@ -1,4 +1,4 @@
-"""What token merging looks for similar tokens with: directions of keys, and the products of those at even and odd places.
+"""What token merging finds similar tokens with: directions of keys, and products of those at even and odd places.
 
 The operator is `planish::MergeTokens` (Bolya et al. 2023, arXiv:2210.09461); the glue chooses and counts, and the merge
 itself is `traversal.Aggregate`.

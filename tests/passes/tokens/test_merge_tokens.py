@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import planish
+from planish.ir.verify import verify
 from planish.passes.defaults import default_pipeline
 from tests.passes.tokens.tome_torch import install
 from tests.passes.tokens.vision_models import VISION, Vision
@@ -56,11 +57,87 @@ def entry(exe: Any) -> Any:
     return next(e for e in exe.report.ledger.entries if e.name.startswith("merge-tokens"))
 
 
+# Verified once, at the end: around each of the exact passes it is most of the time, and they have tests of their own.
+@pytest.mark.no_verify
 @pytest.mark.parametrize("name", sorted(VISION))
 def test_whole_net_equals_torch(name: str) -> None:
     model = VISION[name]
     exe = optimized(model, "merge-tokens{r=5}")
     assert entry(exe).fired == 3, entry(exe).verdict
     assert f"{model.protected} protected" in entry(exe).notes[0]
+    verify(exe.program, full=True)
     for batch in (2, 1, 3):
         compare(model, exe, [5, 5, 5], batch)
+
+
+@pytest.mark.no_verify
+def test_without_the_size_in_attention() -> None:
+    model = VISION["ViT"]
+    exe = optimized(model, "merge-tokens{r=[4, 9, 2],proportional=False}")
+    assert "Log" not in exe.report.after.ops
+    compare(model, exe, [4, 9, 2], log=False)
+
+
+@pytest.mark.no_verify
+def test_images_of_any_size() -> None:
+    model = VISION["ViT"]
+
+    class Any(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.inner(pixel_values=x, interpolate_pos_encoding=True)[0]
+            return logits
+
+    shapes = ({0: "batch", 2: "height", 3: "width"},)
+    exe = planish.optimize(
+        Any(model.module()), "ort-cpu", example_inputs=(torch.randn(2, 3, 48, 64),), dynamic_shapes=shapes,
+        passes=pipeline("merge-tokens{r=5}"), budget=FAST,
+    )  # fmt: skip
+    assert entry(exe).fired == 3
+    want = Any(reference(model, [5, 5, 5]))
+    for shape in ((1, 3, 48, 64), (2, 3, 64, 32), (1, 3, 16, 16)):  # of 5 tokens 2 can merge, then 1
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(exe(x), want(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.no_verify
+def test_what_fuses_without_merging_fuses_with_it() -> None:
+    dense = optimized(VISION["ViT"], "", passes=default_pipeline("ort-cpu")).report.after.ops
+    merged = optimized(VISION["ViT"], "merge-tokens{r=5}").report.after.ops
+    for op in ("Attention", "LayerNormalization", "Gelu", "MatMul", "Conv"):
+        assert merged[op] == dense[op], op
+    assert merged["planish::MergeTokens"] == 3 and "Softmax" not in merged
+
+
+@pytest.mark.no_verify
+def test_with_kernels() -> None:
+    pytest.importorskip("tvm")
+    model = VISION["DeiT"]
+    dense = optimized(model, "", "ort-cpu:kernels", default_pipeline("ort-cpu:kernels")).report.after.ops
+    exe = optimized(model, "merge-tokens{r=5}", "ort-cpu:kernels")
+    merged = exe.report.after.ops
+    for op in dense:
+        if op.startswith("planish::Linear"):
+            assert merged[op] == dense[op], op
+    compare(model, exe, [5, 5, 5])
+
+
+@pytest.mark.no_verify
+def test_behind_skip_layers_under_one_budget() -> None:
+    model = VISION["ViT"]
+    x = torch.randn(model.shape)
+    exe = planish.optimize(
+        model.module(), example_inputs=(x,), dynamic_shapes=({0: "batch"},), budget=FAST,
+        approximate="merge-tokens{r=5},skip-layers{layers=[1]}",
+    )  # fmt: skip
+    assert entry(exe).fired == 2
+    assert exe.report.after.ops["Attention"] == exe.report.after.ops["planish::MergeTokens"] == 2
+    left = model.module()
+    del model.layers(left)[1]
+    install(model.layers(left), model.take, [5, 5], model.protected)
+    with torch.no_grad():
+        torch.testing.assert_close(exe(x), values(left(x))[0], rtol=1e-5, atol=1e-5)
