@@ -186,3 +186,35 @@ def test_what_is_kept_and_what_is_zero() -> None:
     with pytest.raises(InputError, match=r"gradients are for arguments of 'unused', each once \(x, w\); got 'z'"):
         differentiate(program, ["z"])
     assert w.name == "w"
+
+
+def test_subgradients_at_kinks() -> None:
+    """As PyTorch: relu has slope 0 at 0, leaky_relu its slope, the larger of two equal ones half of each."""
+    g = rel.Layer("kinks")
+    g.input("x", NODE)
+    g.input("z", NODE)
+    for n in g.nodes():
+        n.a, n.b, n.c = rel.relu(n.x), rel.leaky_relu(n.x, 0.25), rel.maximum(n.x, n.z)
+        n.d = rel.absolute(n.x)
+    graph = Graph(np.zeros((2, 0), np.int64), num_nodes=3)
+    values = {"x": np.array([0.0, 1.0, -1.0]), "z": np.array([0.0, 1.0, 1.0])}
+    for field, wanted in {"a": [0, 1, 0], "b": [0.25, 1, 0.25], "c": [0.5, 0.5, 0], "d": [0, 1, -1]}.items():
+        found = gradients(g.build(getattr(n, field)), graph, values, [np.ones(3)])
+        np.testing.assert_array_equal(found["x"], wanted, field)
+    np.testing.assert_array_equal(gradients(g.build(n.c), graph, values, [np.ones(3)])["z"], [0.5, 0.5, 1])
+
+
+def test_softmax_of_large_logits() -> None:
+    """They neither overflow nor lose their gradient."""
+    g = rel.Layer("softmax")
+    g.input("l", EDGE)
+    g.input("u", EDGE)
+    for n in g.nodes():
+        for e in n.incoming():
+            n.y += rel.edge_softmax(e.l) * e.u
+    program, graph = g.build(n.y), Graph([[0, 1, 2, 0], [1, 1, 1, 2]])
+    values = {"l": np.array([1000.0, 1000.0, -1000.0, 3e4]), "u": np.array([1.0, 3.0, 9.0, 5.0])}
+    np.testing.assert_allclose(interpret(program, graph, values)["y"], [0, 2, 5])
+    found = gradients(program, graph, values, [np.ones(3)])
+    np.testing.assert_allclose(found["l"], [-0.5, 0.5, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(found["u"], [0.5, 0.5, 0, 1])
