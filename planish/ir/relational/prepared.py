@@ -52,7 +52,7 @@ def prepare(program: Program, canonical: bool = True) -> Prepared:
                 turned[name] = fresh(f"{name}_t")
                 ops.append(_transposed(variables[name], turned[name]))
             ops.append(replace(op, operands=(op.operands[0], replace(op.operands[1], name=turned[name])), attrs=()))
-        elif op.kind == "outer" and segments(op.over, op.result.domain, op.by) is None and op.over != op.result.domain:
+        elif op.kind == "outer" and op.over != op.result.domain and not _summed(op, variables):
             # No list of rows by that: first by edge type (or row by row), then the sum of those.
             by_type = canonical and op.result.domain == NODE_TYPE and op.over in (EDGE, *PAIRS)
             middle = EDGE_TYPE if by_type else op.over
@@ -62,6 +62,11 @@ def prepare(program: Program, canonical: bool = True) -> Prepared:
         else:
             ops.append(op)
     return _starts(program.with_ops(ops))
+
+
+def _summed(op: Op, variables: Mapping[str, Variable]) -> bool:
+    """Whether a segment GEMM gives the sum of these outer products over rows."""
+    return segments(op.over, op.result.domain, op.by) is not None and is_product(op, variables)
 
 
 def is_product(op: Op, variables: Mapping[str, Variable]) -> bool:
