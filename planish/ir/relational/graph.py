@@ -365,7 +365,7 @@ Tables = Graph
 
 
 def integers(name: str, array: Any) -> np.ndarray:
-    """An array, a torch tensor or a list as int64, compact."""
+    """A copy of an array, a torch tensor or a list as int64, compact, read-only."""
     if hasattr(array, "detach"):
         array = array.detach().cpu().numpy()
     found = np.asarray(array)
@@ -373,7 +373,9 @@ def integers(name: str, array: Any) -> np.ndarray:
         found = found.astype(np.int64)
     if found.dtype.kind not in "iu":
         raise InputError(f"{name} has dtype {found.dtype}; it must be integers.")
-    return np.ascontiguousarray(found, np.int64)
+    owned = np.array(found, np.int64, order="C")  # a copy: what was checked must not change later
+    owned.flags.writeable = False
+    return owned
 
 
 def check_range(name: str, values: np.ndarray, count: int, kind: str) -> None:
