@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from planish.ir.errors import InputError, UnsupportedError
-from planish.runtime.cuda import driver, toolchain
+from planish.runtime.cuda import cache, driver, toolchain
 
 torch = pytest.importorskip("torch")
 
+from planish.runtime.cuda import attention as kernels  # noqa: E402
 from planish.runtime.cuda.attention import BlockLists, Workspace, attention, decode  # noqa: E402
 
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
@@ -152,3 +153,33 @@ def test_what_does_not_fit_is_refused():
         attention(q, q[0], q)
     with pytest.raises(UnsupportedError, match="blocks of 32 tokens; CUDA kernels take multiples of 64"):
         BlockLists(q, q, q, 32)
+
+
+@pytest.fixture
+def turing(monkeypatch):
+    """The form for Turing, on the GPU at hand: from its PTX, and chosen as there."""
+    real = driver.device()
+    kept = cache.binary, cache.module, kernels._prefill, kernels._decode
+    for cached in kept:
+        cached.cache_clear()
+    monkeypatch.setenv("PLANISH_CACHE", "")
+    monkeypatch.setattr(toolchain, "ARCHITECTURES", ())
+    monkeypatch.setattr(toolchain.fatbin, "__kwdefaults__", toolchain.fatbin.__kwdefaults__ | {"ptx": "compute_75"})
+    monkeypatch.setattr(driver, "device", lambda index=0: driver.Device(75, real.processors, 64 << 10))
+    yield
+    for cached in kept:
+        cached.cache_clear()
+
+
+@gpu
+@pytest.mark.parametrize("size", [64, 128])
+def test_turing(turing, size):
+    q, k, v = tensors(2, 100, 333, 6, 2, size, torch.float16)
+    close(attention(q, k, v, out=torch.full_like(q, math.nan)), reference(q, k, v, causal=True)[0], 1e-3)
+    close(attention(q, k, v, causal=False), reference(q, k, v, causal=False)[0], 1e-3)
+    mask = np.random.default_rng(0).random((2, 6, 6)) < 0.5
+    lists, layout = lists_of(mask, np.array([0, 1] * 3), 64), np.array([0, 1] * 3)
+    want = reference(q, k, v, causal=True, mask=tokens(mask, layout, 64, 100, 333, 233))[0]
+    close(attention(q, k, v, lists=lists), want, 1e-3)
+    one = q[:, :1]
+    close(decode(one, k, v, Workspace()), reference(one, k, v, causal=True)[0], 1e-3)
