@@ -159,6 +159,10 @@ class ShardAttention(ApproximatePass):
         if not run.fired:  # then nothing has changed, what was inferred included
             for value, (kind, shape) in known.items():
                 value.type, value.shape = kind, shape
+        elif not ctx.target.kernels:  # the gate measures what this pass leaves
+            from planish.passes.lowering.lower_block_sparse import LowerBlockSparse
+
+            run.declined += LowerBlockSparse().apply(program, ctx).declined
         notes = [f"{_listed(indices)}: {text}" for text, indices in run.notes.items()]
         return PassResult(run.fired > 0, run.fired, run.declined, notes)
 
@@ -243,8 +247,8 @@ class ShardAttention(ApproximatePass):
         tokens = run.program.sizes().get(site.length) if isinstance(site.length, str) else None
         if tokens is not None and tokens <= bounds.least:
             run.note(
-                f"measured with {tokens} tokens, where it is dense: error and gain are those of no longer inputs; give "
-                f"calibration inputs of more than {bounds.least}",
+                f"the calibration inputs have {tokens} tokens, where it is dense: they show neither its error nor its "
+                f"gain; give some of more than {bounds.least}",
                 site.index,
             )
 

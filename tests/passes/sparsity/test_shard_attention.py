@@ -27,6 +27,7 @@ from planish.passes.testing import (
 )
 
 OPSET = '<ir_version: 10, opset_import: ["" : 23, "planish" : 1]> g '
+KERNELS = "ort-cpu:kernels"
 SETTINGS = "q_num_heads = 4, kv_num_heads = 2, scale = 0.5, is_causal = {}"
 
 
@@ -75,11 +76,13 @@ def test_a_known_length_has_no_branch() -> None:
         "{ y = planish.BlockSparseAttention<q_num_heads = 4, kv_num_heads = 2, scale = 0.5, is_causal = 1, block_size "
         "= 2>(q, k, v, p, i, h) }"
     )
-    check_rewrite("shard-attention{block=2,local=2,stride=3,offset=2}", one(8), with_bodies(after), edits=1)
+    check_rewrite(
+        "shard-attention{block=2,local=2,stride=3,offset=2}", program_of(one(8), KERNELS), with_bodies(after), edits=1
+    )
 
 
 def test_a_dynamic_length_chooses_when_it_runs() -> None:
-    a, d = "shard_attention_BlockSparseAttention_out", "shard_attention_Attention_out"
+    a, d = "shard_attention_BlockSparseAttention_out", "shard_attention_FlashAttention_out"
     after = OPSET + (
         "(float[b, s, 32] q, float[b, s, 16] k, float[b, s, 16] v) => (float[b, s, 32] y) "
         "<int64[1] least = {4}, int64[1] most = {6}, int32[1, 4] p = {0, 1, 3, 5}, int32[5] i = {0, 0, 1, 1, 2}, "
@@ -88,10 +91,11 @@ def test_a_dynamic_length_chooses_when_it_runs() -> None:
         " y = If (c) <"
         f"then_branch = then () => (float[b, s, 32] {a}) {{ {a} = planish.BlockSparseAttention<q_num_heads = 4, "
         "kv_num_heads = 2, scale = 0.5, is_causal = 1, block_size = 2>(q, k, v, p, i, h) }, "
-        f"else_branch = otherwise () => (float[b, s, 32] {d}) {{ {d} = Attention<{SETTINGS.format(1)}>(q, k, v) }}> }}"
+        f"else_branch = otherwise () => (float[b, s, 32] {d}) "
+        f"{{ {d} = planish.FlashAttention<{SETTINGS.format(1)}>(q, k, v) }}> }}"
     )
     options = "pattern='sliding-window',block=2,local=2,max_length=6"
-    check_rewrite(f"shard-attention{{{options}}}", one(), with_bodies(after), edits=1)
+    check_rewrite(f"shard-attention{{{options}}}", program_of(one(), KERNELS), with_bodies(after), edits=1)
 
 
 def test_nothing_to_do() -> None:
@@ -116,14 +120,15 @@ PATTERNS = {
 }
 
 
+@pytest.mark.parametrize("target", ["ort-cpu", KERNELS])  # standard operators where they have a form, and bodies
 @pytest.mark.parametrize("causal", [1, 0])
 @pytest.mark.parametrize("options", PATTERNS)
-def test_numbers_are_those_of_masked_dense_attention(options: str, causal: int) -> None:
+def test_numbers_are_those_of_masked_dense_attention(options: str, causal: int, target: str) -> None:
     from dataclasses import replace
 
     pattern = replace(PATTERNS[options], causal=bool(causal))
     for length in (21, 24):
-        program = program_of(one(length, causal))
+        program = program_of(one(length, causal), target)
         assert apply_pass(f"shard-attention{{{options}}}", program).fired == 1
         given = feeds(length, seed=length)
         close(run_reference(program, given)["y"], expected(pattern, given, bool(causal)))
@@ -152,7 +157,6 @@ def test_padding_stays_hidden() -> None:
     mask = ", bool[b, 1, 1, s] m"
     program = program_of(one(causal=0, extra=", m", inputs=mask).replace("is_causal = 0", "is_causal = 0"))
     assert apply_pass("shard-attention{block=4,local=1,stride=3,max_length=64}", program).fired == 1
-    assert any(node.op_type == "BlockSparseAttentionKeyMask" for node in program.nodes())
     given = feeds(22, batch=3)
     real = np.arange(22) < np.array([22, 13, 1])[:, None]
     got = run_reference(program, given | {"m": real[:, None, None]})["y"]
@@ -210,7 +214,7 @@ def test_layers_by_number_and_by_the_pattern() -> None:
     )
     text = OPSET + f"(float[b, 16, 32] q, float[b, 16, 16] k, float[b, 16, 16] v) => (float[b, 16, 32] y) {{{body} }}"
     for options, dense in (("layers=[1,3]", [0, 2]), ("dense_every=2", [1, 3]), ("", [])):
-        program = program_of(text)
+        program = program_of(text, KERNELS)
         result = apply_pass(f"shard-attention{{block=2,local=2,{options}}}", program)
         kinds = [node.op_type for node in program.main.graph if "Attention" in node.op_type]
         assert [i for i, kind in enumerate(kinds) if kind == "Attention"] == dense
@@ -227,7 +231,7 @@ def test_notes_say_that_short_calibration_inputs_tell_nothing() -> None:
     program = program_of(one())
     program.calibration = Calibration([feeds(8)])
     result = apply_pass("shard-attention{block=4,local=2,max_length=64}", program)
-    assert any("measured with 8 tokens, where it is dense" in note for note in result.notes)
+    assert any("inputs have 8 tokens, where it is dense" in note for note in result.notes)
     program = program_of(one())
     program.calibration = Calibration([feeds(24)])
     assert len(apply_pass("shard-attention{block=4,local=2,max_length=64}", program).notes) == 1

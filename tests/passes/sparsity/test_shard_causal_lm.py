@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -21,9 +22,10 @@ from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PREFILL, cache_la
 from planish.ir.errors import InputError  # noqa: E402
 from planish.ir.ops.block_sparse_attention import layout_mask  # noqa: E402
 from planish.ir.program import Program  # noqa: E402
-from planish.passes.base import PassResult  # noqa: E402
-from planish.passes.defaults import default_pipeline  # noqa: E402
+from planish.passes.base import PassContext, PassResult  # noqa: E402
+from planish.passes.defaults import RECOGNIZE  # noqa: E402
 from planish.passes.manager import PassError  # noqa: E402
+from planish.passes.sparsity.shard_attention import ShardAttention  # noqa: E402
 from planish.passes.testing import apply_pass  # noqa: E402
 from planish.runtime.bench import Bench  # noqa: E402
 from planish.runtime.compile import compile_entry  # noqa: E402
@@ -36,13 +38,12 @@ LONGER = np.random.default_rng(7).integers(3, 90, (2, 37))
 
 @functools.cache
 def _recognized(name: str) -> Program:
-    before = default_pipeline("ort-cpu").split(",lower-feed-forward,")[0]
     program = optimize(
         causal_model(name),
         "ort-cpu:threads=1",
         task="causal-lm",
         example_inputs={IDS: LONGER, "attention_mask": np.arange(37) >= np.array([[0], [9]])},
-        passes=before,
+        passes=",".join(RECOGNIZE),
         budget=planish.Budget(gates=False),
     ).program
     assert program is not None
@@ -178,12 +179,42 @@ def test_patterns_that_can_not_be_evicted(options: str, message: str) -> None:
         sharded(options)
 
 
-def test_windows_of_the_model_itself_are_left_alone() -> None:
-    _, result = sharded("block=4,local=1", "Mistral")
-    assert not result.fired
-    assert {d.reason.split(",")[0] for d in result.declined} == {"decode: it has a window already"} or all(
-        "mask" in d.reason or "window" in d.reason for d in result.declined
-    )
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda node: node.attributes.add(ir.AttrInt64("local_window_size", 6)), "decode: it has a window already"),
+        (lambda node: node.attributes.add(ir.AttrFloat32("softcap", 30.0)), "decode: its scores are capped"),
+        (lambda node: node.resize_inputs(8) or node.replace_input_with(7, node.inputs[0]), "decode: it has a bias"),
+    ],
+)
+def test_steps_that_are_left_alone_and_their_prompts_with_them(change: Any, reason: str) -> None:
+    program = _recognized("Llama").clone()
+    change(next(node for node in program.entry(DECODE).graph if node.op_type == "GroupQueryAttention"))
+    program.entries = {name: program.entries[name] for name in (PREFILL, DECODE)}
+    result = ShardAttention(block=4, local=1).apply(program, PassContext(program.target))
+    assert result.fired == 2 and [d.reason.startswith(reason) for d in result.declined] == [True]
+    prompts = [node.op_type for node in program.entry(PREFILL).graph if node.op_type in ("Attention", "If")]
+    assert prompts == ["Attention", "If"]
+
+
+def test_heads_that_were_removed_and_slots_fit_calibration_caches() -> None:
+    from planish.ir.causal_lm import KEPT_HEADS
+    from planish.runtime.caches import fitting
+
+    exe, _ = sharded("pattern='sink-window',block=2,local=2,evict=True")
+    graph = exe.program.entry(DECODE).graph
+    names = {spec.name for spec in exe.runners[DECODE].inputs}
+    cache = np.random.default_rng(0).normal(size=(1, 3, 20, 8)).astype(np.float32)
+    batch = {name: cache for name in names if cache_layer(name) is not None} | {LENGTHS: np.array([11])}
+    for value in graph.inputs[2:]:
+        value.metadata_props[KEPT_HEADS] = "0 2"
+    found = fitting(graph, names, batch | {"past_9_key": cache})
+    assert "past_9_key" not in found
+    first = found[graph.inputs[2].name]
+    assert first.shape == (1, 2, 6, 8)
+    held = slot_plan(SinkWindow(block=2, local=2), Heads(2, 2)).positions(np.array([11]), 6)[0, 0]
+    assert held.tolist() == [8, 9, 10, -1, 0, 1]
+    assert np.array_equal(first[0, :, :3], cache[0][[0, 2]][:, 8:11])
 
 
 SCRIPT = """
@@ -196,18 +227,18 @@ assert "torch" not in sys.modules and "planish.passes" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("target", ["ort-cpu:threads=1", "ort-cpu:kernels,threads=1"])
+@pytest.mark.parametrize(
+    "target", ["ort-cpu:threads=1", pytest.param("ort-cpu:kernels,threads=1", marks=pytest.mark.slow)]
+)
 def test_a_user_optimizes_exports_and_loads(target: str, tmp_path: Path) -> None:
     if "kernels" in target:
         pytest.importorskip("tvm")
-    first = "lower-linear" if "kernels" in target else "lower-feed-forward"
-    before, after = default_pipeline(target).split(f",{first},", 1)
     shard = "shard-attention{block=16,local=1,stride=4,evict=True}"
     exe = optimize(
         causal_model("Llama"),
         target,
         task="causal-lm",
-        passes=f"{before},{shard},{first},{after}",
+        approximate=shard,
         budget=planish.Budget(gates=False),
     )
     assert exe.report.ledger["shard-attention"].fired == 4
