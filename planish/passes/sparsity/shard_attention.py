@@ -12,6 +12,7 @@ from planish.ir.causal_lm import DECODE, PREFILL, TASK
 from planish.ir.errors import InputError, unknown
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
+from planish.ir.target import Target
 from planish.passes.base import ApproximatePass, Decline, PassContext, PassResult
 from planish.passes.registry import register
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _DECODE = ("pattern", "dense")
 _LONGEST = 32768
+#: Generated kernels take blocks of a multiple of so many tokens.
+KERNEL_BLOCK = 16
 _POSITIONS = "max_positions"
 _PATTERN_OPTIONS = (
     "block", "local", "stride", "step", "offset", "share_kv", "same", "dense_heads", "dense_every", "sinks",
@@ -159,7 +162,7 @@ class ShardAttention(ApproximatePass):
         if not run.fired:  # then nothing has changed, what was inferred included
             for value, (kind, shape) in known.items():
                 value.type, value.shape = kind, shape
-        elif not ctx.target.kernels:  # the gate measures what this pass leaves
+        elif ctx.target.name == "ort-cpu" and not ctx.target.kernels:  # the gate measures what this pass leaves
             from planish.passes.lowering.lower_block_sparse import LowerBlockSparse
 
             run.declined += LowerBlockSparse().apply(program, ctx).declined
@@ -223,6 +226,7 @@ class ShardAttention(ApproximatePass):
     def _shard(self, run: _Run, sites: list[Site], pattern: Pattern) -> None:
         from planish.passes.sparsity.building import prompt, step
 
+        self._check_target(run.ctx.target, pattern.block)
         plans = [(site, *self._covered(run, site, pattern)) for site in sites]
         if self.evict:
             self._evict(run, sites, pattern)
@@ -272,6 +276,12 @@ class ShardAttention(ApproximatePass):
         if length <= least:
             raise Decline(f"it has at most {length} tokens, and up to {least} it stays dense")
         return layout, Bounds(least, longest)
+
+    def _check_target(self, target: Target, block: int) -> None:
+        if target.runtime != "ort":
+            raise Decline(f"target '{target}' has no form of block-sparse attention")
+        if target.name == "ort-cpu" and target.kernels and block % KERNEL_BLOCK:
+            raise Decline(f"block is {block}; generated kernels take multiples of {KERNEL_BLOCK}")
 
     def _longest(self, program: Program, pattern: Pattern) -> int:
         known = program.provenance.get(_POSITIONS, "")

@@ -27,7 +27,7 @@ from planish.passes.testing import (
 )
 
 OPSET = '<ir_version: 10, opset_import: ["" : 23, "planish" : 1]> g '
-KERNELS = "ort-cpu:kernels"
+PLAIN = "ort-cuda"  # its attention is not lowered any further
 SETTINGS = "q_num_heads = 4, kv_num_heads = 2, scale = 0.5, is_causal = {}"
 
 
@@ -77,12 +77,12 @@ def test_a_known_length_has_no_branch() -> None:
         "= 2>(q, k, v, p, i, h) }"
     )
     check_rewrite(
-        "shard-attention{block=2,local=2,stride=3,offset=2}", program_of(one(8), KERNELS), with_bodies(after), edits=1
+        "shard-attention{block=2,local=2,stride=3,offset=2}", program_of(one(8), PLAIN), with_bodies(after), edits=1
     )
 
 
 def test_a_dynamic_length_chooses_when_it_runs() -> None:
-    a, d = "shard_attention_BlockSparseAttention_out", "shard_attention_FlashAttention_out"
+    a, d = "shard_attention_BlockSparseAttention_out", "shard_attention_Attention_out"
     after = OPSET + (
         "(float[b, s, 32] q, float[b, s, 16] k, float[b, s, 16] v) => (float[b, s, 32] y) "
         "<int64[1] least = {4}, int64[1] most = {6}, int32[1, 4] p = {0, 1, 3, 5}, int32[5] i = {0, 0, 1, 1, 2}, "
@@ -92,10 +92,24 @@ def test_a_dynamic_length_chooses_when_it_runs() -> None:
         f"then_branch = then () => (float[b, s, 32] {a}) {{ {a} = planish.BlockSparseAttention<q_num_heads = 4, "
         "kv_num_heads = 2, scale = 0.5, is_causal = 1, block_size = 2>(q, k, v, p, i, h) }, "
         f"else_branch = otherwise () => (float[b, s, 32] {d}) "
-        f"{{ {d} = planish.FlashAttention<{SETTINGS.format(1)}>(q, k, v) }}> }}"
+        f"{{ {d} = Attention<{SETTINGS.format(1)}>(q, k, v) }}> }}"
     )
     options = "pattern='sliding-window',block=2,local=2,max_length=6"
-    check_rewrite(f"shard-attention{{{options}}}", program_of(one(), KERNELS), with_bodies(after), edits=1)
+    check_rewrite(f"shard-attention{{{options}}}", program_of(one(), PLAIN), with_bodies(after), edits=1)
+
+
+def test_kernels_serve_the_short_lengths_too_and_ask_for_blocks_of_16() -> None:
+    program = program_of(one(), "ort-cpu:kernels")
+    apply_pass("shard-attention{block=16,local=1,max_length=64}", program)
+    kinds = {node.op_type for node in program.nodes() if "Attention" in node.op_type}
+    assert kinds == {"BlockSparseAttention", "FlashAttention"}
+    for length in (16, 17, 64):
+        given = feeds(length)
+        close(run_reference(program, given)["y"], expected(S2(block=16, local=1), given, True))
+    reason = "block is 24; generated kernels take multiples of 16"
+    check_declines("shard-attention{block=24,local=1}", program_of(one(), "ort-cpu:kernels"), reason, count=1)
+    reason = "target 'tvm-cpu' has no form of block-sparse attention"
+    check_declines("shard-attention", program_of(one(), "tvm-cpu"), reason, count=1)
 
 
 def test_nothing_to_do() -> None:
@@ -120,7 +134,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("target", ["ort-cpu", KERNELS])  # standard operators where they have a form, and bodies
+@pytest.mark.parametrize("target", ["ort-cpu", PLAIN])  # standard operators where they have a form, and bodies
 @pytest.mark.parametrize("causal", [1, 0])
 @pytest.mark.parametrize("options", PATTERNS)
 def test_numbers_are_those_of_masked_dense_attention(options: str, causal: int, target: str) -> None:
@@ -214,7 +228,7 @@ def test_layers_by_number_and_by_the_pattern() -> None:
     )
     text = OPSET + f"(float[b, 16, 32] q, float[b, 16, 16] k, float[b, 16, 16] v) => (float[b, 16, 32] y) {{{body} }}"
     for options, dense in (("layers=[1,3]", [0, 2]), ("dense_every=2", [1, 3]), ("", [])):
-        program = program_of(text, KERNELS)
+        program = program_of(text, PLAIN)
         result = apply_pass(f"shard-attention{{block=2,local=2,{options}}}", program)
         kinds = [node.op_type for node in program.main.graph if "Attention" in node.op_type]
         assert [i for i, kind in enumerate(kinds) if kind == "Attention"] == dense
