@@ -25,6 +25,8 @@ PARTS = ("key", "value")
 TASK = "causal-lm"
 #: Metadata of a cache that `decode` reads: which of the model's own key-value heads it holds, if not all.
 KEPT_HEADS = "planish.kept_heads"
+#: Metadata of a cache that `decode` reads: how many tokens `prefill` drops before its layer.
+PRUNED_TOKENS = "planish.pruned_tokens"
 _CACHE = re.compile(r"(?:past|present)_(\d+)_(?:key|value)")
 
 

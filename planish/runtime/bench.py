@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from planish.ir.causal_lm import PREFILL, PRUNED_TOKENS
 from planish.ir.ledger import Ratio
 from planish.ir.program import Calibration, Program
 from planish.ir.target import Target
-from planish.runtime.caches import fitting
+from planish.runtime.caches import fitting, shorter_cache
 from planish.runtime.compile import compile_entry
 from planish.runtime.executable import CompiledEntry
 from planish.runtime.measure import speedup
@@ -85,7 +86,23 @@ class Bench:
 
     def _fitting(self, program: Program, batch: dict[str, np.ndarray], entry: str) -> dict[str, np.ndarray]:
         names = {spec.name for spec in self.runner(program, entry).inputs}
-        return fitting(program.entry(entry).graph, names, batch)
+        found = fitting(program.entry(entry).graph, names, batch)
+        inputs = program.entry(entry).graph.inputs
+        pruned = {v.name: int(v.metadata_props[PRUNED_TOKENS]) for v in inputs if PRUNED_TOKENS in v.metadata_props}
+        if pruned and (first := self._prefilled(program, batch, entry)) is not None:
+            for name, dropped in pruned.items():
+                assert name is not None
+                present = first[name.replace("past", "present", 1)]
+                found[name] = shorter_cache(present, batch[name], dropped)
+        return found
+
+    def _prefilled(self, program: Program, batch: dict[str, np.ndarray], entry: str) -> dict[str, Any] | None:
+        """What `prefill` gives on the prompts that a batch of `decode` goes on from; None if there are none."""
+        parts = {part.entry: part.batches for part in (self.calibration.parts if self.calibration else [])}
+        at = next((i for i, known in enumerate(parts.get(entry, [])) if known is batch), None)
+        if at is None or at >= len(parts.get(PREFILL, [])):
+            return None
+        return self.run_inputs(program, self._fitting(program, parts[PREFILL][at], PREFILL), PREFILL)
 
     def forget(self, program: Program) -> None:
         """Drops what was compiled of a program."""

@@ -28,3 +28,14 @@ def fitting(graph: ir.Graph, names: Collection[str], batch: Mapping[str, np.ndar
         if slots is not None:
             found[value.name] = SlotPlan.parse(slots).gather(found[value.name], found[LENGTHS])
     return found
+
+
+def shorter_cache(present: np.ndarray, whole: np.ndarray, dropped: int) -> np.ndarray:
+    """A cache that `prefill` gave, with as much free room as the calibrated one that holds `dropped` tokens more.
+
+    Both are (batch, heads, capacity, size).
+    """
+    batch, heads, tokens, size = present.shape
+    cache = np.zeros((batch, heads, whole.shape[2] - dropped, size), present.dtype)
+    cache[:, :, :tokens] = present
+    return cache

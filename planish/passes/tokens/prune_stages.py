@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.causal_lm import PRUNED_TOKENS
 from planish.ir.graphs import dims_of
 from planish.ir.ops import import_functions
 from planish.passes.canonicalize.editing import Editor
@@ -50,7 +51,7 @@ def carry_out(options: PruneTokens, plan: Plan, editor: Editor) -> str:
         for node in plan.followers.get(number, ()):
             _follow(node, gone, editor)
         for value in plan.caches.get(number, ()):
-            _rename(value, number)
+            _note(value, number, gone)
         editor.fired += 1
     import_functions(plan.model)
     where = f"{plan.entry}: " if plan.entry != "main" else ""
@@ -115,8 +116,10 @@ def _follow(node: ir.Node, gone: int, editor: Editor) -> None:
         node.replace_input_with(index, fewer)
 
 
-def _rename(value: ir.Value, number: int) -> None:
-    """A cache of another length than those before has another name for it."""
+def _note(value: ir.Value, number: int, gone: int) -> None:
+    """A cache of another length than those before has another name for it; calibration inputs must follow."""
+    if value.is_graph_input():
+        value.metadata_props[PRUNED_TOKENS] = str(gone)
     dims = list(dims_of(value) or ())
     if len(dims) == 4 and isinstance(dims[2], str) and not dims[2].endswith(f"_pruned_{number}"):
         dims[2] = f"{dims[2]}_pruned_{number}"

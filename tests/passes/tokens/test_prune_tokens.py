@@ -18,7 +18,7 @@ from planish.frontends.torch import capture  # noqa: E402
 from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PREFILL  # noqa: E402
 from planish.ir.errors import InputError  # noqa: E402
 from planish.ir.graphs import dims_of  # noqa: E402
-from planish.ir.program import Program  # noqa: E402
+from planish.ir.program import Calibration, Program  # noqa: E402
 from planish.passes.base import PassContext, PassResult  # noqa: E402
 from planish.passes.defaults import default_pipeline  # noqa: E402
 from planish.passes.manager import PassManager  # noqa: E402
@@ -112,6 +112,19 @@ def test_generate() -> None:
             want = int(following.argmax())
             assert tokens[at, new] == want
             following = step(model, row, want, n + new)
+
+
+def test_calibration_of_decode_follows() -> None:
+    """The error of `decode` is measured on caches that the pruned `prefill` gives, not on some of the whole ones."""
+    model, recipe = llava(), RECIPES[0]
+    captured = capture_causal_lm(model, np.random.default_rng(4).integers(0, IMAGE, (1, 24)))
+    program, _ = pruned(decoder(), f"{recipe},span=(2, 16)")
+    parts = [Calibration(captured.example[entry], entry=entry) for entry in (PREFILL, DECODE)]
+    parts[0].others.append(parts[1])
+    got = Bench(program.target, parts[0]).run(program)[1][LOGITS][0]
+    ids, new = (captured.example[entry][0][IDS] for entry in (PREFILL, DECODE))
+    row = prefill(model, model.model.language_model.embed_tokens(torch.from_numpy(ids)), list(range(2, 18)), recipe)
+    np.testing.assert_allclose(got, step(model, row, int(new[0, 0]), 24), rtol=1e-4, atol=1e-5)
 
 
 def test_decode_over_caches_of_several_lengths() -> None:
