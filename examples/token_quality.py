@@ -48,7 +48,7 @@ NEAR = 2.0
 METHODS: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "merging": ("merge-tokens{{r={}}}", (4, 8, 12, 16), "#1f77b4"),
     "merging by energy": ("merge-tokens{{r={},match='energy'}}", (4, 8, 12, 16), "#17becf"),
-    "FEATHER": ("{},stride=3}}", ((0.5, 0.5), (0.2, 0.3), (0.1, 0.09), (0.02, 0.04)), "#2ca02c"),
+    "FEATHER": ("{},stride=3}}", ((0.5, 0.5), (0.2, 0.3), (0.1, 0.15), (0.02, 0.1)), "#2ca02c"),
     "attention alone": ("{},stride=0}}", ((0.6, 0.5), (0.3, 0.3), (0.2, 0.15), (0.1, 0.1)), "#ff7f0e"),
     "random": ("prune-tokens{{method='random',layers=[1],keep=[{}],span=(1, 100)}}", (0.6, 0.4, 0.2, 0.1), "#d62728"),
 }
