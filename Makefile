@@ -9,6 +9,7 @@
 #   make bench-precision       low precision against OpenVINO's bf16: speed, error and memory
 #   make bench-decode          tokens a second of causal language models, and the forms of their cache
 #   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
+#   make bench-tokens          merging tokens in vision transformers, against the same models without
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
@@ -24,7 +25,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
-  bench-layers bench-tvm bench-startup bench-precision clean
+  bench-layers bench-tokens bench-tvm bench-startup bench-precision clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -66,6 +67,11 @@ bench-layers: $(STAMP)
 	@$(BIN)/python benchmarks/layers.py
 
 # TVM is an extra.
+bench-tokens: $(STAMP)
+	@$(BIN)/python -c 'import tvm' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tvm]'
+	@$(BIN)/python benchmarks/token_merging.py
+
 bench-tvm: $(STAMP)
 	@$(BIN)/python -c 'import tvm' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tvm]'

@@ -178,6 +178,19 @@ CASES: dict[str, list[tuple[str, int, str]]] = {
             "may change where their heads are repeated",
         )
     ],
+    "split-packed-heads": [
+        (
+            graph(
+                "r = Reshape(x, apart)  t = Transpose<perm = [2, 0, 3, 1, 4]>(r)  "
+                "q = Gather<axis = 0>(t, i0)  k = Gather<axis = 0>(t, i1)  v = Gather<axis = 0>(t, i2)",
+                "float[B, S, N] x",
+                "float[B, 4, S, 2] q, float[B, 4, S, 2] k, float[B, 4, S, 2] v",
+                "int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[5] apart = {0, 0, 3, 4, 2}",
+            ),
+            5,
+            "the number or the size of the heads is unknown",
+        )
+    ],
     "unflatten-gemm": [
         (
             graph(
