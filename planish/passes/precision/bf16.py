@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.ir import processor
+from planish.ir.errors import InputError
 from planish.ir.graphs import constant_tensor, dims_of, is_op
 from planish.ir.ledger import Declined
 from planish.ir.ops import DIALECT_DOMAIN, dialect_op, import_functions
@@ -21,6 +22,8 @@ from planish.ir.program import Program
 from planish.passes.base import ApproximatePass, Decline, PassContext, PassResult
 from planish.passes.canonicalize.editing import Editor
 from planish.passes.canonicalize.eliminate_dead_code import EliminateDeadCode
+from planish.passes.precision.bf16_choice import compute, is_candidate
+from planish.passes.precision.sensitivity import Chosen, choose, measure, model_error
 from planish.passes.registry import register
 
 _BFLOAT16 = int(ir.DataType.BFLOAT16)
@@ -40,6 +43,8 @@ class Bf16(ApproximatePass):
     Attributes:
         attention: attention too.
         head: a head of the model that is the transpose of its embedding too.
+        error: relative L2 of the model's outputs that may be lost on the calibration inputs, each entry by itself.
+            Operators are then chosen by their own errors and by what they gain (`sensitivity`); None: all of them.
     """
 
     name: ClassVar[str] = "bf16"
@@ -49,17 +54,35 @@ class Bf16(ApproximatePass):
 
     attention: bool = True
     head: bool = True
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.error is not None and not 0 < self.error < 1:
+            raise InputError(f"error is {self.error:g}; it is a relative error between 0 and 1.")
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
-        declined: list[Declined] = []
+        """Raises InputError: `error` is given, and there is nothing to measure with."""
         if reason := unsupported(ctx):
             return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], [reason])
+        if self.error is None:
+            return self._change(program, ctx)
+        chosen = self._choose(program, ctx, self.error)
+        notes = chosen.notes(self.error)
+        if not chosen.error <= self.error:
+            reason = notes[-1]
+            return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], notes[1:])
+        result = self._change(program, ctx, chosen.names)
+        return PassResult(result.modified, result.fired, result.declined, notes)
+
+    def _change(self, program: Program, ctx: PassContext, names: frozenset[str] | None = None) -> PassResult:
+        """Changes the nodes of these names, or all."""
         editor = Editor(program, self.name)
+        declined: list[Declined] = []
         fired = 0
         for entry, model in program.entries.items():
             for node in list(model.graph.all_nodes()):
                 try:
-                    fired += self._node(editor, node)
+                    fired += (names is None or node.name in names) and self._node(editor, node)
                 except Decline as decline:
                     declined.append(Declined(self.name, node.name or entry, decline.reason))
         if fired:
@@ -68,6 +91,19 @@ class Bf16(ApproximatePass):
             for model in program.entries.values():
                 import_functions(model)
         return PassResult(fired > 0, fired, declined)
+
+    def _choose(self, program: Program, ctx: PassContext, limit: float) -> Chosen:
+        candidates = []
+        for entry, model in program.entries.items():
+            nodes = [node for node in model.graph if self._may(node)]
+            candidates += measure(program, entry, nodes, ctx, compute)
+        lost = model_error(program, ctx, lambda copy, names: self._change(copy, ctx, names))
+        return choose(candidates, limit, lost)
+
+    def _may(self, node: ir.Node) -> bool:
+        if is_op(node, "MatMul"):
+            return self.head and tied_weight(node) is not None
+        return is_candidate(node) and (self.attention or node.op_type not in IN_BF16)
 
     def _node(self, editor: Editor, node: ir.Node) -> bool:
         if node.domain == DIALECT_DOMAIN:
@@ -159,17 +195,25 @@ def insert(
     editor.remove(old)
 
 
-def _tied_head(editor: Editor, node: ir.Node) -> bool:
-    """A product with the transpose of a weight that something else reads: packed from the weight as it is."""
-    x, right = node.inputs
+def tied_weight(node: ir.Node) -> ir.Value | None:
+    """The float32 matrix whose transpose a MatMul multiplies with, where that is one."""
+    right = node.inputs[1]
     transpose = right.producer() if right is not None else None
-    if transpose is None or not is_op(transpose, "Transpose") or x is None:
-        return False
+    if transpose is None or not is_op(transpose, "Transpose"):
+        return None
     weight = transpose.inputs[0]
     tensor = constant_tensor(weight) if weight is not None else None
     if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
-        return False
-    if list(transpose.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+        return None
+    return weight if list(transpose.attributes.get_ints("perm", [1, 0])) == [1, 0] else None
+
+
+def _tied_head(editor: Editor, node: ir.Node) -> bool:
+    """A product with the transpose of a weight that something else reads: packed from the weight as it is."""
+    x, right, weight = *node.inputs, tied_weight(node)
+    tensor = constant_tensor(weight)
+    transpose = right.producer() if right is not None else None
+    if x is None or tensor is None or transpose is None:
         return False
     rows, depth = (int(n) for n in tensor.shape.numpy())
     if not dims_of(x) or min(rows, depth) < _LEAST:
