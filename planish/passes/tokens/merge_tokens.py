@@ -90,9 +90,20 @@ class MergeTokens(ApproximatePass):
         from planish.passes.canonicalize.eliminate_dead_code import EliminateDeadCode
         from planish.passes.tokens.recognized import recognize
 
-        editor, result = Editor(program, self.name), PassResult(False)
-        recognized = recognize(program, ctx)
-        chosen = self
+        if ctx.target.runtime != "ort":
+            reason = f"target '{ctx.target}' does not run it; those of ONNX Runtime do"
+            return PassResult(False, declined=[Declined(self.name, "main", reason)])
+        result, found = PassResult(False), list[Declined]()
+
+        def useful(trial: Program) -> bool:
+            encoders = [self.encoders(trial, entry) for entry in self.entry_names(trial)]
+            found.extend(reason for _, declined in encoders for reason in declined)
+            return any(stacks for stacks, _ in encoders)
+
+        recognized = recognize(program, ctx, useful)
+        if found and not recognized:
+            return PassResult(False, declined=found)
+        editor, chosen = Editor(program, self.name), self
         if self.r is None and self.ratio is None:
             from planish.passes.tokens.merge_tuning import predicted
 

@@ -148,6 +148,15 @@ def test_attention_is_recognized_first() -> None:
     assert result.fired == 3 and len(nodes(program, "Attention")) == 3 and not nodes(program, "Softmax")
     fused, _ = merged(encoder(), "r=3")
     np.testing.assert_allclose(run(program)[0], run(fused)[0], rtol=1e-5, atol=1e-6)
+    program, result = merged(encoder(raw=True, behind=2), "r=3")
+    assert not result.modified and len(nodes(program, "Softmax")) == 3
+    assert "2 tokens stand behind" in result.declined[0].reason
+
+
+def test_other_runtimes_are_declined() -> None:
+    program = program_of(encoder(), "tvm-cpu")
+    result = PassManager(parse_pipeline("merge-tokens{r=3}")).apply(program, PassContext(program.target))
+    assert not result.modified and "target 'tvm-cpu" in result.declined[0].reason
 
 
 def test_what_is_declined() -> None:
