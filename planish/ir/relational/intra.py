@@ -137,20 +137,17 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a kernel runs; nothing of it changes the result beyond rounding.
+    """How a kernel runs; nothing but `compute` changes the result beyond the rounding of float32.
 
     Attributes:
         tile_rows: rows of a tile of a segment GEMM, at most.
-        blocks: parts of the rows of the target of a scatter that are worked on one after the other, so that one stays
-            in a cache; tiles do not cross them.
         parallel: rows, or tiles, may run at the same time.
-        ahead: how many rows of the inner loop ahead what they gather is fetched; 0: not.
+        compute: what operands of products are rounded to; sums are float32. ``"bfloat16"`` changes results.
     """
 
     tile_rows: int = 48
-    blocks: int = 1
     parallel: bool = False
-    ahead: int = 0
+    compute: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def choose(lowered: Lowered, rows: Statistics, threads: int = 1, **overrides: An
         raise InputError(f"a schedule has no '{wrong[0]}'. Known: {', '.join(sorted(_FIELDS))}.")
     if not 1 <= int(overrides.get("tile_rows", 1)) <= 4096:
         raise InputError(f"tile_rows is {overrides['tile_rows']}; it must be between 1 and 4096.")
+    if overrides.get("compute", "float32") not in ("float32", "bfloat16"):
+        raise InputError(f"compute is '{overrides['compute']}'; it must be float32 or bfloat16.")
     steps = tuple(
         replace(step, schedule=replace(schedule(step, lowered, rows, threads), **overrides))
         if isinstance(step, Kernel)

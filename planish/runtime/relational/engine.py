@@ -13,7 +13,8 @@ from planish.ir.relational.domains import NONE
 from planish.ir.relational.graph import Graph
 from planish.ir.relational.inter import Variable
 from planish.ir.relational.intra import Lowered
-from planish.runtime.kernels.cpu import Cpu
+from planish.runtime.kernels.amx import amx
+from planish.runtime.kernels.cpu import Cpu, permit_tiles
 from planish.runtime.relational.kernel import RelationalKernel
 from planish.runtime.relational.library import build
 from planish.runtime.relational.plan import Plan, make_plan
@@ -49,6 +50,9 @@ class Engine:
         self.lowered, self.threads = lowered, threads
         shapes = tuple(lowered.values.values())
         self._templates = {kernel.name: RelationalKernel(kernel, _used(kernel, shapes)) for kernel in lowered.kernels}
+        if any(kernel.schedule.compute == "bfloat16" for kernel in lowered.kernels):
+            cpu = cpu or amx("a relational layer")
+            permit_tiles()
         self.library = build(list(self._templates.values()), cpu)
         self._plans: weakref.WeakKeyDictionary[Graph, Plan] = weakref.WeakKeyDictionary()
         self._block = np.empty(0, np.uint8)

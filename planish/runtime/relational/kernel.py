@@ -16,6 +16,7 @@ from planish.ir.relational.intra import Access, Gemm, Kernel
 from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import argument, prim_func, script, size
 from planish.runtime.kernels.template import ON_STACK, Template
+from planish.runtime.relational import tiles_bf16
 from planish.runtime.relational.operators import stored
 from planish.runtime.relational.rows import Rows
 from planish.runtime.relational.tiles import Matrix, multiply, outer, parts_of
@@ -150,16 +151,22 @@ class _Emitter:
         weight, shape = self.shapes[gemm.weight].shape, gemm.result.shape
         depth, columns = weight[-2:]
         width = math.prod(shape)
-        into_memory = gemm.store is not None and not gemm.store.tables and not self.kernel.after
+        rows = self.kernel.schedule.tile_rows
+        rounded = self.kernel.schedule.compute == "bfloat16" and tiles_bf16.fits(depth, columns)
+        into_memory = gemm.store is not None and not gemm.store.tables and not self.kernel.after and not rounded
         if into_memory:
             assert gemm.store is not None
             y = Matrix(self.buffers[gemm.store.value], opaque(begin * width), width)
         else:
-            y = Matrix(_stack(self.kernel.schedule.tile_rows * width), 0, width)
+            y = Matrix(_stack((tiles_bf16.stack_rows(rows) if rounded else rows) * width), 0, width)
         first = opaque(segment * math.prod(weight))
         for part, head in parts_of((*shape[:-1], depth), gemm.heads):
             w = Matrix(self.buffers[gemm.weight], first + head * depth * columns, columns)
-            multiply(self.cpu, count, x.from_column(part * depth), w, y.from_column(part * columns), depth, columns)
+            left, right = x.from_column(part * depth), y.from_column(part * columns)
+            if rounded:
+                tiles_bf16.multiply(rows, count, left, w, right, depth, columns)
+            else:
+                multiply(self.cpu, count, left, w, right, depth, columns)
         if into_memory:
             return
         with T.serial(count) as i:

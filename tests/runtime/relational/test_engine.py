@@ -85,6 +85,23 @@ def test_tiles_of_any_size() -> None:
         check(program, Engine(lowered), GRAPHS["hub"], f"{rows} rows")
 
 
+def test_products_in_bfloat16_where_asked() -> None:
+    from planish.runtime.kernels.cpu import detect
+
+    if detect("amx") is None:
+        pytest.skip("this processor lacks amx")
+    graph = random_graph(1, (50, 30), 9, 900)
+    # Sizes of whole tiles are rounded, others stay float32.
+    for program, low, high in ((rgcn(64, 48), 1e-4, 5e-3), (rgcn(20, 48), 0.0, 1e-6)):
+        engine = Engine(choose(lower(run_passes(program).program), NOMINAL, compute="bfloat16"))
+        values = {name: array.astype(np.float32) for name, array in random_values(program, graph).items()}
+        wanted, found = (f(program, graph, values) for f in (interpret, lambda _, g, v, e=engine: e(g, v)))
+        for name, array in wanted.items():
+            assert low <= np.linalg.norm(found[name] - array) / np.linalg.norm(array) <= high
+    with pytest.raises(InputError, match="compute is 'float16'"):
+        choose(lower(rgcn(4, 4)), NOMINAL, compute="float16")
+
+
 def test_every_operator() -> None:
     b = Builder("all")
     x, s = b.input("x", NODE, 5), b.input("s", EDGE)
