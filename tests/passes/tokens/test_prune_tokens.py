@@ -282,3 +282,22 @@ def test_options_that_contradict() -> None:
     }.items():
         with pytest.raises(InputError, match=message):
             parse_pipeline(f"prune-tokens{{{options}}}")
+
+
+def test_with_layers_left_out() -> None:
+    """skip-layers behind it takes layers out of `decode`; those that stay keep the lengths of their caches."""
+    program, _ = pruned(decoder(), f"{RECIPES[0]},span=(2, 16)")
+    assert apply_pass("skip-layers{layers=[2]}", program).fired == 1
+    names = [spec.name for spec in program.inputs(DECODE)]
+    assert "past_2_key" not in names and "past_3_key" in names
+    shapes = {spec.name: spec.shape for spec in program.inputs(DECODE)}
+    capacities = [(shapes[f"past_{layer}_key"] or ())[2] for layer in (0, 1, 3)]
+    assert capacities == ["capacity", "capacity_pruned_0", "capacity_pruned_1"]
+    ids = np.random.default_rng(1).integers(0, IMAGE, (1, 21))
+    first = run(program, {IDS: ids, LENGTHS: np.array([21])}, PREFILL)
+    feeds = {IDS: np.array([[7]]), LENGTHS: np.array([21])}
+    feeds |= {f"past_{n}": np.pad(first[f"present_{n}"], ((0, 0), (0, 0), (0, 2), (0, 0))) for n in CACHES}
+    assert np.isfinite(run(program, feeds, DECODE)[LOGITS]).all()
+
+
+CACHES = [f"{layer}_{part}" for layer in (0, 1, 3) for part in ("key", "value")]
