@@ -176,6 +176,27 @@ def test_images(recipe: Recipe) -> None:
         assert sorted(lengths) == sorted(2 * [layer.keys.shape[2] for layer in row.cache.layers])
 
 
+def test_rows_of_any_length() -> None:
+    """With a symbolic length there is a mask, which is cut along queries and keys."""
+    model, recipe = llava(), RECIPES[0]
+    given = {name: value[:1] for name, value in pictures().items()}
+    shapes = {"input_ids": {1: "sequence"}, "pixel_values": None}
+    program = fused(capture(model, given, shapes).program)
+    assert any(node.inputs[3:] for node in program.nodes() if node.op_type == "Attention")
+    program, result = pruned(program, f"{recipe},image_token={IMAGE},count=16")
+    assert result.fired == 2
+    with torch.no_grad():
+        features = model.model.get_image_features(given["pixel_values"], vision_feature_layer=-1).pooler_output[0]
+    for tokens, start in ((24, 5), (31, 9), (17, 0)):
+        ids = torch.from_numpy(np.random.default_rng(tokens).integers(0, IMAGE, (1, tokens)))
+        ids[0, start : start + 16] = IMAGE
+        got = run(program, {"input_ids": ids.numpy(), "pixel_values": given["pixel_values"].numpy()})["logits"]
+        embeds = model.model.language_model.embed_tokens(ids).detach()
+        embeds[0, start : start + 16] = features
+        row = prefill(model, embeds, list(range(start, start + 16)), recipe)
+        np.testing.assert_allclose(got, head(model, row.hidden), rtol=1e-4, atol=2e-5)
+
+
 def test_what_is_written() -> None:
     """Nodes that a stage needs, and one product more than the model has."""
     after, result = pruned(whole(), f"layers=[2],keep=[0.25],stride=2,image_token={IMAGE},count=16")
