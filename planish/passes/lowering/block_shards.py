@@ -49,12 +49,19 @@ class Operands:
         width: Any = self.node.inputs[0].shape[2]  # type: ignore[union-attr,index]
         return int(width) // self.heads[0]
 
-    def of_heads(self, value: ir.Value, heads: tuple[int, int], total: int) -> ir.Value:
-        """These heads of (batch, length, total · size)."""
-        if heads == (0, total):
-            return value
-        made = self.op.Slice(value, *(_ints(n * self.size) for n in heads), _ints(2))
-        return self.typed(made, None, heads[1] - heads[0])
+    def by_heads(self, value: ir.Value, keys: bool) -> list[ir.Value]:
+        """(batch, length, heads · size) by groups: the heads of each, of keys and values or of queries.
+
+        One Split: ONNX Runtime's Slice takes several times as long on the last axis.
+        """
+        ranges = [group.kv_heads if keys else group.heads for group in self.groups]
+        parts = sorted(set(ranges))
+        if len(parts) == 1:
+            return [value] * len(ranges)
+        sizes = _ints(*((b - a) * self.size for a, b in parts))
+        made = self.op.Split(value, sizes, axis=2, _outputs=len(parts))
+        typed = {part: self.typed(one, None, part[1] - part[0]) for part, one in zip(parts, made, strict=True)}
+        return [typed[part] for part in ranges]
 
     def attend(self, group: Run, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None) -> ir.Value:
         counts = [b - a for a, b in (group.heads, group.kv_heads)]
@@ -84,14 +91,15 @@ class Operands:
 
 def shards(given: Operands, columns: Mapping[int, np.ndarray]) -> ir.Value:
     """All rows of a layout see the same `columns`: one dense attention for each group of heads."""
-    op, (heads, kv_heads) = given.op, given.heads
+    op = given.op
     q, k, v = (value for value in given.node.inputs[:3] if value is not None)
     assert isinstance(given.length, int)
     outputs = []
-    for group in given.groups:
+    for group, one, *pair in zip(
+        given.groups, given.by_heads(q, False), given.by_heads(k, True), given.by_heads(v, True), strict=True
+    ):
         positions = given.tokens(np.sort(columns[group.layout]), given.length)
-        one = given.of_heads(q, group.heads, heads)
-        shard = [op.Gather(given.of_heads(value, group.kv_heads, kv_heads), positions, axis=1) for value in (k, v)]
+        shard = [op.Gather(value, positions, axis=1) for value in pair]
         outputs.append(given.attend(group, one, shard[0], shard[1], None))
     made: ir.Value = op.Concat(*outputs, axis=2) if len(outputs) > 1 else outputs[0]
     return made
@@ -119,7 +127,8 @@ class _Scan:
         if given.key_mask is not None:
             wide = op.Expand(given.key_mask, op.Concat(_ints(1, 1, 1), length, axis=0))
             padding = op.Where(wide, np.float32(0), np.float32(given.hidden))
-        fixed = {n: self._fixed(group, padding) for n, group in enumerate(given.groups)}
+        whole = zip(given.groups, given.by_heads(self.k, True), given.by_heads(self.v, True), strict=True)
+        fixed = [self._fixed(group, pair, padding) for group, *pair in whole]
         mean = self._mean() if given.hidden > _LOWEST else None
         steps = op.Div(op.Add(length, _ints(self.step - 1)), _ints(self.step))
         count = op.Range(np.int64(0), op.Squeeze(steps, [0]), np.int64(1))
@@ -133,7 +142,7 @@ class _Scan:
         made: ir.Value = op.Slice(flat, _ints(0), length, _ints(1))
         return made
 
-    def _fixed(self, group: Run, padding: ir.Value | None) -> list[ir.Value]:
+    def _fixed(self, group: Run, pair: list[ir.Value], padding: ir.Value | None) -> list[ir.Value]:
         """Keys, values and padding of the blocks that all later rows see, in order; none of a form without them."""
         op, given = self.op, self.given
         positions = given.tokens(np.flatnonzero(self.forms[group.layout].fixed), given.covered)
@@ -145,8 +154,7 @@ class _Scan:
         else:
             before = op.ReduceSum(op.Cast(op.Less(here, given.length), to=ir.DataType.INT64), keepdims=1)
             here = op.Slice(here, _ints(0), before)
-        cut = [given.of_heads(value, group.kv_heads, given.heads[1]) for value in (self.k, self.v)]
-        found = [op.Gather(value, here, axis=1) for value in cut]
+        found = [op.Gather(value, here, axis=1) for value in pair]
         return found if padding is None else [*found, op.Gather(padding, here, axis=3)]
 
     def _mean(self) -> ir.Value:
@@ -174,9 +182,12 @@ class _Scan:
         masks = {
             layout: self._mask(form, number, j, (earlier, distance, inside)) for layout, form in self.forms.items()
         }
+        means = [None] * len(given.groups) if mean is None else given.by_heads(mean, False)
+        sides = (given.by_heads(one, False), given.by_heads(near[0], True), given.by_heads(near[1], True))
         outputs = []
-        for n, group in enumerate(given.groups):
-            outputs.append(self._group(group, number, one, near, fixed[n], masks[group.layout], mean))
+        for n, (group, *operands) in enumerate(zip(given.groups, *sides, strict=True)):
+            operands += near[2:]
+            outputs.append(self._group(group, number, operands, fixed[n], masks[group.layout], means[n]))
         made: ir.Value = op.Concat(*outputs, axis=2) if len(outputs) > 1 else outputs[0]
         return given.typed(made, step, given.heads[0])
 
@@ -213,11 +224,10 @@ class _Scan:
         return made
 
     def _group(
-        self, group: Run, number: ir.Value, q: ir.Value, near: list[ir.Value], fixed: list[ir.Value],
-        mask: ir.Value, mean: Any,
+        self, group: Run, number: ir.Value, operands: list[ir.Value], fixed: list[ir.Value], mask: ir.Value, mean: Any
     ) -> ir.Value:  # fmt: skip
         op, given = self.op, self.given
-        parts = [given.of_heads(value, group.kv_heads, given.heads[1]) for value in near[:2]] + near[2:]
+        q, *parts = operands
         if fixed:
             before = self._before(self.forms[group.layout], number)
             parts = [
@@ -226,10 +236,9 @@ class _Scan:
             ]
         if len(parts) > 2:
             mask = op.Add(mask, parts[2])
-        made = given.attend(group, given.of_heads(q, group.heads, given.heads[0]), parts[0], parts[1], mask)
+        made = given.attend(group, q, parts[0], parts[1], mask)
         if mean is None:
             return made
         best = op.Squeeze(op.ReduceMax(mask, _ints(-1), keepdims=1), [1])
-        other = given.of_heads(mean, group.heads, given.heads[0])
-        kept = op.Where(op.Greater(best, np.float32(given.hidden / 2)), made, other)
+        kept = op.Where(op.Greater(best, np.float32(given.hidden / 2)), made, mean)
         return given.typed(kept, self.step, group.heads[1] - group.heads[0])
