@@ -154,7 +154,7 @@ class GraphCache:
     ) -> Graph:
         """The graph of these edges: that of the last call if they are the same tensors, or equal ones."""
         rest = (tuple(int(n) for n in node_counts), kinds, ends)
-        seen = (weakref.ref(edge_index), edge_index._version, weakref.ref(edge_type), edge_type._version, rest)
+        seen = (weakref.ref(edge_index), _version(edge_index), weakref.ref(edge_type), _version(edge_type), rest)
         if self.graph is not None and self._seen[-1] == rest:
             if self._same(seen):
                 return self.graph
@@ -176,8 +176,14 @@ class GraphCache:
             and types() is seen[2]()
             and index() is not None
             and types() is not None
+            and None not in (index_version, types_version)
             and (index_version, types_version) == (seen[1], seen[3])
         )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Counts changes in place; None where torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _compiled_module(module: torch.nn.Module, options: Mapping[str, Any]) -> torch.nn.Module:

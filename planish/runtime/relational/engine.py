@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ class Memory:
         values: values in between, sharing memory; `unshared` is their sum.
         outputs: the results.
         tables: index tables of the graph that the program uses; made once for a graph.
-        edge_messages: what one message of the widest value for each edge would take, for comparison.
     """
 
     peak: int
@@ -56,6 +56,8 @@ class Engine:
         self.library = build(list(self._templates.values()), cpu)
         self._plans: weakref.WeakKeyDictionary[Graph, Plan] = weakref.WeakKeyDictionary()
         self._block = np.empty(0, np.uint8)
+        #: Calls share the block and the steps of a plan.
+        self._lock = threading.Lock()
 
     def plan(self, graph: Graph) -> Plan:
         """The plan for a graph; made at its first call."""
@@ -78,14 +80,15 @@ class Engine:
     def run(self, graph: Graph, addresses: Mapping[str, int]) -> None:
         """Runs the program; `addresses` are those of compact float32 arrays for every argument and output, of the
         right size: nothing checks that here."""
-        plan = self.plan(graph)
-        for name, address in addresses.items():
-            plan.bind(name, address)
-        if len(self._block) < plan.arena_bytes + 64:
-            self._block = np.empty(plan.arena_bytes + 64, np.uint8)
-        start = self._block.ctypes.data
-        plan.bind("", start + -start % 64)
-        self.library.run(plan.steps, self.threads)
+        with self._lock:
+            plan = self.plan(graph)
+            for name, address in addresses.items():
+                plan.bind(name, address)
+            if len(self._block) < plan.arena_bytes + 64:
+                self._block = np.empty(plan.arena_bytes + 64, np.uint8)
+            start = self._block.ctypes.data
+            plan.bind("", start + -start % 64)
+            self.library.run(plan.steps, self.threads)
 
     def __call__(self, graph: Graph, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs the program on NumPy arrays.
@@ -94,9 +97,11 @@ class Engine:
             InputError: an argument is missing, or has a wrong dtype or shape.
         """
         arrays = {v.name: check_array(v, values.get(v.name), graph) for v in self.lowered.arguments}
-        outputs = {name: np.empty(self.shape(name, graph), np.float32) for name in self.lowered.outputs}
+        made = [name for name in self.lowered.outputs if name not in arrays]
+        outputs = {name: np.empty(self.shape(name, graph), np.float32) for name in made}
         self.run(graph, {name: array.ctypes.data for name, array in (arrays | outputs).items()})
-        return outputs
+        # An output may be an argument as it is.
+        return {name: outputs[name] if name in outputs else arrays[name].copy() for name in self.lowered.outputs}
 
 
 def full_shape(variable: Variable, graph: Graph) -> tuple[int, ...]:
