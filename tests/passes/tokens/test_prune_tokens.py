@@ -176,6 +176,27 @@ def test_images(recipe: Recipe) -> None:
         assert sorted(lengths) == sorted(2 * [layer.keys.shape[2] for layer in row.cache.layers])
 
 
+def test_text_after_an_image() -> None:
+    """Caches that the whole model gives of an image and a prompt, each of its own length, are what decode reads."""
+    model, given, recipe = llava(), pictures(), RECIPES[0]
+    seen, _ = pruned(whole(), f"{recipe},image_token={IMAGE},count=16")
+    first = run(seen, {name: value.numpy() for name, value in given.items()})
+    program, _ = pruned(decoder(), f"{recipe},span=(2, 16)")
+    caches = [value for name, value in first.items() if name.startswith("past_key_values_")]
+    names = [spec.name for spec in program.inputs(DECODE) if spec.name.startswith("past_")]
+    if "key_cache" in " ".join(first):  # all keys, then all values
+        caches = [caches[at // 2 + at % 2 * 4] for at in range(8)]
+    feeds = {n: np.pad(c, ((0, 0), (0, 0), (0, 2), (0, 0))) for n, c in zip(names, caches, strict=True)}
+    got = run(program, {IDS: np.array([[7], [8]]), LENGTHS: np.array([24, 24]), **feeds}, DECODE)[LOGITS]
+    with torch.no_grad():
+        features = model.model.get_image_features(given["pixel_values"], vision_feature_layer=-1)
+    for at, found in enumerate(PLACES):
+        embeds = model.model.language_model.embed_tokens(given["input_ids"][at : at + 1]).detach()
+        embeds[0, found] = features.pooler_output[at]
+        row = prefill(model, embeds, found, recipe)
+        np.testing.assert_allclose(got[at], step(model, row, 7 + at, 24), rtol=1e-4, atol=2e-5)
+
+
 def test_rows_of_any_length() -> None:
     """With a symbolic length there is a mask, which is cut along queries and keys."""
     model, recipe = llava(), RECIPES[0]
