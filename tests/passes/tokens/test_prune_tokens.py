@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -291,6 +292,14 @@ def test_declines() -> None:
     shorter = decoder().clone()
     apply_pass("skip-layers{layers=[2]}", shorter)
     assert "prune-tokens comes before skip-layers" in reasons(shorter, span.replace("[1]", "[3]"))
+
+
+def test_a_window_over_the_cache_is_declined() -> None:
+    windowed = decoder().clone()
+    for node in windowed.entry(DECODE).graph:
+        if node.op_type == "GroupQueryAttention":
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 8)
+    assert "attends in a window, and no longer knows positions" in reasons(windowed, "layers=[1],keep=[3],span=(2, 16)")
 
 
 def test_options_that_do_not_fit() -> None:
