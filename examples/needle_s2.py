@@ -210,7 +210,8 @@ def main() -> None:
             figures[name] = {"by depth": dict(zip(depths, shares, strict=True)), "by decode": stepped}
     print(table(figures, depths))
     if options.svg:
-        options.svg.write_text(plot(figures, depths))
+        shown = {name: case for name, case in figures.items() if "by head" not in name}  # like the dense one
+        options.svg.write_text(plot(shown, depths))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
     first = figures["trained with S2, runs with S2"]["by depth"].values()

@@ -12,11 +12,13 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 #: Arguments that shorten the measuring; what an example shows is the same.
 ARGUMENTS = {
     "demo_minilm.py": ["--seconds", "2", "--out", "{out}"],
+    "needle_s2.py": ["--small", "--svg", "{out}.svg", "--json", "{out}.json"],
     "skip_layers_quality.py": ["--small", "--threads", "1", "--svg", "{out}.svg"],
     "token_quality.py": ["--small", "--threads", "1", "--svg", "{out}.svg"],
 }
 #: A line that shows the example came to its end with the right result.
 SHOWS = {
+    "needle_s2.py": "The worst depth of the model trained with S2: found",
     "demo_minilm.py": "The similar pair stays the closer one.",
     "skip_layers_quality.py": "The claim that balanced beats contiguous",
     "token_quality.py": "times the throughput, between the measured points:",

@@ -15,6 +15,7 @@ from planish.ir.block_sparsity import (
     SlidingWindow,
     Strided,
     layout_from_masks,
+    layout_from_sparse_attention,
     make_pattern,
 )
 from planish.ir.errors import InputError
@@ -169,6 +170,19 @@ def test_dense_up_to_the_window_and_one_short_column_more() -> None:
     assert SinkWindow(local=3).layout(64 * 9, Heads(1, 1)).dense_rows() == 4
     assert Dense().layout(64 * 9, Heads(1, 1)).dense_rows() == 9
     assert SlidingWindow(local=3, causal=False).layout(64 * 9, Heads(1, 1)).dense_rows() == 3
+
+
+def test_lists_of_onnx_runtimes_sparse_attention() -> None:
+    """The worked example of its documentation."""
+    rows = np.array([[0, 1, 3, 5, 8], [0, 1, 3, 6, 9]])
+    columns = np.array([[0, 0, 1, 1, 2, 1, 2, 3, -1], [0, 0, 1, 0, 1, 2, 0, 2, 3]])
+    layout = layout_from_sparse_attention(rows, columns, 4, 64)
+    assert layout.picture() == "#\n##\n.##\n.###\n\n#\n##\n###\n#.##"
+    assert layout.head_layout.tolist() == [0, 1, 0, 1]
+    s2 = S2(block=64, local=2, stride=2, offset=1, share_kv=False).layout(256, Heads(4, 4))
+    assert np.array_equal(s2.masks()[0], layout.masks()[0])
+    with pytest.raises(InputError, match="3 heads do not divide among 2 layouts"):
+        layout_from_sparse_attention(rows, columns, 3, 64)
 
 
 def test_pictures() -> None:

@@ -4,7 +4,7 @@ A :class:`Pattern` says what each head sees at any length; :meth:`Pattern.layout
 form of ``planish::BlockSparseAttention``; :func:`slot_plan` says what a cache must keep. Nothing here knows graphs.
 """
 
-from planish.ir.block_sparsity.layout import Layout, layout_from_masks
+from planish.ir.block_sparsity.layout import Layout, layout_from_masks, layout_from_sparse_attention
 from planish.ir.block_sparsity.local import S2, Dense, LocalPattern, SinkWindow, SlidingWindow, Strided
 from planish.ir.block_sparsity.masked import BigBird, BlockMask, Longformer
 from planish.ir.block_sparsity.mixed import Mixed
@@ -13,6 +13,6 @@ from planish.ir.block_sparsity.slots import SLOTS, SlotPlan, slot_plan, slots_of
 
 __all__ = [
     "PATTERNS", "S2", "SLOTS", "BigBird", "BlockMask", "Dense", "Heads", "Layout", "LocalPattern", "Longformer",
-    "Mixed", "Pattern", "SinkWindow", "SlidingWindow", "SlotPlan", "Strided", "layout_from_masks", "make_pattern",
-    "slot_plan", "slots_of",
+    "Mixed", "Pattern", "SinkWindow", "SlidingWindow", "SlotPlan", "Strided", "layout_from_masks",
+    "layout_from_sparse_attention", "make_pattern", "slot_plan", "slots_of",
 ]  # fmt: skip

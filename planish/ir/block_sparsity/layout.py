@@ -129,6 +129,26 @@ class Layout:
         )
 
 
+def layout_from_sparse_attention(rows: np.ndarray, columns: np.ndarray, heads: int, block: int) -> Layout:
+    """The lists as com.microsoft.SparseAttention reads them (ONNX Runtime), causal; head h has layout h mod layouts.
+
+    Args:
+        rows: block_row_indices (layouts, rows + 1).
+        columns: block_col_indices (layouts, most entries), filled up with -1.
+
+    Raises:
+        InputError: the heads do not divide among the layouts, or a row sees nothing.
+    """
+    count = len(rows)
+    if count < 1 or heads % count:
+        raise InputError(f"{heads} heads do not divide among {count} layouts.")
+    masks = np.zeros((count, rows.shape[1] - 1, rows.shape[1] - 1), bool)
+    for layout, ends in enumerate(rows):
+        for row in range(len(ends) - 1):
+            masks[layout, row, columns[layout, ends[row] : ends[row + 1]]] = True
+    return layout_from_masks(masks, [head % count for head in range(heads)], block, is_causal=True)
+
+
 def check_heads(heads: int, kv_heads: int) -> None:
     """Refuses query heads that do not divide among key-value heads."""
     if heads < 1 or kv_heads < 1 or heads % kv_heads:

@@ -209,7 +209,7 @@ class ShardAttention(ApproximatePass):
             except Decline as decline:
                 run.declined.append(Declined(self.name, found[0].node.name or "attention", decline.reason))
                 continue
-            run.notes[f"by head, with the share of its attention kept: {', '.join(words)}"] = [index]
+            run.note(f"by head, with the share of its attention kept: {', '.join(words)}", index)
             if not all(word == "dense" for word in words):
                 run.chosen[index] = pattern
 

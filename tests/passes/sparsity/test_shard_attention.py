@@ -412,3 +412,48 @@ def test_options_print_and_parse() -> None:
     (found,) = parse_pipeline(text)
     assert found == ShardAttention(pattern="mask", block=4, mask=(("#", "##"),), layers=(0,))
     assert parse_pipeline(format_pipeline([found])) == [found]
+
+
+# --- whole models and gates -------------------------------------------------------------------------------------
+
+
+def test_an_encoder_with_padding_is_the_eager_one_with_the_pattern_as_its_mask() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from planish.passes.defaults import RECOGNIZE
+    from planish.passes.manager import run_pass
+    from tests.layer_models import MODELS
+
+    model = MODELS["BERT"]
+    program = model.program()
+    run_pass(parse_pipeline(",".join(RECOGNIZE)), program)
+    options = "pattern='longformer',block=4,local=1,global_blocks=1,max_length=64"
+    assert apply_pass(f"shard-attention{{{options}}}", program).fired == 4
+    given = model.example(2, 19)
+    real = torch.arange(19) < torch.tensor([[19], [11]])
+    given["attention_mask"] = real.to(given["attention_mask"].dtype)
+    pattern = Longformer(block=4, local=1, global_blocks=1).layout(19, Heads(1, 1))
+    seen = torch.from_numpy(layout_mask(pattern.indptr, pattern.indices, 4, 19, 19))
+    mask = torch.where((seen & real[:, None])[:, None], 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        want = model.module()(**{**given, "attention_mask": mask})
+    got = run_reference(program, {k: v.numpy() for k, v in given.items()})
+    for name, array in got.items():
+        if array.ndim == 3:
+            close(array[real.numpy()], want[name].numpy()[real.numpy()])
+
+
+def test_what_costs_more_than_the_budget_is_rolled_back() -> None:
+    import planish
+
+    for error, kept in ((1e-3, False), (10.0, True)):
+        exe = planish.optimize(
+            program_of(one()).main,
+            "ort-cpu:threads=1",
+            passes="shard-attention{block=16,local=1,stride=8,max_length=512}",
+            calibration=feeds(400, batch=1),
+            budget=planish.Budget(error=error, seconds=2),
+        )
+        entry = exe.report.ledger["shard-attention"]
+        over = entry.verdict.startswith("rolled back: error")
+        assert over is not kept, entry.verdict  # whether it is faster here is not the point
