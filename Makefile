@@ -10,6 +10,7 @@
 #   make bench-decode          tokens a second of causal language models, and the forms of their cache
 #   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
 #   make bench-tokens          merging tokens in vision transformers, against the same models without
+#   make bench-relational      relational graph networks against PyG, torch.compile and torch by hand
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
