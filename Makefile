@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
-  bench-layers bench-tokens bench-tvm bench-startup bench-precision clean
+  bench-layers bench-tokens bench-relational bench-tvm bench-startup bench-precision clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -72,6 +72,9 @@ bench-tokens: $(STAMP)
 	@$(BIN)/python -c 'import tvm' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tvm]'
 	@$(BIN)/python benchmarks/token_merging.py
+
+bench-relational: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/relational.py
 
 bench-tvm: $(STAMP)
 	@$(BIN)/python -c 'import tvm' 2>/dev/null || \
