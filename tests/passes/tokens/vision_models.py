@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.passes.tokens.tome_torch import Parts
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 48,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 48,
     "patch_size": 8,
 }  # fmt: skip
 
@@ -123,7 +123,7 @@ def _of(kind: str, config: str | None = None, **more: Any) -> Callable[[], nn.Mo
 _IMAGE = (2, 3, 48, 48)
 _AST = {"image_size": None, "max_length": 48, "num_mel_bins": 24, "frequency_stride": 8, "time_stride": 8}
 VISION: dict[str, Vision] = {
-    "ViT": Vision(_of("ViTForImageClassification"), _IMAGE, lambda m: m.vit.layers, _vit, 1),
+    "ViT": Vision(_of("ViTForImageClassification", num_hidden_layers=3), _IMAGE, lambda m: m.vit.layers, _vit, 1),
     "ViT hidden states": Vision(_of("ViTModel"), _IMAGE, lambda m: m.layers, _vit, 1),
     "DeiT": Vision(
         _of("DeiTForImageClassificationWithTeacher", "DeiTConfig"), _IMAGE, lambda m: m.deit.layers, _vit, 2
