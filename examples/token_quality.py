@@ -46,8 +46,8 @@ TEXTURES = ("rows", "columns", "checks", "plain")
 NEAR = 2.0
 #: Method → pass, what changes from mild to strong, and the colour of its line.
 METHODS: dict[str, tuple[str, tuple[Any, ...], str]] = {
-    "merging": ("merge-tokens{{r={}}}", (4, 8, 12, 16), "#1f77b4"),
-    "merging by energy": ("merge-tokens{{r={},match='energy'}}", (4, 8, 12, 16), "#17becf"),
+    "merging": ("merge-tokens{{r={}}}", (8, 16, 24, 40), "#1f77b4"),
+    "merging by energy": ("merge-tokens{{r={},match='energy'}}", (8, 16, 24, 40), "#17becf"),
     "FEATHER": ("{},stride=3}}", ((0.5, 0.5), (0.2, 0.3), (0.1, 0.15), (0.02, 0.1)), "#2ca02c"),
     "attention alone": ("{},stride=0}}", ((0.6, 0.5), (0.3, 0.3), (0.2, 0.15), (0.1, 0.1)), "#ff7f0e"),
     "random": ("prune-tokens{{method='random',layers=[1],keep=[{}],span=(1, 100)}}", (0.6, 0.4, 0.2, 0.1), "#d62728"),
@@ -241,18 +241,22 @@ def at_throughput(rows: list[dict[str, Any]], method: str, key: str, speedup: fl
 
 
 def finding(rows: list[dict[str, Any]]) -> str:
-    """The methods at one throughput, the most that all of them reach."""
-    most = min(max(r["speedup"] for r in rows if r["method"] == m) for m in METHODS)
-    lines = [f"At {most:.2f} times the throughput, between the measured points:"]
-    for method in METHODS:
-        right, near = (at_throughput(rows, method, key, most) for key in ("right", "near"))
-        lines.append(f"  {method}: {right:.1%} right, {near:.1%} found")
-    return "\n".join(lines)
+    """The methods at one throughput each, between the measured points."""
+    lines = []
+    for speedup in (1.25, 1.5, 2.0, 3.0):
+        cells = []
+        for method in METHODS:
+            right, near = (at_throughput(rows, method, key, speedup) for key in ("right", "near"))
+            cells += [f"{method} {right:.1%} and {near:.1%}"] if not np.isnan(right) else []
+        if cells:
+            lines.append(f"At {speedup:g} times the throughput, right and found: {', '.join(cells)}.")
+    return "\n".join(lines) or "No method is 1.25 times as fast."
 
 
 def draw(rows: list[dict[str, Any]]) -> str:
     """An SVG of two plots: throughput to the right, the share of right answers up."""
     most = max(r["speedup"] for r in rows) * 1.03
+    least = min(r["speedup"] for r in rows) // 0.25 * 0.25
     low = min(min(r["right"], r["near"]) for r in rows) // 0.1 * 0.1
     high = min(1.0, max(max(r["right"], r["near"]) for r in rows) // 0.1 * 0.1 + 0.1)
     parts = [
@@ -263,10 +267,12 @@ def draw(rows: list[dict[str, Any]]) -> str:
         (60, "right", "What is it? (16 classes)"),
         (450, "near", "Where is it? (within 2 pixels)"),
     ):
-        parts += _axes(left, title, most, low, high)
+        parts += _axes(left, title, (least, most), (low, high))
         for method, (_, _, color) in METHODS.items():
             found = sorted((r["speedup"], r[key]) for r in rows if r["method"] in ("all", method))
-            places = [(left + 330 * (x - 1) / (most - 1), 340 - 290 * (y - low) / (high - low)) for x, y in found]
+            places = [
+                (left + 330 * (x - least) / (most - least), 340 - 290 * (y - low) / (high - low)) for x, y in found
+            ]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{color}"/>' for x, y in places]
@@ -277,18 +283,19 @@ def draw(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _axes(left: int, title: str, most: float, low: float, high: float) -> list[str]:
+def _axes(left: int, title: str, across: tuple[float, float], up: tuple[float, float]) -> list[str]:
+    (least, most), (low, high) = across, up
     parts = [f'<text x="{left}" y="28" font-size="14">{title}</text>']
     for number in range(round((high - low) / 0.1) + 1):
         share = low + 0.1 * number
         y = 340 - 290 * (share - low) / (high - low)
         parts.append(f'<path d="M{left} {y:.1f}h330" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{share:.0%}</text>')
-    step = 0.25 if most < 2.6 else 0.5
-    for number in range(int((most - 1) / step) + 1):
-        x = left + 330 * number * step / (most - 1)
+    step = 0.25 if most - least < 1.6 else 0.5
+    for number in range(round(least / step + 0.49), int(most / step) + 1):
+        x = left + 330 * (number * step - least) / (most - least)
         parts.append(f'<path d="M{x:.1f} 340v5" stroke="black"/>')
-        parts.append(f'<text x="{x:.1f}" y="359" text-anchor="middle">{1 + number * step:g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="359" text-anchor="middle">{number * step:g}</text>')
     parts.append(f'<path d="M{left} 50V340h330" stroke="black" fill="none"/>')
     parts.append(f'<text x="{left + 165}" y="384" text-anchor="middle">measured throughput, all tokens = 1</text>')
     return parts
