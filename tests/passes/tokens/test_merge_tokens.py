@@ -94,7 +94,7 @@ def test_without_the_size_in_attention() -> None:
 def test_images_of_any_size() -> None:
     model = VISION["ViT"]
 
-    class Any(torch.nn.Module):
+    class AnySize(torch.nn.Module):
         def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()
             self.inner = inner
@@ -105,11 +105,11 @@ def test_images_of_any_size() -> None:
 
     shapes = ({0: "batch", 2: "height", 3: "width"},)
     exe = planish.optimize(
-        Any(model.module()), "ort-cpu", example_inputs=(torch.randn(2, 3, 48, 64),), dynamic_shapes=shapes,
+        AnySize(model.module()), "ort-cpu", example_inputs=(torch.randn(2, 3, 48, 64),), dynamic_shapes=shapes,
         passes=pipeline("merge-tokens{r=5}"), budget=FAST,
     )  # fmt: skip
     assert entry(exe).fired == 3
-    want = Any(reference(model, [5, 5, 5]))
+    want = AnySize(reference(model, [5, 5, 5]))
     for shape in ((1, 3, 48, 64), (2, 3, 64, 32), (1, 3, 16, 16)):  # of 5 tokens 2 can merge, then 1
         x = torch.randn(shape)
         with torch.no_grad():
