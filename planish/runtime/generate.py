@@ -7,6 +7,7 @@ written where it belongs and nothing else is touched: no run allocates or copies
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class _Step:
         lengths: np.ndarray,
         capacity: int,
         logits: np.ndarray,
-        slots: Mapping[int, SlotPlan],
+        slots: Mapping[int, SlotPlan] = MappingProxyType({}),
     ) -> None:
         self.ids = np.zeros((len(lengths), 1), np.int64)
         self.lengths = lengths - 1  # a step counts the token before it as held
