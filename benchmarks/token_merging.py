@@ -182,11 +182,10 @@ def run(options: argparse.Namespace, folder: Path) -> int:
             for row in rows(Made(name, full, options.small, folder), numbers, options.batches, options.seconds):
                 found.append(row)
                 wanted = f"{row['wanted']:g}" if row["wanted"] else ""
-                print(
-                    f"| {name} | {target} | {row['batch']} | {row['r']} | {row['ratio']:.2f} [{row['low']:.2f}, "
-                    f"{row['high']:.2f}] | {wanted} | {row['merging']:.1%} | {row['operations']:.2f} | {row['rounds']} |",
-                    flush=True,
-                )
+                interval = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+                cells = [name, target, row["batch"], row["r"], interval, wanted, f"{row['merging']:.1%}"]
+                cells += [f"{row['operations']:.2f}", row["rounds"]]
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     if not options.small:
