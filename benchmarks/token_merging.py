@@ -189,7 +189,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     if not options.small:
-        missed = [r for r in found if (r["wanted"] or 0) > r["high"] or r["merging"] > SHARE]
+        missed = [r for r in found if (r["wanted"] or 0) > r["ratio"] or r["merging"] > SHARE]
         print(f"{len(missed)} rows miss what is wanted" if missed else "every row has what is wanted")
     return 0
 
