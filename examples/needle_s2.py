@@ -31,8 +31,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import planish
-from planish.ir.block_sparsity import S2, Heads, Layout
-from planish.ir.causal_lm import IDS
+from planish.ir.block_sparsity import S2, Heads, Layout, slots_of
+from planish.ir.causal_lm import IDS, LENGTHS, LOGITS, cache_layer
 from planish.ir.ops.block_sparse_attention import layout_mask
 
 TARGET = "ort-cpu:threads=1"
@@ -148,7 +148,7 @@ def found(exe: Any, depths: list[int], length: int, count: int) -> tuple[list[fl
     for depth in depths:
         batch = rows(count, length, random, depth=depth)
         lengths = np.full(count, length)
-        logits = exe.run({IDS: batch.ids, "lengths": lengths}, entry="prefill")["logits"][:, :VALUES]
+        logits = exe.run({IDS: batch.ids, LENGTHS: lengths}, entry="prefill")[LOGITS][:, :VALUES]
         shares.append(float((logits.argmax(-1) == batch.value[:, 0]).mean()))
         stepped.append(decoded(exe, batch) == batch.value[:, 0])
     return shares, float(np.mean(stepped))
@@ -156,15 +156,16 @@ def found(exe: Any, depths: list[int], length: int, count: int) -> tuple[list[fl
 
 def decoded(exe: Any, batch: Row) -> np.ndarray:
     """The answers when the key is read by `decode`: the prompt before it was read by `prefill`."""
-    from planish.ir.block_sparsity import slots_of
-    from planish.runtime.generate import _Step
-
     prompt, lengths = batch.ids[:, :-1], np.full(len(batch.ids), batch.ids.shape[1] - 1)
-    first = exe.run({IDS: prompt, "lengths": lengths}, entry="prefill")
-    logits = first.pop("logits")
-    step = _Step(exe.runners["decode"], first, lengths, batch.ids.shape[1], logits, slots_of(exe.provenance))
-    step(batch.ids[:, -1])
-    answers: np.ndarray = step.logits[:, :VALUES].argmax(-1)
+    feeds = {IDS: batch.ids[:, -1:], LENGTHS: lengths}
+    plans = slots_of(exe.provenance)
+    for name, cache in exe.run({IDS: prompt, LENGTHS: lengths}, entry="prefill").items():
+        layer = cache_layer(name)
+        if layer is not None:
+            room = plans[layer].capacity(batch.ids.shape[1]) if layer in plans else batch.ids.shape[1]
+            more = ((0, 0), (0, 0), (0, room - cache.shape[2]), (0, 0))
+            feeds[name.replace("present_", "past_")] = np.pad(cache, more)
+    answers: np.ndarray = exe.run(feeds, entry="decode")[LOGITS][:, :VALUES].argmax(-1)
     return answers
 
 
