@@ -172,11 +172,12 @@ def versions() -> dict[str, str]:
 
 def chosen(names: list[str] | None) -> list[Row]:
     """Rows whose name starts with one of `names`; all without any."""
+    known = [row for row in ROWS.values() if row.fusion]
     if not names:
-        return list(ROWS.values())
-    found = [row for row in ROWS.values() if any(row.name.lower().startswith(name.lower()) for name in names)]
+        return known
+    found = [row for row in known if any(row.name.lower().startswith(name.lower()) for name in names)]
     if not found:
-        raise SystemExit(f"no row starts with {' or '.join(names)}; rows: {', '.join(ROWS)}")
+        raise SystemExit(f"no row starts with {' or '.join(names)}; rows: {', '.join(row.name for row in known)}")
     return found
 
 

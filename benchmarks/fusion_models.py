@@ -75,8 +75,9 @@ def feeds(row: Row, module: Any, batch: int, length: int, *, padded: bool) -> Fe
         return result
     result["input_ids"] = result["input_ids"][:, -1:].copy()
     config, random = module.config, np.random.default_rng(batch * 7919 + length)
-    shape = (batch, config.n_head, length, config.n_embd // config.n_head)
-    for name in past_names(config.n_layer):
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shape = (batch, heads, length, config.hidden_size // config.num_attention_heads)
+    for name in past_names(config.num_hidden_layers):
         result[name] = random.standard_normal(shape, dtype=np.float32)
     return result
 
@@ -106,7 +107,7 @@ def outputs(result: Any) -> list[torch.Tensor]:
 def output_names(row: Row, module: Any, result: Any) -> list[str]:
     """Names of the file's outputs."""
     if row.kind == "decode":
-        return ["logits", *(name.replace("past_", "present_") for name in past_names(module.config.n_layer))]
+        return ["logits", *(name.replace("past_", "present_") for name in past_names(module.config.num_hidden_layers))]
     return [name for name, value in result.items() if value is not None]
 
 
@@ -116,7 +117,7 @@ def dynamic_shapes(row: Row, module: Any) -> dict[str, Any]:
         return {"pixel_values": {0: "batch"}}
     if row.kind == "text":
         return {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
-    past: Any = [{0: "batch", 2: "past"} for _ in past_names(module.config.n_layer)]
+    past: Any = [{0: "batch", 2: "past"} for _ in past_names(module.config.num_hidden_layers)]
     return {"input_ids": {0: "batch"}, "attention_mask": {0: "batch", 1: "total"}, "past": past}
 
 

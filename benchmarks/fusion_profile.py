@@ -105,7 +105,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "fusion_profile.json")
     arguments = parser.parse_args()
-    chosen = [r for n, r in ROWS.items() if not arguments.rows or any(n.startswith(a) for a in arguments.rows)]
+    chosen = [
+        r for n, r in ROWS.items() if (r.fusion and not arguments.rows) or any(n.startswith(a) for a in arguments.rows)
+    ]
     found: dict[str, dict[str, dict[str, float]]] = {}
     columns = [*_KINDS, "other", "total"]
     print(f"{'ms':>28} " + " ".join(f"{c:>13}" for c in columns))

@@ -27,6 +27,7 @@ class Row:
         kind: ``"text"``, ``"decode"`` or ``"image"``.
         model_type: for ``onnxruntime.transformers.optimizer``; None if that has no type for the model.
         transformer: counts in the geometric mean.
+        fusion: it is a row of ``benchmarks/fusion.py``, and not of ``benchmarks/precision.py`` alone.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     kind: str = "text"
     model_type: str | None = "bert"
     transformer: bool = True
+    fusion: bool = True
 
     def pairs(self, small: bool) -> tuple[tuple[int, int], ...]:
         """The further (batch, length) pairs at which outputs are checked."""
@@ -53,6 +55,7 @@ ROWS: dict[str, Row] = {
         Row("ViT-B/16", "ViT", 1, 0, kind="image", model_type="vit"),
         Row("GPT-2 s512", "GPT-2", 1, 512, small=48, model_type="gpt2"),
         Row("GPT-2 decode p512", "GPT-2 decode", 1, 512, small=48, kind="decode", model_type="gpt2"),
+        Row("Llama-4L decode p512", "Llama decode", 1, 512, small=48, kind="decode", model_type="gpt2", fusion=False),
         Row("Llama-4L s256", "Llama", 1, 256, model_type="gpt2"),
         Row("Llama-4L s1024", "Llama", 1, 1024, small=48, model_type="gpt2"),
         Row("MiniLM b1 s32", "MiniLM", 1, 32),

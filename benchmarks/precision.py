@@ -43,7 +43,7 @@ PEERS = ("ort", *PIPELINES, "openvino", "openvino_bf16")
 #: The peer that low precision is measured against, and those that count as low precision.
 RIVAL, LOW = "openvino_bf16", tuple(name for name in PIPELINES if name != "kernels")
 PREFILL = ("BERT s128", "BERT s512", "ViT-B/16", "GPT-2 s512", "Llama-4L s256")
-DECODE = ("GPT-2 decode p512",)
+DECODE = ("GPT-2 decode p512", "Llama-4L decode p512")
 MORE = ("MiniLM b1 s32", "MiniLM b8 s128")
 
 

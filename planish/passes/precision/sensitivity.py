@@ -73,7 +73,8 @@ class Chosen:
 
     def notes(self, limit: float) -> list[str]:
         """What a report should say."""
-        found = [f"{len(self.names)} operators kept in low precision: error {self.error:.2e} of {limit:.2e} allowed"]
+        count = f"{len(self.names)} operator{'s' * (len(self.names) != 1)}"
+        found = [f"{count} kept in low precision: error {self.error:.2e} of {limit:.2e} allowed"]
         if self.left_out:
             found.append(f"too dear for their gain: {_listed(self.left_out)}")
         found += [f"'{group}' went back to float32: the error was {error:.2e} with it" for group, error in self.back]
