@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import functools  # noqa: E402
 
 import planish  # noqa: E402
-from planish.frontends.causal_lm import capture_causal_lm  # noqa: E402
+from planish.frontends.causal_lm import CapturedLM, capture_causal_lm  # noqa: E402
 from planish.frontends.torch import capture  # noqa: E402
 from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PREFILL  # noqa: E402
 from planish.ir.errors import InputError  # noqa: E402
@@ -40,9 +40,14 @@ RECIPES = (
 
 
 @functools.cache
+def captured() -> CapturedLM:
+    return capture_causal_lm(llava())
+
+
+@functools.cache
 def decoder() -> Program:
     """The language model alone: `prefill` and `decode`, fused."""
-    return fused(capture_causal_lm(llava()).program)
+    return fused(captured().program.clone())
 
 
 @functools.cache
@@ -118,12 +123,12 @@ def test_generate() -> None:
 def test_calibration_of_decode_follows() -> None:
     """The error of `decode` is measured on caches that the pruned `prefill` gives, not on some of the whole ones."""
     model, recipe = llava(), RECIPES[0]
-    captured = capture_causal_lm(model, np.random.default_rng(4).integers(0, IMAGE, (1, 24)))
+    example = captured().batches(np.random.default_rng(4).integers(0, IMAGE, (1, 24)))
     program, _ = pruned(decoder(), f"{recipe},span=(2, 16)")
-    parts = [Calibration(captured.example[entry], entry=entry) for entry in (PREFILL, DECODE)]
+    parts = [Calibration(example[entry], entry=entry) for entry in (PREFILL, DECODE)]
     parts[0].others.append(parts[1])
     got = Bench(program.target, parts[0]).run(program)[1][LOGITS][0]
-    ids, new = (captured.example[entry][0][IDS] for entry in (PREFILL, DECODE))
+    ids, new = (example[entry][0][IDS] for entry in (PREFILL, DECODE))
     row = prefill(model, model.model.language_model.embed_tokens(torch.from_numpy(ids)), list(range(2, 18)), recipe)
     np.testing.assert_allclose(got, step(model, row, int(new[0, 0]), 24), rtol=1e-4, atol=1e-5)
 
