@@ -1,7 +1,8 @@
-"""PyG layers compiled to kernels: results within 1e-4 of PyG's and gradients within 1e-3, on graphs made to break them."""
+"""PyG layers as kernels: results within 1e-4 of PyG's and gradients within 1e-3, on graphs made to break them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,19 +27,28 @@ from tests.frontends.pyg.cases import (  # noqa: E402
     typed_graphs,
 )
 
-#: A layer of every kind of kernel; the others are tested where time does not matter.
+#: A layer of every kind of kernel.
 FEW = {
     "RGCNConv-mean-",
     "RGCNConv-max-",
     "FastRGCNConv-add-num_blocks=4",
-    "RGCNConv-embeddings-{}",
     "RGATConv-add-across-None-heads=3",
-    "RGATConv-mul-within-None-heads=2-edge_dim=3",
     "GATConv-heads=3",
+}
+MORE = {
+    "RGCNConv-embeddings-{}",
+    "RGATConv-add-across-None-heads=2-num_blocks=4",
+    "RGATConv-add-within-scaled-heads=2-concat=False",
+    "RGATConv-mul-within-None-heads=2-edge_dim=3",
+    "RGATConv-mul-across-f-additive-heads=2-concat=False",
+    "SAGEConv-aggr=max",
     "GCNConv-",
 }
+#: All layers take a quarter of an hour: PLANISH_TEST_LAYERS=all.
+ALL = os.environ.get("PLANISH_TEST_LAYERS") == "all"
 LAYERS = [*rgcn_layers(), *rgat_layers(), *simple_layers()]
-assert {layer.name for layer in LAYERS} >= FEW
+assert {layer.name for layer in LAYERS} >= FEW | MORE
+REST = {layer.name for layer in LAYERS} - FEW if ALL else MORE
 _COMPILED: dict[Any, Any] = {}
 
 
@@ -120,24 +130,21 @@ def test_layers(layer: Layer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [item for item in LAYERS if item.name not in FEW], ids=lambda item: item.name)
+@pytest.mark.parametrize(
+    "layer",
+    [item for item in LAYERS if item.name in MORE or (ALL and item.name not in FEW)],
+    ids=lambda item: item.name,
+)
 def test_more_layers(layer: Layer) -> None:
     _on_all_graphs(layer)
 
 
-@pytest.mark.parametrize("name", ["HGTConv-2-skip", "HGTConv-4-mixed"])
-def test_hgt(name: str) -> None:
-    _hgt(name)
+_FORMS = [f"HGTConv-{heads}-{form}" for heads in (1, 2, 4) for form in ("skip", "no-skip", "mixed")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("form", ["skip", "no-skip", "mixed"])
-def test_more_hgt(heads: int, form: str) -> None:
-    _hgt(f"HGTConv-{heads}-{form}")
-
-
-def _hgt(wanted: str) -> None:
+@pytest.mark.parametrize("wanted", _FORMS if ALL else ["HGTConv-2-skip", "HGTConv-4-mixed"])
+def test_hgt(wanted: str) -> None:
     for graph in typed_graphs():
         for name, module, arguments in hgt_layers(graph):
             if name == wanted:
