@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planish.ir.errors import InputError, UnsupportedError
@@ -193,29 +194,44 @@ def _compiled_module(module: torch.nn.Module, options: Mapping[str, Any]) -> tor
         raise InputError(f"{type(module).__name__} has no PyG layer that planish reads: nothing to compile.")
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     made = copy.deepcopy(module, dict(shared))
-    graphs = GraphCache()
+    state = _State(options)
     for _, part in list(layers(made)):
-        part.__dict__["forward"] = _layer_forward(part, graphs, options)
+        part.__dict__["_planish_state"] = state
+        part.__class__ = _compiled_class(type(part))  # type: ignore[arg-type]
     return made
 
 
-def _layer_forward(part: torch.nn.Module, graphs: GraphCache, options: Mapping[str, Any]) -> Callable[..., Any]:
+class _State:
+    """What the compiled layers of a net share: the graph of the last call, and programs by what they compute."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        self.graphs = GraphCache()
+        self.programs: dict[Program, CompiledProgram] = {}
+
+    def __deepcopy__(self, memo: Any) -> _State:
+        made = _State(self.options)
+        made.programs = self.programs  # they hold no parameters
+        return made
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of compiled layers."""
     from planish.frontends.pyg import read_call
 
-    compiled: dict[Program, CompiledProgram] = {}
-    # A layer refers to itself only weakly from its own attributes, so that it can be collected.
-    own = weakref.ref(part)
+    state: _State = self.__dict__["_planish_state"]
+    call = read_call(self, *args, **kwargs)
+    graph = state.graphs.get(call.edge_index, call.edge_type, call.node_counts, call.num_edge_types, call.type_ends)
+    if call.program not in state.programs:
+        state.programs[call.program] = CompiledProgram(call.program, **state.options)
+    return call.result(state.programs[call.program].run(graph, call.operands))
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        layer = own()
-        assert layer is not None
-        call = read_call(layer, *args, **kwargs)
-        graph = graphs.get(call.edge_index, call.edge_type, call.node_counts, call.num_edge_types, call.type_ends)
-        if call.program not in compiled:
-            compiled[call.program] = CompiledProgram(call.program, **options)
-        return call.result(compiled[call.program].run(graph, call.operands))
 
-    return forward
+@functools.cache
+def _compiled_class(kind: type) -> type:
+    """The class of layers with the compiled forward; it goes by the same name, by which layers are known."""
+    names = {"forward": _forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), names)
 
 
 __all__ = ["CompiledProgram", "Graph", "GraphCache", "UnsupportedError", "Variable", "compile"]

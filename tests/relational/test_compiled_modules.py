@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,21 @@ def test_a_net_trains_in_place_of_the_given_one() -> None:
     compare(net.one, layer, x, index.clone(), types.clone())
     index[0, 0] = (index[0, 0] + 1) % 40
     compare(net.one, layer, x, index, types)
+
+
+def test_a_copy_has_parameters_of_its_own() -> None:
+    net = rel.compile(RGCNConv(8, 4, TYPES))
+    other = copy.deepcopy(net)
+    x, (index, types) = torch.randn(10, 8), edges(1, 10, 20)
+    with torch.no_grad():
+        assert torch.equal(net(x, index, types), other(x, index, types))
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not other(x, index, types).any()
+        assert net(x, index, types).any()
+    assert repr(net) == repr(RGCNConv(8, 4, TYPES))
+    with torch.inference_mode():
+        assert net(x.clone(), index.clone(), types.clone()).any()
 
 
 def test_bad_input_is_refused() -> None:
