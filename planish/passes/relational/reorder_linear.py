@@ -5,8 +5,9 @@ type; rows are then multiplied once instead of twice. Cost in multiplications, w
 the second and T types, for W: i x m and v: m x o::
 
     before   R i m + Q m o          (R i m only if nothing else needs x W)
-    after    T i m o + Q i o
+    after    weights T i m o + Q i o
 
+Products of weights count `weights` times: they are many small ones, and there is no row of data that pays for tiles.
 The rows are those after compact materialization, so that both passes do not gain the same thing twice.
 """
 
@@ -35,12 +36,14 @@ class ReorderLinear(RelationalPass):
 
     Attributes:
         compact: count rows as compact materialization would leave them; else as they are.
+        weights: what a multiplication among weights costs, in multiplications of rows.
         force: also where it does not pay (to measure what the rule is worth).
     """
 
     name = "reorder"
 
     compact: bool = True
+    weights: float = 3.0
     force: bool = False
 
     def apply(self, program: Program, rows: Statistics) -> Outcome:
@@ -90,7 +93,7 @@ class ReorderLinear(RelationalPass):
         wide = o * rewriter.known[found.value.name].shape[-1]
         before = (first * i * m if dropped else 0) + second * wide
         types = rows.rows(place)
-        after = types * i * wide + second * i * o
+        after = self.weights * types * i * wide + second * i * o
         if after >= before and not self.force:
             needed = "" if dropped else f", and '{inner.name}' is needed elsewhere"
             raise Decline(f"{after:.3g} multiplications for {before:.3g}: {types} products of weights{needed}")
