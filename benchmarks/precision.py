@@ -37,8 +37,16 @@ from benchmarks.fusion_workers import Workers, entry, error, pair  # noqa: E402
 from planish.runtime.measure import ratio  # noqa: E402
 
 SCRIPT = "precision_peers.py"
-#: What planish makes, by name: passes behind the exact ones.
-PIPELINES = {"kernels": "", "bf16": "bf16"}
+#: What planish makes, by name: approximate passes beside the exact ones.
+PIPELINES = {
+    "kernels": "",
+    "bf16": "bf16",
+    "int8": "quantize",
+    "weights8": "quantize-weights{bits=8}",
+    "weights4": "quantize-weights{bits=4}",
+}
+#: Rounded weights pay where one row goes through a product, rounded activations where many do.
+ONLY_PREFILL, ONLY_DECODE = ("int8",), ("weights8", "weights4")
 PEERS = ("ort", *PIPELINES, "openvino", "openvino_bf16")
 #: The peer that low precision is measured against, and those that count as low precision.
 RIVAL, LOW = "openvino_bf16", tuple(name for name in PIPELINES if name != "kernels")
@@ -69,8 +77,9 @@ def measure(row: Row, folder: Path, peers: list[str], given: argparse.Namespace)
         times = workers.time([peer for peer in peers if entries[peer]["status"] == "ok"], given.seconds)
         pair(entries, times, "ort")
     for peer in LOW:
-        if peer in times and RIVAL in times:
-            entries[peer]["against_rival"] = ratio(times[RIVAL], times[peer]).to_dict()
+        for key, other in (("against_rival", RIVAL), ("against_f32", "kernels")):
+            if peer in times and other in times:
+                entries[peer][key] = ratio(times[other], times[peer]).to_dict()
     return {"row": row.name, "rounds": max(map(len, times.values()), default=0), "peers": entries}
 
 
@@ -101,7 +110,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             }
     speeds = [item["speed"] for name, item in best.items() if name in PREFILL]
     mean = math.exp(sum(map(math.log, speeds)) / len(speeds)) if speeds else None
-    return {"best": best, "prefill_geomean": mean, "prefill_least": min(speeds, default=None)}
+    decode = {}
+    for row in rows:
+        ratios = {p: row["peers"][p]["against_f32"]["median"] for p in LOW if "against_f32" in row["peers"].get(p, {})}
+        if ratios and row["row"] in DECODE:
+            peer = max(ratios, key=lambda p: ratios[p])
+            decode[row["row"]] = {"peer": peer, "speed": ratios[peer]}
+    return {"best": best, "prefill_geomean": mean, "prefill_least": min(speeds, default=None), "decode": decode}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -126,6 +141,8 @@ def show(result: dict[str, Any]) -> None:
     if total["prefill_geomean"] is not None:
         text = f"geometric mean {total['prefill_geomean']:.2f}, least {total['prefill_least']:.2f}"
         console.print(f"best low precision / {RIVAL}: {text}", highlight=False)
+    for name, item in total["decode"].items():
+        console.print(f"{name}: {item['peer']} / kernels in float32 {item['speed']:.2f}", highlight=False)
 
 
 def _cells(item: dict[str, Any]) -> list[str]:
@@ -150,10 +167,16 @@ def chosen(names: list[str] | None) -> list[Row]:
     return found
 
 
+def fitting(row: Row) -> list[str]:
+    """The peers that make sense for a row."""
+    others = ONLY_PREFILL if row.name in DECODE else ONLY_DECODE
+    return [peer for peer in PEERS if peer not in others]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="beginnings of names")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="besides plain ORT")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="besides plain ORT; by default those that fit a row")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing per row; at least 7 rounds are taken")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the benchmark itself")
     parser.add_argument("--models", type=Path, help="folder for exported models, kept and used again")
@@ -163,7 +186,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    peers = list(dict.fromkeys(("ort", *given.peers)))
     about = {"machine": platform.machine(), "seconds": given.seconds, "small": given.small, "versions": versions()}
     result: dict[str, Any] = {"about": about, "rows": []}
     with tempfile.TemporaryDirectory(prefix="planish-precision-") as scratch:
@@ -178,6 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
                     raise SystemExit(f"export of {row.model} failed: {failure}")
             say(row.name)
             started = time.monotonic()
+            peers = list(dict.fromkeys(("ort", *(given.peers or fitting(row)))))
             result["rows"].append(measure(row, folder, peers, given) | {"seconds": time.monotonic() - started})
             result["summary"] = summary(result["rows"])
             given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -21,15 +21,14 @@ ARTIFACT = "artifact"
 
 
 def export(job: Job) -> Built:
-    """Optimizes the file with a pipeline and writes the artifact; there is nothing to run."""
+    """Optimizes the file with approximate passes and writes the artifact; there is nothing to run."""
     import planish
-    from planish.passes.defaults import default_pipeline
 
     target = f"ort-cpu:threads={job.threads},kernels"
     calibration = fusion_peers.load(job.timed) if job.pipeline else None
-    passes = ",".join(filter(None, (default_pipeline(target), job.pipeline)))
+    approximate = job.pipeline or None
     made = planish.optimize(
-        job.model, target, passes=passes, calibration=calibration, budget=planish.Budget(gates=False)
+        job.model, target, approximate=approximate, calibration=calibration, budget=planish.Budget(gates=False)
     )
     folder = Path(job.folder) / ARTIFACT
     made.export(str(folder))

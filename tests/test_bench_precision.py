@@ -39,6 +39,15 @@ def test_the_best_is_the_fastest_whose_error_is_small_enough(monkeypatch: pytest
     assert found["prefill_geomean"] == pytest.approx((1.2 * 0.9) ** 0.5) and found["prefill_least"] == 0.9
 
 
+def test_decoding_against_float32() -> None:
+    found = row("GPT-2 decode p512", 5e-3, weights8=(1.0, 4e-3), weights4=(1.0, 4e-2))
+    for peer, speed in (("weights8", 2.0), ("weights4", 3.0)):
+        found["peers"][peer]["against_f32"] = {"median": speed}
+    assert precision.summary([found])["decode"] == {"GPT-2 decode p512": {"peer": "weights4", "speed": 3.0}}
+    assert "int8" not in precision.fitting(precision.ROWS["GPT-2 decode p512"])
+    assert "weights4" not in precision.fitting(precision.ROWS["BERT s128"])
+
+
 def test_rows_by_name() -> None:
     assert [r.name for r in precision.chosen(["bert"])] == ["BERT s128", "BERT s512"]
     with pytest.raises(SystemExit, match="no row starts with nothing"):
