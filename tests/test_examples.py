@@ -21,7 +21,7 @@ SHOWS = {
     "needle_s2.py": "The worst depth of the model trained with S2: found",
     "demo_minilm.py": "The similar pair stays the closer one.",
     "skip_layers_quality.py": "The claim that balanced beats contiguous",
-    "token_quality.py": "times the throughput, right and found: ",
+    "token_quality.py": "Right classes and middles found, between the measured points:",
 }
 
 
