@@ -18,6 +18,7 @@ from planish.passes.base import ApproximatePass, PassContext, PassResult
 from planish.passes.canonicalize.editing import Editor
 from planish.passes.layers.importance import observe
 from planish.passes.precision import static
+from planish.passes.precision.integer_choice import within_error
 from planish.passes.precision.products import QUANTIZED, Product, products
 from planish.passes.precision.ranges import METHODS, Range, range_of
 from planish.passes.registry import register
@@ -57,6 +58,8 @@ class Quantize(ApproximatePass):
         embeddings: tables that ids look up too; one that is the head's weight as well is stored once.
         exclude: names of nodes that stay in float32.
         entries: the entries to change; None: all.
+        error: relative L2 of the model's outputs that may be lost on the calibration inputs, each entry by itself.
+            Operators are then chosen by their own errors and by what they gain (`sensitivity`); None: all of them.
     """
 
     name: ClassVar[str] = "quantize"
@@ -69,6 +72,7 @@ class Quantize(ApproximatePass):
     embeddings: bool = True
     exclude: tuple[str, ...] = ()
     entries: tuple[str, ...] | None = None
+    error: float | None = None
 
     def __post_init__(self) -> None:
         for option in ("exclude", "entries"):
@@ -77,6 +81,8 @@ class Quantize(ApproximatePass):
         for option, known in (("mode", _MODES), ("method", METHODS)):
             if getattr(self, option) not in known:
                 raise unknown(option, getattr(self, option), known)
+        if self.error is not None and not 0 < self.error < 1:
+            raise InputError(f"error is {self.error:g}; it is a relative error between 0 and 1.")
         if not 50 < self.percentile <= 100:
             raise InputError(f"percentile is {self.percentile:g}; it is a share in percent, above 50 and up to 100.")
 
@@ -88,7 +94,9 @@ class Quantize(ApproximatePass):
         return list(self.entries)
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
-        """Raises InputError: mode is static, and there are no calibration inputs; or they give what is not finite."""
+        """Raises InputError: there are no calibration inputs for what needs them, or they give what is not finite."""
+        if self.error is not None:
+            return within_error(self, program, ctx, self._candidates(program, ctx), _left)
         run = _Run(program, ctx, Editor(program, self.name))
         already = 0
         for name in self.entry_names(program):
@@ -108,6 +116,11 @@ class Quantize(ApproximatePass):
             reason = f"{already} operators are quantized already, and nothing is quantized twice"
             run.declined.append(Declined(self.name, program.default_entry, reason))
         return PassResult(fired > 0, fired, run.declined, run.notes)
+
+    def _candidates(self, program: Program, ctx: PassContext) -> dict[str, list[ir.Node]]:
+        run = _Run(program, ctx, Editor(program, self.name))
+        found = {name: self._sites(run, program.entry(name).graph) for name in self.entry_names(program)}
+        return {name: [s.node if isinstance(s, Product) else s for s in sites] for name, sites in found.items()}
 
     def _sites(self, run: _Run, graph: ir.Graph) -> list[static.Site]:
         found: list[static.Site] = []
@@ -255,6 +268,11 @@ def _codes(weight: npt.NDArray[np.float32], axis: int) -> static.Codes:
     shape[axis] = -1
     codes = np.clip(np.rint(weight / scales.reshape(shape)), -most, most).astype(np.int8)
     return codes, scales
+
+
+def _left(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    codes, scales = _codes(weight, 0)
+    return codes.astype(np.float32) * scales[:, None]
 
 
 def _has_dot() -> bool:

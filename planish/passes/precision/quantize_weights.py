@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from planish.ir.errors import InputError, unknown
@@ -16,6 +17,7 @@ from planish.ir.program import Program
 from planish.passes.base import ApproximatePass, PassContext, PassResult
 from planish.passes.canonicalize.editing import Editor
 from planish.passes.precision.blocks import BITS, BLOCKS, Blocks, choose_block, corrected, round_to_nearest
+from planish.passes.precision.integer_choice import within_error
 from planish.passes.precision.moments import Moments, moments_of
 from planish.passes.precision.products import MICROSOFT, QUANTIZED, Product, products
 from planish.passes.registry import register
@@ -57,7 +59,10 @@ class QuantizeWeights(ApproximatePass):
         method: ``"nearest"``, or ``"gptq"`` (arXiv:2210.17323): what rounding a number loses is made up for by those
             after it, by the second moments of the calibration inputs.
         embeddings: tables that ids look up too; one that is the head's weight as well is stored once.
+        exclude: names of nodes that stay in float32.
         entries: the entries to change; None: all, which share the weights.
+        error: relative L2 of the model's outputs that may be lost on the calibration inputs, each entry by itself.
+            Operators are then chosen by their own errors and by what they gain (`sensitivity`); None: all of them.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -69,11 +74,16 @@ class QuantizeWeights(ApproximatePass):
     alpha: float = 0.1
     method: str = "nearest"
     embeddings: bool = True
+    exclude: tuple[str, ...] = ()
     entries: tuple[str, ...] | None = None
+    error: float | None = None
 
     def __post_init__(self) -> None:
-        if self.entries is not None:
-            object.__setattr__(self, "entries", tuple(self.entries))
+        for option in ("exclude", "entries"):
+            if getattr(self, option) is not None:
+                object.__setattr__(self, option, tuple(getattr(self, option)))
+        if self.error is not None and not 0 < self.error < 1:
+            raise InputError(f"error is {self.error:g}; it is a relative error between 0 and 1.")
         if self.bits not in BITS:
             raise InputError(f"bits is {self.bits}; there are 8 and 4.")
         if self.block is not None and self.block not in BLOCKS:
@@ -93,13 +103,17 @@ class QuantizeWeights(ApproximatePass):
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         """Raises InputError: `method` is gptq, and there are no calibration inputs to measure with."""
         names = self.entry_names(program)
+        if self.error is not None:
+            found = {name: [s.node for s in self._sites(program.entry(name).graph)] for name in names}
+            return within_error(self, program, ctx, found, self._left)
         moments = moments_of(program, names, ctx) if self.method == "gptq" else Moments()
         run = _Run(Editor(program, self.name), moments)
         for name in names:
             model = program.entry(name)
             for item in products(model.graph):
                 if isinstance(item, Product):
-                    self._product(run, item)
+                    if item.node.name not in self.exclude:
+                        self._product(run, item)
                 else:
                     run.declined.append(Declined(self.name, item[0].name or item[0].op_type, item[1]))
             self._tables(run, model.graph)
@@ -112,6 +126,15 @@ class QuantizeWeights(ApproximatePass):
             reason = f"{run.already} products are quantized already, and nothing is quantized twice"
             run.declined.append(Declined(self.name, program.default_entry, reason))
         return PassResult(fired > 0, fired, run.declined, [self._note(run)] if fired else [])
+
+    def _sites(self, graph: ir.Graph) -> list[Product]:
+        """What an error is measured for: products in the main graph that are large enough."""
+        found = (s for s in products(graph) if isinstance(s, Product) and s.node.name not in self.exclude)
+        return [s for s in found if s.tensor.size >= _LEAST and s.node.graph is graph]
+
+    def _left(self, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        block = self.block if self.block is not None else choose_block(weight, self.alpha)
+        return round_to_nearest(weight, self.bits, block).weight()
 
     def _product(self, run: _Run, found: Product) -> None:
         node, graph = found.node, found.node.graph
@@ -134,7 +157,12 @@ class QuantizeWeights(ApproximatePass):
         """Embeddings: rows by their ids."""
         for node in list(graph.all_nodes()) if self.embeddings else ():
             table = constant_tensor(node.inputs[0]) if is_op(node, "Gather") and node.inputs else None
-            if table is None or node.attributes.get_int("axis", 0) != 0 or len(table.shape) != 2:
+            if (
+                node.name in self.exclude
+                or table is None
+                or node.attributes.get_int("axis", 0) != 0
+                or len(table.shape) != 2
+            ):
                 continue
             rows, width = (int(n) for n in table.shape.numpy())
             if table.dtype != ir.DataType.FLOAT or rows * width < _LEAST or rows < 2:
