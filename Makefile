@@ -11,6 +11,7 @@
 #   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
 #   make bench-tokens          merging tokens in vision transformers, against the same models without
 #   make bench-relational      relational graph networks against PyG, torch.compile and torch by hand
+#   make bench-sparse          block-sparse attention against dense, by itself and in whole models
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
@@ -26,7 +27,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
-  bench-layers bench-tokens bench-relational bench-tvm bench-startup bench-precision clean
+  bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -75,6 +76,9 @@ bench-tokens: $(STAMP)
 
 bench-relational: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/relational.py
+
+bench-sparse: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparse_attention.py
 
 bench-tvm: $(STAMP)
 	@$(BIN)/python -c 'import tvm' 2>/dev/null || \
