@@ -115,6 +115,7 @@ class Quantize(ApproximatePass):
         if not fired and already:
             reason = f"{already} operators are quantized already, and nothing is quantized twice"
             run.declined.append(Declined(self.name, program.default_entry, reason))
+            run.notes.append(reason)
         return PassResult(fired > 0, fired, run.declined, run.notes)
 
     def _candidates(self, program: Program, ctx: PassContext) -> dict[str, list[ir.Node]]:

@@ -122,10 +122,12 @@ class QuantizeWeights(ApproximatePass):
                 model.graph.opset_imports.setdefault(MICROSOFT, 1)
             run.already += sum(node.op_type in QUANTIZED for node in model.graph.all_nodes())
         fired = run.editor.fired
+        notes = [self._note(run)] if fired else []
         if not fired and run.already:
             reason = f"{run.already} products are quantized already, and nothing is quantized twice"
             run.declined.append(Declined(self.name, program.default_entry, reason))
-        return PassResult(fired > 0, fired, run.declined, [self._note(run)] if fired else [])
+            notes.append(reason)
+        return PassResult(fired > 0, fired, run.declined, notes)
 
     def _sites(self, graph: ir.Graph) -> list[Product]:
         """What an error is measured for: products in the main graph that are large enough."""
