@@ -60,7 +60,7 @@ class Model:
             more = {"passes": ",".join(pipeline)}
         exe = planish.optimize(
             self.module,
-            target,
+            f"{target}{',' if ':' in target else ':'}threads=1",  # processor time counts every thread
             example_inputs=example,
             dynamic_shapes=shapes,
             budget=planish.Budget(gates=False),
