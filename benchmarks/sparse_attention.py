@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from planish.ir.block_sparsity import Heads, make_pattern
+from planish.ir.block_sparsity import S2, Heads
 from planish.ir.infer import infer_shapes
 from planish.ir.ops import import_functions
 from planish.ir.ops.block_sparse_attention import layout_mask
@@ -167,7 +167,7 @@ def causal_row(length: int, heads: int, kernels: bool) -> Row:
 
 def s2_row(length: int, kernels: bool) -> Row:
     row = causal_row(length, 4, kernels)
-    layout = make_pattern("s2", block=BLOCK, local=16, stride=8).layout(length, Heads(4, 4))
+    layout = S2(block=BLOCK, local=16, stride=8).layout(length, Heads(4, 4))
     lists_row(row, layout, 1, {"kernels": "ort-cpu:kernels"} if kernels else {"standard": "ort-cpu"})
     return row
 
