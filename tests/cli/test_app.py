@@ -57,6 +57,23 @@ def test_optimize_takes_inputs_threads_and_a_pipeline(model: Path, call: Any) ->
     assert not found["synthetic_inputs"]
 
 
+def test_approximate_passes_that_are_rolled_back_are_told_and_fail(model: Path, call: Any) -> None:
+    weight = np.random.default_rng(0).standard_normal((128, 64)).astype("f")
+    text = '<ir_version: 10, opset_import: ["" : 23]> g (float[b, 128] x) => (float[b, 64] y) <float[128, 64] w> '
+    proto = onnx.parser.parse_model(text + "{ y = MatMul(x, w) }")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(proto, "wide.onnx")
+    given = ("optimize", "wide.onnx", "-a", "quantize-weights{bits=4}", "--json")
+    code, out, _ = call(*given, "--budget", "error=1e-6,seconds=1")
+    assert code == 1 and as_json(out)["failed"] == ["quantize-weights{bits=4}"]
+    code, out, _ = call(*given, "--no-gates")
+    assert code == 0 and as_json(out)["after"]["ops"] == {"com.microsoft::MatMulNBits": 1}
+    code, _, err = call(*given, "-p", "fold-constants")
+    assert code == 2 and "approximate= goes with the target's exact passes" in err
+    code, _, err = call("optimize", "wide.onnx", "-a", "quantise")
+    assert code == 2 and "Did you mean 'quantize'?" in err
+
+
 def test_print_after_and_verify_watch_the_passes(model: Path, call: Any) -> None:
     args = ("--no-gates", "--print-after", "fuse-gelu", "--verify")
     _, out, _ = call("optimize", "model.onnx", *args)

@@ -43,15 +43,21 @@ def within_error(
     limit = passed.error
     assert limit is not None
     activations = passed.name == "quantize"
+    rounded_weights: dict[str | None, npt.NDArray[np.float64]] = {}  # by node: every batch asks for the same
 
     def compute(node: ir.Node, inputs: Arrays) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
         x, weight, gain = _operands(node, inputs)
         whole = range_of([x], "min-max", 100.0)
         given = rounded(x, whole) if activations else x
+        if node.name not in rounded_weights:
+            rounded_weights[node.name] = low(np.ascontiguousarray(weight)).T.astype(np.float64)
         exact = x.astype(np.float64) @ weight.T.astype(np.float64)
-        return exact, given.astype(np.float64) @ low(np.ascontiguousarray(weight)).T.astype(np.float64), gain
+        return exact, given.astype(np.float64) @ rounded_weights[node.name], gain
 
-    candidates = [c for entry, found in nodes.items() for c in measure(program, entry, found, ctx, compute)]
+    candidates = []
+    for entry, found in nodes.items():
+        rounded_weights.clear()  # nodes of two entries may have one name
+        candidates += measure(program, entry, found, ctx, compute)
     names = {c.name for c in candidates}
 
     def only(chosen: frozenset[str]) -> Quantize | QuantizeWeights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from planish.ir.graphs import constant_tensor, dims_of, is_op
 from planish.ir.ops import DIALECT_DOMAIN
+from planish.ir.program import Program
 from planish.passes.base import Decline
 
 MICROSOFT = "com.microsoft"
@@ -51,6 +52,19 @@ class Product:
         """(n, k)."""
         array: npt.NDArray[np.float32] = self.tensor.numpy()
         return array if self.rows else array.T
+
+
+def named_entries(program: Program, names: Sequence[str] | None) -> list[str]:
+    """The entries that an option names; None: all.
+
+    Raises:
+        InputError: the program has no such entry.
+    """
+    if names is None:
+        return list(program.entries)
+    for name in names:
+        program.entry(name)  # raises for an unknown one
+    return list(names)
 
 
 def products(graph: ir.Graph) -> Iterator[Product | tuple[ir.Node, str]]:

@@ -19,7 +19,7 @@ from planish.passes.canonicalize.editing import Editor
 from planish.passes.layers.importance import observe
 from planish.passes.precision import static
 from planish.passes.precision.integer_choice import within_error
-from planish.passes.precision.products import QUANTIZED, Product, products
+from planish.passes.precision.products import QUANTIZED, Product, named_entries, products
 from planish.passes.precision.ranges import METHODS, Range, range_of
 from planish.passes.registry import register
 
@@ -87,11 +87,7 @@ class Quantize(ApproximatePass):
             raise InputError(f"percentile is {self.percentile:g}; it is a share in percent, above 50 and up to 100.")
 
     def entry_names(self, program: Program) -> list[str]:
-        if self.entries is None:
-            return list(program.entries)
-        for name in self.entries:
-            program.entry(name)  # raises for an unknown one
-        return list(self.entries)
+        return named_entries(program, self.entries)
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         """Raises InputError: there are no calibration inputs for what needs them, or they give what is not finite."""

@@ -19,7 +19,7 @@ from planish.passes.canonicalize.editing import Editor
 from planish.passes.precision.blocks import BITS, BLOCKS, Blocks, choose_block, corrected, round_to_nearest
 from planish.passes.precision.integer_choice import within_error
 from planish.passes.precision.moments import Moments, moments_of
-from planish.passes.precision.products import MICROSOFT, QUANTIZED, Product, products
+from planish.passes.precision.products import MICROSOFT, QUANTIZED, Product, named_entries, products
 from planish.passes.registry import register
 
 _METHODS = ("nearest", "gptq")
@@ -94,11 +94,7 @@ class QuantizeWeights(ApproximatePass):
             raise InputError(f"alpha is {self.alpha:g}; it is a share, between 0 and 1.")
 
     def entry_names(self, program: Program) -> list[str]:
-        if self.entries is None:
-            return list(program.entries)
-        for name in self.entries:
-            program.entry(name)  # raises for an unknown one
-        return list(self.entries)
+        return named_entries(program, self.entries)
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         """Raises InputError: `method` is gptq, and there are no calibration inputs to measure with."""
