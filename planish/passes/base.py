@@ -106,11 +106,13 @@ class ApproximatePass(Pass):
         order: where the pass goes among approximate ones that are given without a pipeline: layers and heads first
             (10), then tokens (30), what attention sees (50), and the formats of numbers (60).
         lowered: whether it goes behind the passes that lower operators to the target, and not in front of them.
+        tuned_within_error: while the pass is tuned, the gain of a variant that exceeds the error budget is 0.
     """
 
     gives_up: ClassVar[str]
     order: ClassVar[int] = 50
     lowered: ClassVar[bool] = False
+    tuned_within_error: ClassVar[bool] = False
 
     def entry_names(self, program: Program) -> list[str]:
         """The entries that the pass is to make faster; in others it may only follow."""

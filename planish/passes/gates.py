@@ -259,6 +259,8 @@ class Gates:
             candidate = PassGroup(self.best, [variant], self.apply, self.reproduce, self._announce).build()
             if not candidate.changed:
                 return 1.0
+            if p.tuned_within_error and self._try(candidate.program, p.kind).exceeds(self._limit(p.kind)):
+                return 0.0
             ratio = self._measure(self.best, candidate.program, _TUNING, asked, variant.entry_names(self.best))
             self.bench.forget(candidate.program)
             return ratio.median

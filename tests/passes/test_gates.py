@@ -301,3 +301,21 @@ def test_a_pass_is_tuned_by_the_entries_that_it_is_to_make_faster() -> None:
     gates.deadline = time.monotonic() + 1
     gates._tuned(Tuned())
     assert gates.ledger.notes == ["gain 2"]
+
+
+@dataclass(frozen=True)
+class TunedWithinError(Tuned):
+    tuned_within_error = True
+
+
+def test_a_variant_beyond_the_error_budget_has_no_gain() -> None:
+    class Wrong:
+        def run(self, candidate: Program) -> list[dict[str, Any]]:
+            return [{"y": np.full(3, 1.5)}]
+
+    gates = Gates(Wrong(), Budget(error=0.4), apply=lambda p, candidate: p.apply(candidate, PassContext()))  # type: ignore
+    gates.best, gates.ratios, gates.ledger, gates.parts, gates.random = program(), {}, Ledger(), [], set()
+    gates.original, gates.expected = gates.best, [{"y": np.ones(3)}]
+    gates.best_outputs = gates.expected
+    gates._tuned(TunedWithinError())
+    assert gates.ledger.notes == ["gain 0"]
