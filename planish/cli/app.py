@@ -213,8 +213,18 @@ def verify(
 
 
 @app.command()
-def inspect(path: Path_, target: TargetText = "ort-cpu", dim: Dims = None, json: Json = False) -> int:
-    """Shows inputs, operators, costs, blocks, and which operators the target has kernels for."""
+def inspect(
+    path: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATH]", help="An ONNX file or an artifact folder; without one: the machine."),
+    ] = None,
+    target: TargetText = "ort-cpu",
+    dim: Dims = None,
+    json: Json = False,
+) -> int:
+    """Shows inputs, operators, costs, blocks, and which operators the target has kernels for; of an artifact also what
+    it needs of a machine, and whether this one has it. Without a path: what this machine has for the target.
+    """
     from planish.cli import commands, printing
 
     with _progress("inspecting", json):

@@ -216,13 +216,23 @@ def verify(path: str | Path, threads: int | None, allow_native: bool) -> tuple[d
     return {"path": str(path)} | result.to_dict(), result.ok
 
 
-def inspect(path: str | Path, target: Target, dims: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """What `planish inspect` shows, as plain data; of an artifact also what is recorded of its making."""
+def inspect(path: str | Path | None, target: Target, dims: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What `planish inspect` shows, as plain data; of an artifact also what is recorded of its making, and what it
+    needs of a machine. Without a path, what this machine has for the target.
+    """
+    from planish.cli import machine
+
+    if path is None:
+        return machine.described(target)
+    found: dict[str, Any] = {"path": str(path), "kind": "artifact" if is_artifact(path) else "model"}
+    if is_artifact(path):
+        found |= machine.needed(path)
+        if found["compiled"]:
+            return found
     from planish.ir.inspect import inspect_program
     from planish.runtime.coverage import ort_cpu_coverage
 
     program = open_program(path, target)
-    found: dict[str, Any] = {"path": str(path), "kind": "artifact" if is_artifact(path) else "model"}
     found |= inspect_program(program, dims).to_dict()
     found["target"] = str(target)
     coverage = ort_cpu_coverage(program) if target.name == "ort-cpu" else None

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from planish.cli import machine
 from planish.cli.layer_tree import layer_tree
 from planish.runtime.units import (
     count_text,
@@ -115,8 +116,11 @@ def verified(result: Mapping[str, Any], ok: bool) -> None:
 
 
 def inspected(found: Mapping[str, Any]) -> None:
-    """Interface, weights, costs, operators with coverage, blocks."""
+    """Interface, weights, costs, operators with coverage, blocks; what a machine has, and what it would need."""
     console = _console()
+    machine.show(found, console)
+    if "ops" not in found:
+        return
     facts = Table.grid(padding=(0, 2))
     for label, value in _facts(found):
         facts.add_row(Text(label, style="bold"), _text(value, 600))

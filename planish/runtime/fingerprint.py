@@ -43,6 +43,11 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def processor_name() -> str:
+    """The model of this machine's processor, as the system has it."""
+    return _processor()[0]
+
+
 def _processor() -> tuple[str, list[str]]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

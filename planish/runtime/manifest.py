@@ -68,6 +68,7 @@ class Manifest:
         weights: the file that holds the weights of all entries, or None.
         native: files of native code.
         features: what a processor must have for them, by file, as Linux names it.
+        needs: what it takes beside that, as `planish.ir.machine.Needs.to_dict` has it: GPU code, memory, a driver.
         ledger: the verdict on each pass; the report file has the details.
         files: every file but the manifest.
     """
@@ -80,6 +81,7 @@ class Manifest:
     weights: str | None = None
     native: list[str] = field(default_factory=list)
     features: dict[str, list[str]] = field(default_factory=dict)
+    needs: dict[str, Any] = field(default_factory=dict)
     golden: list[Golden] = field(default_factory=list)
     ledger: dict[str, Any] | None = None
     provenance: dict[str, str] = field(default_factory=dict)
@@ -90,7 +92,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file, digest included."""
-        data = {key: value for key, value in vars(self).items() if key != "entries"}
+        data = {key: value for key, value in vars(self).items() if key != "entries" and (value or key != "needs")}
         data["format"] = FORMAT
         data["golden"] = [asdict(g) for g in self.golden]
         data["files"] = {path: asdict(info) for path, info in self.files.items()}
@@ -203,6 +205,7 @@ def _read(data: dict[str, Any]) -> Manifest:
         native=[listed(path) for path in data["native"]],
         # Absent from artifacts that were written before there were generated kernels.
         features={listed(path): [_text(name) for name in names] for path, names in data.get("features", {}).items()},
+        needs=dict(_mapping(data.get("needs", {}))),
         golden=golden,
         ledger=None if data["ledger"] is None else dict(_mapping(data["ledger"])),
         provenance={_text(k): _text(v) for k, v in _mapping(data["provenance"]).items()},

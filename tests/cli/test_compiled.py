@@ -33,7 +33,11 @@ def test_every_command_takes_it_or_says_what_to_give(model: Path, compiled: Path
     assert code == 0 and as_json(out)["rows"][1]["error"]["relative_l2"] < 1e-6, err
     code, out, err = call("verify", compiled, "--allow-native", "--json")
     assert code == 0 and as_json(out)["ok"], err
-    code, _, err = call("inspect", compiled)
+    code, out, err = call("inspect", compiled, "--json")
+    assert code == 0 and as_json(out)["compiled"] and as_json(out)["needs"][0]["met"], err
+    code, out, _ = call("inspect", compiled)
+    assert code == 0 and "It runs on this machine." in out and "x: float[batch, 8]" in out
+    code, _, err = call("diff", model, compiled)
     assert code == 2 and "no graph" in err and "model's file" in err
     code, _, err = call("run", compiled, "--allow-native", "--dim", "batch=3")
     assert code == 2 and "no graph to make inputs for" in err

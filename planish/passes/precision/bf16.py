@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from planish.ir import processor
+from planish.ir import precision, processor
 from planish.ir.errors import InputError
 from planish.ir.graphs import constant_tensor, dims_of, is_op
 from planish.ir.ledger import Declined
@@ -122,9 +122,8 @@ def unsupported(ctx: PassContext) -> str:
     """Why a target has no use for bfloat16; empty if it has."""
     if ctx.target.name != "ort-cpu" or not ctx.target.kernels:
         return f"target '{ctx.target}' has no products in bfloat16; 'ort-cpu:kernels' has"
-    if lacking := processor.missing(processor.AMX_BF16):
-        return f"this processor lacks {', '.join(lacking)}, without which bfloat16 is no faster: float32 stays"
-    return ""
+    support = precision.bf16(processor.features())
+    return "" if support.fast else support.form
 
 
 def store_rounded(program: Program, editor: Editor) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from planish.ir import processor
+from planish.ir import precision, processor
 from planish.ir.errors import InputError, unknown
 from planish.ir.graphs import constant_tensor, is_op
 from planish.ir.ledger import Declined
@@ -25,8 +25,6 @@ from planish.passes.registry import register
 
 _MODES = ("dynamic", "static")
 _LEAST = 1 << 12
-#: Without these, sums of two products of 8 by 8 bits overflow 16: weights keep 7 bits then.
-_DOT = ({"avx512_vnni"}, {"avx_vnni"}, {"asimddp"})
 _OBSERVED = "planish_activation_{}"
 
 
@@ -107,7 +105,7 @@ class Quantize(ApproximatePass):
                 _drop_unused(graph)
         fired = run.editor.fired
         if fired and not _has_dot():
-            run.notes.append("this processor has no instructions for sums of 8-bit products: weights keep 7 bits")
+            run.notes.append(precision.int8(processor.features()).form)
         if not fired and already:
             reason = f"{already} operators are quantized already, and nothing is quantized twice"
             run.declined.append(Declined(self.name, program.default_entry, reason))
@@ -273,7 +271,8 @@ def _left(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _has_dot() -> bool:
-    return any(not processor.missing(needed) for needed in _DOT)
+    """Without these instructions, sums of two products of 8 by 8 bits overflow 16: weights keep 7 bits then."""
+    return precision.int8(processor.features()).fast
 
 
 def _source(value: ir.Value) -> ir.Value:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from planish.ir import precision, processor
 from planish.ir.errors import InputError, unknown
 from planish.ir.graphs import constant_tensor, is_op
 from planish.ir.ledger import Declined
@@ -99,6 +100,9 @@ class QuantizeWeights(ApproximatePass):
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         """Raises InputError: `method` is gptq, and there are no calibration inputs to measure with."""
         names = self.entry_names(program)
+        support = precision.weights(processor.features())
+        if program.target.device == "cpu" and precision.keeps_float32(support):
+            return PassResult(False, 0, [Declined(self.name, program.default_entry, support.form)], [support.form])
         if self.error is not None:
             found = {name: [s.node for s in self._sites(program.entry(name).graph)] for name in names}
             return within_error(self, program, ctx, found, self._left)
@@ -119,6 +123,8 @@ class QuantizeWeights(ApproximatePass):
             run.already += sum(node.op_type in QUANTIZED for node in model.graph.all_nodes())
         fired = run.editor.fired
         notes = [self._note(run)] if fired else []
+        if fired and program.target.device == "cpu" and not support.fast:
+            notes.append(support.form)
         if not fired and run.already:
             reason = f"{run.already} products are quantized already, and nothing is quantized twice"
             run.declined.append(Declined(self.name, program.default_entry, reason))

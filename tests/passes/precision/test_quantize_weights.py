@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 import planish
+from planish.ir import processor
 from planish.ir.errors import InputError, PlanishError
 from planish.ir.names import ensure_names
 from planish.ir.program import Program
@@ -175,3 +176,15 @@ def test_options(options, message):
 def test_gptq_needs_inputs():
     with pytest.raises(PlanishError, match="nothing to run them with"):
         apply_pass(QuantizeWeights(method="gptq"), program_of(model("y = MatMul(x, w)")))
+
+
+def test_what_a_processor_without_the_instructions_gets_is_in_the_report(monkeypatch):
+    source = model("y = MatMul(x, w)")
+    said = {}
+    for name, features in {"old": {"sse2"}, "avx2": {"avx2"}, "vnni": {"avx2", "avx512_vnni"}}.items():
+        monkeypatch.setattr(processor, "features", lambda found=frozenset(features): found)
+        exe = planish.optimize(source, approximate="quantize-weights", budget=planish.Budget(gates=False))
+        said[name] = exe.report.ledger["quantize-weights"].fired, " ".join(exe.report.remarks())
+    assert said["old"][0] == 0 and "lacks avx2 (or asimddp)" in said["old"][1] and "float32 stays" in said["old"][1]
+    assert said["avx2"][0] == 1 and "codes are multiplied by AVX2" in said["avx2"][1]
+    assert said["vnni"][0] == 1 and "instructions" not in said["vnni"][1]
