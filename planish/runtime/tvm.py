@@ -54,6 +54,7 @@ def compile_tvm(model: ir.Model, target: Target) -> TvmRunner:
         InputError: the target has options, which are those of ONNX Runtime.
     """
     from planish.runtime.relax.build import build
+    from planish.runtime.relax.device import CpuDevice
 
     if target.name != "tvm-cpu":
         raise UnsupportedError(f"target '{target}' is not one that planish.runtime.tvm compiles for; use 'tvm-cpu'.")
@@ -63,7 +64,7 @@ def compile_tvm(model: ir.Model, target: Target) -> TvmRunner:
     graph = model.graph
     inputs = [TensorSpec.of(v) for v in graph.inputs if v.name not in graph.initializers]
     outputs = [TensorSpec.of(v) for v in graph.outputs]
-    compiled = build(model, inputs, cpu)
+    compiled = build(model, inputs, CpuDevice(cpu))
     if lacking := missing(cpu.features):
         raise UnsupportedError(
             f"target '{target}': this processor lacks {', '.join(lacking)}, so nothing can be measured for it here."

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from planish.runtime.relax.elementwise import elementwise
@@ -22,6 +21,7 @@ def _attention(t: Translator, node: ir.Node) -> list[Operand]:
     given = [*t.inputs(node), *[None] * 4]
     q, k, v, mask, past_key, past_value = given[:6]
     assert q is not None and k is not None and v is not None
+    t.require_float(node, q, k, v)
     if float(attribute(node, "softcap", 0.0)) or len(node.outputs) > 3:
         t.refuse(node, "softcap, or scores as an output")
     flat = q.rank == 3
@@ -45,20 +45,16 @@ def _attention(t: Translator, node: ir.Node) -> list[Operand]:
         mask = _four_axes(t, node, mask, q3.dims[1], k3.dims[1])
         inputs.append(t.tensor(mask))
     scale = attribute(node, "scale")
-    inputs.append(_number(t, float(scale) if scale is not None else 1 / math.sqrt(size)))
+    inputs.append(t.device.number(t, float(scale) if scale is not None else 1 / math.sqrt(size)))
     causal = bool(attribute(node, "is_causal", 0))
     if causal:
         past = 0 if past_key is None else past_key.dims[2]
-        inputs.append(t.tensor(Operand.of_sizes(np.array([past], object))))
-    made = t.call(FlashAttention(size, causal=causal, mask=kind), inputs, (q3.dims, "float32"))
-    y = Operand("float32", q3.dims, made)
+        inputs.append(t.device.sizes(t, [past]))
+    made = t.call(FlashAttention(size, causal=causal, mask=kind), inputs, (q3.dims, q.dtype))
+    y = Operand(q.dtype, q3.dims, made)
     if not flat:
         y = _by_heads(t, y, heads, size)
     return [y, *presents]
-
-
-def _number(t: Translator, number: float) -> Any:
-    return t.tensor(Operand.constant(np.array([number], np.float32), f"number.{number!r}"))
 
 
 def _side_by_side(t: Translator, x: Operand) -> Operand:
@@ -123,28 +119,26 @@ def _norm(t: Translator, node: ir.Node) -> Operand:
 
     x, scale, *rest = t.inputs(node)
     assert x is not None and scale is not None
-    if x.dtype != "float32":
-        t.refuse(node, f"its input is {x.dtype}; it takes float32")
+    t.require_float(node, x, scale)
     axis = axis_of(node, x.rank, -1)
     inner = x.dims[axis:]
     wanted = [t.product(inner)]
     rows = t.rows(x, x.rank - axis)
-    epsilon = _number(t, float(attribute(node, "epsilon", 1e-5)))
+    epsilon = t.device.number(t, float(attribute(node, "epsilon", 1e-5)))
     weights = [t.reshape(t.tensor(_full(t, w, inner)), wanted) for w in (scale, *rest) if w is not None]
     bias = len(weights) > 1
     template = LayerNorm(bias=bias) if node.op_type == "LayerNormalization" else RmsNorm()
-    made = t.call(template, [rows, *weights, epsilon], (list(rows.ty.shape), "float32"))
-    return Operand("float32", x.dims, t.reshape(made, x.dims))
+    made = t.call(template, [rows, *weights, epsilon], (list(rows.ty.shape), x.dtype))
+    return Operand(x.dtype, x.dims, t.reshape(made, x.dims))
 
 
 def _full(t: Translator, weight: Operand, dims: Sequence[Any]) -> Operand:
     """A scale or bias in the sizes of what it scales."""
     if weight.rank == len(dims) and all(t.equal(a, b) for a, b in zip(weight.dims, dims, strict=True)):
         return weight
-    ones = Operand(
-        "float32", list(dims), t.compute("zeros", [], lambda i: t.tir.const(0.0, "float32"), dims, "float32")
-    )
-    return elementwise(t, "widen", [weight, ones], lambda a, b: a + b, "float32")
+    dtype = weight.dtype
+    ones = Operand(dtype, list(dims), t.compute("zeros", [], lambda i: t.tir.const(0.0, dtype), dims, dtype))
+    return elementwise(t, "widen", [weight, ones], lambda a, b: a + b, dtype)
 
 
 @emits("Softmax", "LogSoftmax")
@@ -153,15 +147,14 @@ def _softmax(t: Translator, node: ir.Node) -> Operand:
 
     (x,) = t.inputs(node)
     assert x is not None
-    if x.dtype != "float32":
-        t.refuse(node, f"its input is {x.dtype}; it takes float32")
+    t.require_float(node, x)
     axis = axis_of(node, x.rank, -1)
     perm = [*[a for a in range(x.rank) if a != axis], axis]
     dims = [x.dims[a] for a in perm]
     moved = x if axis == x.rank - 1 else _moved(t, x, perm)
     rows = t.rows(moved)
-    made = t.call(Softmax(log=node.op_type == "LogSoftmax"), [rows], (list(rows.ty.shape), "float32"))
-    y = Operand("float32", dims, t.reshape(made, dims))
+    made = t.call(Softmax(log=node.op_type == "LogSoftmax"), [rows], (list(rows.ty.shape), x.dtype))
+    y = Operand(x.dtype, dims, t.reshape(made, dims))
     return y if axis == x.rank - 1 else _moved(t, y, [perm.index(a) for a in range(x.rank)])
 
 
@@ -212,8 +205,8 @@ def _rotary(t: Translator, node: ir.Node) -> Operand:
         return turned if rotated == size else tir.if_then_else(at < rotated, turned, read(at))
 
     source = t.reshape(t.tensor(x), dims)
-    made = t.compute("rotary", [source, t.tensor(cosine), t.tensor(sine)], element, dims, "float32")
-    return Operand("float32", x.dims, t.reshape(made, x.dims))
+    made = t.compute("rotary", [source, t.tensor(cosine), t.tensor(sine)], element, dims, x.dtype)
+    return Operand(x.dtype, x.dims, t.reshape(made, x.dims))
 
 
 def _own(t: Translator, size: Any, batch: Any) -> Any:
@@ -234,10 +227,10 @@ def _dialect_norm(t: Translator, node: ir.Node) -> list[Operand]:
         assert residual is not None
         inputs.append(t.rows(t.match(residual, x.dims)))
     inputs += [t.tensor(w) for w in rest if w is not None]
-    inputs.append(_number(t, float(attribute(node, "epsilon", 1e-5))))
+    inputs.append(t.device.number(t, float(attribute(node, "epsilon", 1e-5))))
     keep = added and bool(node.outputs[1].uses() or node.outputs[1].is_graph_output())
     kind = LayerNorm if "Layer" in node.op_type else RmsNorm
-    out = (list(inputs[0].ty.shape), "float32")
+    out = (list(inputs[0].ty.shape), x.dtype)
     made = t.call(kind(residual=added, keep_sum=keep), inputs, *[out] * (1 + keep))
     found = made if keep else [made]
-    return [Operand("float32", x.dims, t.reshape(var, x.dims)) for var in found]
+    return [Operand(x.dtype, x.dims, t.reshape(var, x.dims)) for var in found]

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from planish.ir.errors import UnsupportedError
 from planish.ir.spec import TensorSpec
-from planish.runtime.kernels.cpu import LEVELS, Cpu
-from planish.runtime.kernels.template import Template, compile_module, import_tvm, target
+from planish.runtime.kernels.cpu import LEVELS
+from planish.runtime.kernels.template import Template, compile_module, import_tvm
+from planish.runtime.relax.device import CpuDevice
 from planish.runtime.relax.translator import CHECK, Translator, weights_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Compiled:
             ) from error
 
 
-def build(model: ir.Model, inputs: Sequence[TensorSpec], cpu: Cpu) -> Compiled:
+def build(model: ir.Model, inputs: Sequence[TensorSpec], device: CpuDevice) -> Compiled:
     """Compiles the graph of a model.
 
     Raises:
@@ -58,26 +59,26 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], cpu: Cpu) -> Compiled:
     # Every emitter is registered by its module.
     from planish.runtime.relax import blocks, elementwise, gathers, images, products, views  # noqa: F401
 
-    translator = Translator(cpu, model)
+    translator = Translator(device, model)
     module, _ = translator.function(model.graph, inputs)
-    with tvm.transform.PassContext(opt_level=3), target(cpu):
+    with tvm.transform.PassContext(opt_level=3), device.target():
         module = relax.transform.DeadCodeElimination()(module)
         from planish.runtime.relax.schedules import schedule_module
 
-        module = schedule_module(module, cpu)
+        module = schedule_module(module, device.schedule)
         module[CHECK] = translator.check()
         try:
-            executable = tvm.compile(module, target=target(cpu), relax_pipeline=_lowering())
+            executable = tvm.compile(module, target=device.target(), relax_pipeline=lowering())
         except tvm.error.InternalError as error:
             raise UnsupportedError(
                 f"TVM {tvm.__version__} does not compile the program: {_last_line(error)}"
             ) from error
     for template in translator.kernels.values():
-        executable.mod.import_module(_kernel(template, cpu.name))
+        executable.mod.import_module(_kernel(template, device.cpu.name))
     return Compiled(executable, weights_of(translator.parameters))
 
 
-def _lowering() -> Any:
+def lowering() -> Any:
     """From calls of code and views to the instructions of the virtual machine.
 
     Relax's own list begins with a pass that takes a copy for a view: outputs would share memory with weights.

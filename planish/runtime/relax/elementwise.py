@@ -128,22 +128,20 @@ def _dtype_of(node: ir.Node, operands: Sequence[Operand]) -> str:
 
 def _float_only(f: Callable[[Translator, Any], Any]) -> Expression:
     def expression(t: Translator, node: ir.Node, x: Sequence[Any]) -> Any:
-        if kind(x[0]) not in ("float32", "float64"):
-            t.refuse(node, f"its input is {kind(x[0])}; it takes float32")
+        if kind(x[0]) not in (*t.device.floats, "float64"):
+            t.refuse(node, f"its input is {kind(x[0])}; it takes {' and '.join(t.device.floats)}")
         return f(t, x[0])
 
     return expression
 
 
 def _math(name: str) -> Expression:
-    """A function of `tir_math` for float32, of the C library for float64."""
+    """A function that the device has."""
 
     def expression(t: Translator, node: ir.Node, x: Sequence[Any]) -> Any:
-        from planish.runtime.kernels import tir_math
-
-        if kind(x[0]) != "float32":
-            t.refuse(node, f"its input is {kind(x[0])}; it takes float32")
-        return getattr(tir_math, name)(x[0])
+        if kind(x[0]) not in t.device.floats:
+            t.refuse(node, f"its input is {kind(x[0])}; it takes {' and '.join(t.device.floats)}")
+        return t.device.math(name, x[0])
 
     return expression
 
@@ -216,11 +214,11 @@ EXPRESSIONS: dict[str, Expression] = {
     "GreaterOrEqual": lambda t, n, x: x[0] >= x[1],
     "HardSigmoid": lambda t, n, x: t.tir.max(
         t.tir.min(
-            x[0] * t.tir.const(float(attribute(n, "alpha", 0.2)), "float32")
-            + t.tir.const(float(attribute(n, "beta", 0.5)), "float32"),
-            t.tir.const(1.0, "float32"),
+            x[0] * t.tir.const(float(attribute(n, "alpha", 0.2)), kind(x[0]))
+            + t.tir.const(float(attribute(n, "beta", 0.5)), kind(x[0])),
+            t.tir.const(1.0, kind(x[0])),
         ),
-        t.tir.const(0.0, "float32"),
+        t.tir.const(0.0, kind(x[0])),
     ),
     "IsNaN": lambda t, n, x: t.tir.isnan(x[0]),
     "LeakyRelu": _leaky,
@@ -257,13 +255,21 @@ def _elementwise(t: Translator, node: ir.Node) -> Operand:
     if len(operands) > 1 and all(o.array is not None for o in operands):
         operands = [*operands[:-1], Operand(operands[-1].dtype, operands[-1].dims, t.tensor(operands[-1]))]
     expression = EXPRESSIONS[node.op_type]
-    return elementwise(t, node.op_type.lower(), operands, lambda *x: expression(t, node, x), _dtype_of(node, operands))
+    return elementwise(
+        t, node.op_type.lower(), operands, lambda *x: expression(t, node, _wide(t, x)), _dtype_of(node, operands)
+    )
+
+
+def _wide(t: Translator, x: Sequence[Any]) -> list[Any]:
+    """The elements, float16 as float32 where a device takes it: what is computed of them is rounded once."""
+    wide = "float16" in t.device.floats
+    return [item.astype("float32") if wide and kind(item) == "float16" else item for item in x]
 
 
 @emits("SwiGLU", domain="planish")
 def _gated(t: Translator, node: ir.Node) -> Operand:
     operands = [o for o in t.inputs(node) if o is not None]
-    return elementwise(t, "swiglu", operands, lambda *x: _swiglu(t, node, x), "float32")
+    return elementwise(t, "swiglu", operands, lambda *x: _swiglu(t, node, _wide(t, x)), operands[0].dtype)
 
 
 @emits("Cast")
@@ -276,7 +282,7 @@ def _cast(t: Translator, node: ir.Node) -> Operand:
         return Operand.of_sizes(x.sizes, "int64")
     if x.array is not None:
         return Operand.constant(x.array.astype(dtype))
-    if dtype not in ("bool", "float32", "float64", "int8", "int16", "int32", "int64", "uint8"):
+    if dtype not in ("bool", *t.device.floats, "float64", "int8", "int16", "int32", "int64", "uint8"):
         t.refuse(node, f"it casts to {dtype}")
     if dtype == "bool":
         return elementwise(

@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from planish.runtime.relax.operand import Operand
 from planish.runtime.relax.translator import Translator, attribute, axis_of, emits
-from planish.runtime.relax.views import _objects
 
 
 def checked(t: Translator, node: ir.Node, indices: Operand, limits: list[Any]) -> Any:
@@ -23,7 +22,7 @@ def checked(t: Translator, node: ir.Node, indices: Operand, limits: list[Any]) -
     key = ("checked", id(indices), tuple(map(str, limits)))
     if key not in t.derived:
         flat = t.reshape(t.tensor(indices), [count, axes])
-        limit = t.tensor(Operand.of_sizes(_objects(limits)))
+        limit = t.device.sizes(t, limits)
         made = t.call(CheckIndices(indices.dtype), [flat, limit], ((count, axes), "int64"))
         t.derived[key] = (indices, made)
     return t.derived[key][1]
@@ -118,7 +117,7 @@ def rows_at(t: Translator, table: Operand, positions: Operand) -> Operand:
     from planish.runtime.kernels.indices import CheckIndices
 
     count = t.product(positions.dims)
-    limit = t.tensor(Operand.of_sizes(_objects([table.dims[0]])))
+    limit = t.device.sizes(t, [table.dims[0]])
     flat = t.reshape(t.tensor(positions), [count, 1])
     places = t.reshape(t.call(CheckIndices(positions.dtype), [flat, limit], ((count, 1), "int64")), positions.dims)
     dims = [*positions.dims, table.dims[1]]

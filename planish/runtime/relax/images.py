@@ -12,7 +12,6 @@ from planish.runtime.kernels.images import DepthwiseConv, Patches, Pool, Window
 from planish.runtime.kernels.reductions import Reduce
 from planish.runtime.relax.elementwise import elementwise
 from planish.runtime.relax.operand import Operand
-from planish.runtime.relax.products import linear
 from planish.runtime.relax.translator import Translator, attribute, emits
 from planish.runtime.relax.views import numbers_of
 
@@ -65,8 +64,7 @@ def _same(
 
 def _image(t: Translator, node: ir.Node, x: Operand) -> Operand:
     """The operand with two axes of pixels."""
-    if x.dtype != "float32":
-        t.refuse(node, f"its input is {x.dtype}; it takes float32")
+    t.require_float(node, x)
     if x.rank == 3:
         dims = [*x.dims[:2], 1, x.dims[2]]
         return Operand(x.dtype, dims, t.reshape(t.tensor(x), dims))
@@ -77,11 +75,12 @@ def _image(t: Translator, node: ir.Node, x: Operand) -> Operand:
 
 def _result(t: Translator, var: Any, dims: list[Any], rank: int) -> Operand:
     """The operand of images with channels last, (batch, rows, columns, channels) in memory."""
-    whole = Operand("float32", dims, var, order=LAST)
+    dtype = str(t.force(var).ty.dtype)
+    whole = Operand(dtype, dims, var, order=LAST)
     if rank == 4:
         return whole
     flat = [*dims[:2], dims[3]]
-    return Operand("float32", flat, t.reshape(t.tensor(whole), flat))
+    return Operand(dtype, flat, t.reshape(t.tensor(whole), flat))
 
 
 @emits("Conv")
@@ -100,14 +99,14 @@ def _conv(t: Translator, node: ir.Node) -> Operand:
     count = filters.shape[0]
     dims = [image.dims[0], count, rows, columns]
     name = weight.name or "filters"
-    numbers = np.zeros(count, np.float32) if bias is None or bias.array is None else bias.array
+    numbers = np.zeros(count, filters.dtype) if bias is None or bias.array is None else bias.array
     pixels = t.force(t.arranged(image, LAST))
     activation, relu = None, _sole_relu(node)
     if groups == channels == count and groups > 1:
         flat = np.ascontiguousarray(filters.reshape(count, -1).T)
         inputs = [pixels, t.parameter(flat, f"{name}.taps"), t.parameter(numbers, f"{name}.bias")]
         shape = [image.dims[0], rows, columns, count]
-        return _result(t, t.call(DepthwiseConv(window), inputs, (shape, "float32")), dims, rank)
+        return _result(t, t.call(DepthwiseConv(window), inputs, (shape, x.dtype)), dims, rank)
     if relu is not None and rank == 4:
         activation = "relu"
     parts = []
@@ -140,9 +139,9 @@ def _product(
     if window != Window((1, 1)):
         height, width, channels = list(pixels.ty.shape)[1:]
         lines = t.reshape(pixels, [batch, height, t.product([width, channels])])
-        pixels = t.call(Patches(window), [lines], ([batch, rows, columns, depth], "float32"))
+        pixels = t.call(Patches(window), [lines], ([batch, rows, columns, depth], str(pixels.ty.dtype)))
     flat = t.reshape(pixels, [t.product([batch, rows, columns]), depth])
-    return t.reshape(linear(t, flat, matrix, bias, act), [batch, rows, columns, matrix.dims[1]])
+    return t.reshape(t.device.linear(t, flat, matrix, bias, act, None), [batch, rows, columns, matrix.dims[1]])
 
 
 def _sole_relu(node: ir.Node) -> ir.Node | None:
@@ -154,7 +153,7 @@ def _sole_relu(node: ir.Node) -> ir.Node | None:
 
 def _channels(t: Translator, pixels: Any, first: int, count: int) -> Any:
     dims = [*list(pixels.ty.shape)[:3], count]
-    return t.force(t.compute("channels", [pixels], lambda i, v: v(*i[:3], i[3] + first), dims, "float32"))
+    return t.force(t.compute("channels", [pixels], lambda i, v: v(*i[:3], i[3] + first), dims, str(pixels.ty.dtype)))
 
 
 def _joined(t: Translator, parts: list[Any], dims: list[Any]) -> Any:
@@ -166,7 +165,7 @@ def _joined(t: Translator, parts: list[Any], dims: list[Any]) -> Any:
             result = t.tir.if_then_else(i[3] < each * (g + 1), tensors[g](*i[:3], i[3] - each * g), result)
         return result
 
-    return t.force(t.compute("join", parts, element, [dims[axis] for axis in LAST], "float32"))
+    return t.force(t.compute("join", parts, element, [dims[axis] for axis in LAST], str(parts[0].ty.dtype)))
 
 
 @emits("MaxPool", "AveragePool")
@@ -182,7 +181,7 @@ def _pool(t: Translator, node: ir.Node) -> Operand:
             t.refuse(node, "count_include_pad together with ceil_mode")
     dims = [image.dims[0], image.dims[1], rows, columns]
     shape = [dims[axis] for axis in LAST]
-    made = t.call(Pool(window, kind), [t.arranged(image, LAST)], (shape, "float32"))
+    made = t.call(Pool(window, kind), [t.arranged(image, LAST)], (shape, x.dtype))
     return _result(t, made, dims, rank)
 
 
@@ -208,7 +207,7 @@ def _reduce(t: Translator, node: ir.Node) -> Operand:
     axes = sorted({a % x.rank for a in given} if given else range(x.rank))
     made = reduced(t, node, x, axes, _REDUCTIONS[node.op_type], bool(attribute(node, "keepdims", 1)))
     if node.op_type == "ReduceL2":
-        return elementwise(t, "sqrt", [made], lambda v: t.tir.sqrt(v), "float32")
+        return elementwise(t, "sqrt", [made], lambda v: t.tir.sqrt(v), made.dtype)
     return made
 
 
@@ -222,8 +221,7 @@ def _global_pool(t: Translator, node: ir.Node) -> Operand:
 
 def reduced(t: Translator, node: ir.Node, x: Operand, axes: list[int], kind: str, keep: bool) -> Operand:
     """A reduction over some axes."""
-    if x.dtype != "float32":
-        t.refuse(node, f"its input is {x.dtype}; it takes float32")
+    t.require_float(node, x)
     order = list(x.order or range(x.rank))
     places = [order.index(axis) for axis in axes]
     if max(places) - min(places) + 1 == len(places):
@@ -234,15 +232,15 @@ def reduced(t: Translator, node: ir.Node, x: Operand, axes: list[int], kind: str
     first, last = min(places), max(places) + 1
     sizes = [x.dims[axis] for axis in order]
     outer, width, inner = (t.product(part) for part in (sizes[:first], sizes[first:last], sizes[last:]))
-    made = t.call(Reduce(kind), [t.reshape(var, [outer, width, inner])], ([outer, inner], "float32"))
+    made = t.call(Reduce(kind), [t.reshape(var, [outer, width, inner])], ([outer, inner], x.dtype))
     kept = [axis for axis in order if axis not in axes]
-    result = Operand("float32", [x.dims[a] for a in kept], t.reshape(made, [x.dims[a] for a in kept]))
+    result = Operand(x.dtype, [x.dims[a] for a in kept], t.reshape(made, [x.dims[a] for a in kept]))
     if kept != sorted(kept):
         result.dims = [x.dims[a] for a in sorted(kept)]
         back = [sorted(kept).index(a) for a in kept]
         result.order = tuple(back)
-        result = Operand("float32", result.dims, t.tensor(result))
+        result = Operand(x.dtype, result.dims, t.tensor(result))
     if keep:
         dims = [1 if a in axes else d for a, d in enumerate(x.dims)]
-        result = Operand("float32", dims, t.reshape(t.tensor(result), dims))
+        result = Operand(x.dtype, dims, t.reshape(t.tensor(result), dims))
     return result

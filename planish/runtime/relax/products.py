@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.graphs import constant_tensor, is_op
 from planish.ir.ops.linear import ACTIVATIONS, COMPUTE_TYPE, LINEAR
 from planish.runtime.relax.elementwise import broadcast, elementwise
 from planish.runtime.relax.operand import Operand
@@ -16,65 +17,30 @@ from planish.runtime.relax.translator import Translator, attribute, emits
 _BFLOAT16 = int(ir.DataType.BFLOAT16)
 
 
-def packed(t: Translator, weight: Operand) -> Any:
-    """The variable of a weight (K, N) in panels of columns, as the kernel reads it."""
-    from planish.runtime.kernels import gemm
-
-    assert weight.array is not None
-    key = ("packed", id(weight))
-    if key not in t.derived:
-        width = gemm.panel_width(t.cpu)
-        panels = gemm.pack(np.asarray(weight.array, np.float32), width)
-        t.derived[key] = (weight, t.parameter(panels, f"{weight.name or 'weight'}.panels{width}"))
-    return t.derived[key][1]
-
-
-def linear(
-    t: Translator,
-    x: Any,
-    weight: Operand,
-    bias: Operand | None,
-    activation: str | None = None,
-    residual: Any = None,
-) -> Any:
-    """The variable of ``activation(x W + bias) + residual`` for a matrix `x` of rows."""
-    from planish.runtime.kernels import gemm
-
-    rows, columns = x.ty.shape[0], int(weight.dims[1])
-    bias = bias or Operand.constant(np.zeros(columns, np.float32), f"no_bias.{columns}")
-    template = gemm.Gemm(activation, residual=residual is not None)
-    inputs = [x, packed(t, weight), t.tensor(bias)]
-    if residual is not None:
-        inputs.append(residual)
-    return t.call(template, inputs, ((rows, columns), "float32"))
-
-
 @emits(*LINEAR, domain="planish")
 def _linear(t: Translator, node: ir.Node) -> Operand:
     x, weight, *rest = t.inputs(node)
     assert x is not None and weight is not None
     if attribute(node, COMPUTE_TYPE, 1) == _BFLOAT16:
         t.refuse(node, "its product is in bfloat16")
-    _require_weight(t, node, weight)
+    t.require_float(node, x)
+    _require_weight(t, node, weight, x.dtype)
     dims = [*x.dims[:-1], weight.dims[1]]
     if node.op_type == "LinearSwiGLU":
-        from planish.runtime.kernels import gemm
-
-        weights = [packed(t, w) for w in (weight, rest[0]) if w is not None]
-        rows = t.rows(x)
-        made = t.call(gemm.GatedGemm("silu"), [rows, *weights], ((rows.ty.shape[0], weight.dims[1]), "float32"))
+        assert rest[0] is not None
+        made = t.device.gated(t, t.rows(x), weight, rest[0])
     else:
         residual = None
         if node.op_type == "LinearAdd":
             assert rest[1] is not None
             residual = t.rows(t.match(rest[1], dims))
-        made = linear(t, t.rows(x), weight, rest[0], ACTIVATIONS[node.op_type], residual)
-    return Operand("float32", dims, t.reshape(made, dims))
+        made = t.device.linear(t, t.rows(x), weight, rest[0], ACTIVATIONS[node.op_type], residual)
+    return Operand(x.dtype, dims, t.reshape(made, dims))
 
 
-def _require_weight(t: Translator, node: ir.Node, weight: Operand) -> None:
-    if weight.array is None or weight.array.ndim != 2 or weight.array.dtype != np.float32:
-        t.refuse(node, "its weight is no constant float32 matrix")
+def _require_weight(t: Translator, node: ir.Node, weight: Operand, dtype: str) -> None:
+    if weight.array is None or weight.array.ndim != 2 or weight.dtype != dtype:
+        t.refuse(node, f"its weight is no constant {dtype} matrix")
 
 
 @emits("Gemm")
@@ -89,16 +55,16 @@ def _gemm(t: Translator, node: ir.Node) -> Operand:
     bias = rest[0] if rest else None
     if (
         b.array is not None
-        and b.array.dtype == np.float32
+        and b.dtype == a.dtype in t.device.floats
         and alpha == 1.0 == beta
         and (bias is None or (bias.array is not None and bias.array.shape == (b.dims[1],)))
     ):
-        return Operand("float32", [a.dims[0], b.dims[1]], linear(t, t.tensor(a), b, bias))
+        return Operand(a.dtype, [a.dims[0], b.dims[1]], t.device.linear(t, t.tensor(a), b, bias, None, None))
     y = product(t, node, a, b)
-    scale = t.tir.const(alpha, "float32"), t.tir.const(beta, "float32")
+    scale = t.tir.const(alpha, y.dtype), t.tir.const(beta, y.dtype)
     if bias is None:
-        return elementwise(t, "scale", [y], lambda v: v * scale[0], "float32")
-    return elementwise(t, "scale_add", [y, bias], lambda v, c: v * scale[0] + c * scale[1], "float32")
+        return elementwise(t, "scale", [y], lambda v: v * scale[0], y.dtype)
+    return elementwise(t, "scale_add", [y, bias], lambda v, c: v * scale[0] + c * scale[1], y.dtype)
 
 
 def transposed(t: Translator, x: Operand) -> Operand:
@@ -115,30 +81,60 @@ def transposed(t: Translator, x: Operand) -> Operand:
 def _matmul(t: Translator, node: ir.Node) -> Operand:
     a, b = t.inputs(node)
     assert a is not None and b is not None
-    if b.array is not None and b.rank == 2 and b.dtype == "float32" and a.rank >= 2:
+    if b.array is not None and b.rank == 2 and b.dtype == a.dtype in t.device.floats and a.rank >= 2:
         dims = [*a.dims[:-1], b.dims[1]]
-        return Operand("float32", dims, t.reshape(linear(t, t.rows(a), b, None), dims))
+        bias, residual, last = _added(t, node, dims, b.dtype)
+        rows = None if residual is None else t.rows(residual)
+        made = Operand(a.dtype, dims, t.reshape(t.device.linear(t, t.rows(a), b, bias, None, rows), dims))
+        t.values[last] = made
+        return made
     return product(t, node, a, b)
+
+
+def _added(
+    t: Translator, node: ir.Node, dims: Sequence[Any], dtype: str
+) -> tuple[Operand | None, Operand | None, ir.Value]:
+    """The bias and the residual that Adds behind a product, which alone read it, add to it; and the last value."""
+    value, bias, residual = node.outputs[0], None, None
+    for _ in range(2):
+        uses = list(value.uses())
+        add = uses[0].node if len(uses) == 1 else None
+        if add is None or not is_op(add, "Add") or value.is_graph_output():
+            break
+        other = add.inputs[1 - uses[0].idx]
+        if other is None or (other not in t.values and constant_tensor(other) is None):
+            break  # it is not computed yet
+        added = t.get(other)
+        if added.dtype != dtype or residual is not None:
+            break
+        if bias is None and added.array is not None and added.array.shape == (dims[-1],):
+            bias = added
+        elif added.rank == len(dims) and all(t.equal(p, q) for p, q in zip(added.dims, dims, strict=True)):
+            residual = added
+        else:
+            break
+        t.done.add(add)
+        value = add.outputs[0]
+    return bias, residual, value
 
 
 def product(t: Translator, node: ir.Node, a: Operand, b: Operand) -> Operand:
     """The product of two tensors as in NumPy's matmul."""
     from planish.runtime.kernels.batched import BatchedMatMul
 
-    if a.dtype != "float32" or b.dtype != "float32":
-        t.refuse(node, f"it multiplies {a.dtype} by {b.dtype}; it takes float32")
+    t.require_float(node, a, b)
     if not a.rank or not b.rank:
         t.refuse(node, "it multiplies a scalar")
     left = a if a.rank > 1 else _view(t, a, [1, a.dims[0]])
     right = b if b.rank > 1 else _view(t, b, [b.dims[0], 1])
-    outer = [Operand("float32", o.dims[:-2], t) for o in (left, right)]
+    outer = [Operand(a.dtype, o.dims[:-2], t) for o in (left, right)]
     dims, _ = broadcast(t, outer) if outer[0].rank or outer[1].rank else ([], [])
     count = t.product(dims)
     flat = [_batched(t, o, dims, count) for o in (left, right)]
     shape = (count, left.dims[-2], right.dims[-1])
-    made = t.call(BatchedMatMul(), flat, (shape, "float32"))
+    made = t.call(BatchedMatMul(), flat, (shape, a.dtype))
     result = [*dims, *([left.dims[-2]] if a.rank > 1 else []), *([right.dims[-1]] if b.rank > 1 else [])]
-    return Operand("float32", result, t.reshape(made, result))
+    return Operand(a.dtype, result, t.reshape(made, result))
 
 
 def _batched(t: Translator, x: Operand, dims: Sequence[Any], count: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from planish.runtime.kernels.cpu import Cpu
@@ -9,15 +10,17 @@ from planish.runtime.kernels.template import import_tvm
 
 #: Work below this many elements a row is not worth a vector loop.
 _NARROW = 4
+#: The attribute of functions that are scheduled already.
+SCHEDULED = "tirx.is_scheduled"
 
 
-def schedule_module(module: Any, cpu: Cpu) -> Any:
-    """Schedules every function of TIR in a Relax module."""
+def schedule_module(module: Any, schedule: Callable[[Any], Any]) -> Any:
+    """A Relax module with every function of TIR scheduled that is not yet."""
     tvm = import_tvm()
     scheduled = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
     for name, function in module.functions.items():
-        if isinstance(function, tvm.tirx.PrimFunc):
-            scheduled[name] = schedule(function, cpu)
+        if isinstance(function, tvm.tirx.PrimFunc) and SCHEDULED not in (function.attrs or {}):
+            scheduled[name] = schedule(function)
     return scheduled
 
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from planish.ir.errors import UnsupportedError
 from planish.ir.graphs import constant_tensor, dims_of
-from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.template import Template, import_tvm
+from planish.runtime.relax.device import Device
 from planish.runtime.relax.operand import Lazy, Operand, Parameter, digest, identifier, same_array, shown
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ class Translator:
     """The state of a translation.
 
     Attributes:
-        cpu: what templates are built for.
+        device: what code is made for.
         model: where the graph is in; its functions and opsets are looked up there.
     """
 
-    cpu: Cpu
+    device: Device
     model: ir.Model
     kernels: dict[str, Template] = field(default_factory=dict)
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -108,7 +108,9 @@ class Translator:
         if value not in self.values:
             tensor = constant_tensor(value)
             if tensor is None:
-                raise UnsupportedError(f"target tvm-cpu: value '{value.name}' is defined outside of its graph.")
+                raise UnsupportedError(
+                    f"target {self.device.name}: value '{value.name}' is defined outside of its graph."
+                )
             self.values[value] = Operand.constant(tensor.numpy(), value.name or "")
         return self.values[value]
 
@@ -231,13 +233,8 @@ class Translator:
 
     def call(self, template: Template, inputs: Sequence[Any], *outputs: tuple[Sequence[Any], str]) -> Any:
         """Calls a kernel; gives a variable, or a list of them for several outputs."""
-        self.kernels[template.symbol] = template
         types = [self.type(dims, dtype) for dims, dtype in outputs]
-        made = self.emit(
-            self.relax.call_dps_packed(
-                template.symbol, [self.force(item) for item in inputs], out_ty=types[0] if len(types) == 1 else types
-            )
-        )
+        made = self.device.call(self, template, [self.force(item) for item in inputs], types)
         if len(types) == 1:
             return made
         return [self.emit(self.relax.TupleGetItem(made, index)) for index in range(len(types))]
@@ -321,7 +318,17 @@ class Translator:
     def refuse(self, node: ir.Node, why: str) -> NoReturn:
         """Raises UnsupportedError that names a node."""
         domain = f"{node.domain}::" if node.domain else ""
-        raise UnsupportedError(f"target tvm-cpu does not take {domain}{node.op_type} (node '{node.name}'): {why}.")
+        raise UnsupportedError(
+            f"target {self.device.name} does not take {domain}{node.op_type} (node '{node.name}'): {why}."
+        )
+
+    def require_float(self, node: ir.Node, *operands: Operand) -> None:
+        """Refuses numbers of a dtype that the device's kernels do not take, and operands of several dtypes."""
+        first = operands[0].dtype
+        if first not in self.device.floats:
+            self.refuse(node, f"its input is {first}; it takes {' and '.join(self.device.floats)}")
+        if wrong := next((o.dtype for o in operands if o.dtype != first), None):
+            self.refuse(node, f"its inputs are {first} and {wrong}")
 
     def function(self, graph: ir.Graph, inputs: Sequence[TensorSpec]) -> Any:
         """The module with the function ``main``: inputs first, then :attr:`parameters` in their order."""
@@ -330,7 +337,7 @@ class Translator:
             value = next(v for v in graph.inputs if v.name == spec.name)
             dims = dims_of(value)
             if value.dtype is None or dims is None:
-                raise UnsupportedError(f"target tvm-cpu: input '{spec.name}' has no dtype or no rank.")
+                raise UnsupportedError(f"target {self.device.name}: input '{spec.name}' has no dtype or no rank.")
             own = [d if isinstance(d, int) else self.symbol(d or f"{spec.name}.{i}") for i, d in enumerate(dims)]
             dtype = str(value.dtype.numpy()) if value.dtype.is_integer() or value.dtype.is_floating_point() else "bool"
             var = self.relax.Var(identifier(spec.name), self.type(own, dtype))
