@@ -148,12 +148,18 @@ static ort_status *align(tensor *t, int read) {
   return NULL;
 }
 
-ort_status *planish_input(ort_context *context, size_t index, size_t width, tensor *t) {
+ort_status *planish_input_there(ort_context *context, size_t index, size_t width, tensor *t) {
   const ort_value *value = NULL;
   memset(t, 0, sizeof *t);
   CHECK(API(SLOT_INPUT, const ort_context *, size_t, const ort_value **)(context, index, &value));
   if (!value) return planish_error("input %zu is missing", index);
   CHECK(describe(value, width, t));
+  t->data = t->home;
+  return NULL;
+}
+
+ort_status *planish_input(ort_context *context, size_t index, size_t width, tensor *t) {
+  CHECK(planish_input_there(context, index, width, t));
   return align(t, 1);
 }
 
@@ -168,7 +174,7 @@ ort_status *planish_constant(const ort_info *info, size_t index, size_t width, t
   return align(t, 1);
 }
 
-ort_status *planish_output(
+ort_status *planish_output_there(
     ort_context *context, size_t index, size_t width, const int64_t *shape, size_t rank, tensor *t) {
   ort_value *value = NULL;
   memset(t, 0, sizeof *t);
@@ -178,6 +184,13 @@ ort_status *planish_output(
   t->rank = rank;
   t->bytes = (size_t)planish_product(shape, rank) * width;
   CHECK(API(SLOT_TENSOR_DATA, ort_value *, void **)(value, &t->home));
+  t->data = t->home;
+  return NULL;
+}
+
+ort_status *planish_output(
+    ort_context *context, size_t index, size_t width, const int64_t *shape, size_t rank, tensor *t) {
+  CHECK(planish_output_there(context, index, width, shape, rank, t));
   return align(t, 0);
 }
 

@@ -69,6 +69,10 @@ ort_status *planish_error(const char *format, ...) __attribute__((format(printf,
 
 /* Input `index`, of elements of `width` bytes; free with `planish_release`. */
 ort_status *planish_input(ort_context *, size_t index, size_t width, tensor *);
+/* The same where they lie, aligned or not; NULL for a tensor of nothing. Nothing is to be released. */
+ort_status *planish_input_there(ort_context *, size_t index, size_t width, tensor *);
+ort_status *planish_output_there(
+    ort_context *, size_t index, size_t width, const int64_t *shape, size_t rank, tensor *);
 /* A constant input, when the kernel is made; `*found` is 0 if it is none. */
 ort_status *planish_constant(const ort_info *, size_t index, size_t width, tensor *, int *found);
 /* Output `index` of this shape; once written it is handed over with `planish_finish`. */

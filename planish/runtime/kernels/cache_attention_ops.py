@@ -1,0 +1,72 @@
+"""The kernel of planish::CacheAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
+
+from planish.ir.graphs import dims_of
+from planish.ir.ops.cache_attention import CACHE_ATTENTION
+from planish.ir.ops.flash_attention import KV_HEADS, Q_HEADS
+from planish.runtime.kernels.op_kernels import OpKernel, types_declaration
+
+if TYPE_CHECKING:
+    from planish.runtime.kernels.template import Template
+
+#: Heads of a multiple of this size have a kernel.
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class CacheAttentionKernel(OpKernel):
+    """A step over a cache for the heads that the nodes have; all other sizes are free.
+
+    Attributes:
+        forms: (head size, query heads of each key-value head), one for each template.
+    """
+
+    source: ClassVar[str] = "cache_attention.c"
+    setup: ClassVar[str] = "planish_cache_attention"
+
+    forms: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, op: str, nodes: Sequence[ir.Node]) -> CacheAttentionKernel | None:
+        forms = {_form(node) for node in nodes}
+        found = {form for form in forms if form is not None}
+        return cls(op, tuple(sorted(found))) if found == forms else None
+
+    def templates(self) -> list[Template]:
+        from planish.runtime.kernels.cache_attention import CacheAttention
+
+        return [CacheAttention(*form) for form in self.forms]
+
+    def declaration(self) -> str:
+        schema = CACHE_ATTENTION.schema
+        types = [int(next(iter(operand.dtypes))) for operand in (*schema.inputs, *schema.outputs)]
+        forms = ", ".join(
+            f"{{{size}, {group}, __tvm_ffi_{template.symbol}}}"
+            for (size, group), template in zip(self.forms, self.templates(), strict=True)
+        )
+        name = f'{{{{0}}, "{self.op}", {len(schema.inputs)}, {len(schema.outputs)}, types_{self.op}}}'
+        return "\n".join(
+            [
+                types_declaration(self.op, types),
+                f"static const cache_attention_form forms_{self.op}[] = {{{forms}, {{0}}}};",
+                f"static cache_attention_op op_{self.op} = {{{name}, forms_{self.op}}};",
+            ]
+        )
+
+
+def _form(node: ir.Node) -> tuple[int, int] | None:
+    """None where the head size is unknown, or none that there is a kernel for."""
+    past = node.inputs[3]
+    dims = None if past is None else dims_of(past)
+    size = dims[3] if dims is not None and len(dims) == 4 else None
+    heads, kv_heads = (node.attributes.get_int(name, 0) for name in (Q_HEADS, KV_HEADS))
+    if not isinstance(size, int) or size < _MULTIPLE or size % _MULTIPLE:
+        return None
+    return (size, heads // kv_heads) if kv_heads > 0 and heads > 0 and heads % kv_heads == 0 else None
