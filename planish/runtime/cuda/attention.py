@@ -58,6 +58,8 @@ _Prefill = _structure(
     *((name, _POINTER) for name in ("indptr", "indices", "head_layout", "lengths")),
     *((name, _INT) for name in ("queries", "keys", "q_heads", "kv_heads", "causal", "rows", "block")),
     ("scale", ctypes.c_float),
+    ("bias", _POINTER),
+    ("bias_batch", _LONG),
 )
 _Decode = _structure(
     *((name, _POINTER) for name in ("q", "k", "v", "out", "parts", "done")),
@@ -78,6 +80,7 @@ def attention(
     scale: float | None = None,
     lists: BlockLists | None = None,
     lengths: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -89,6 +92,7 @@ def attention(
         scale: 1 / sqrt(size) if it is None.
         lengths: (batch,) int32: how many of the keys of each row are there; not with `causal` and one query less than
             all of them, whose position it would not be.
+        bias: (batch, keys) float32: is added to the scaled scores of a key, in all heads.
         out: as q, to be written; made if it is None.
         lse: (batch, q_heads, queries) float32, to be written with the log-sum-exp of the scaled scores.
 
@@ -97,6 +101,8 @@ def attention(
         UnsupportedError: a size or dtype without a kernel, or no nvcc to compile it.
     """
     _check(q, k, v, lists, lengths)
+    if bias is not None:
+        _check_bias(bias, k)
     if out is None:
         out = q.new_empty(q.shape)
     batch, queries, heads, size = q.shape
@@ -105,7 +111,7 @@ def attention(
     index = q.device.index or 0
     # Two tiles of queries share the keys that they load; their lists would have to be alike, and blocks be idle if not.
     groups = 2 if queries > TILE and lists is None and driver.device(index).arch >= 80 else 1
-    kernel = _prefill(index, size, groups, _is_bf16(q))
+    kernel = _prefill(index, size, groups, _is_bf16(q), int(bias is not None))
     parameters = _Prefill(
         *(item.data_ptr() for item in (q, k, v, out)),
         lse.data_ptr() if lse is not None else None,
@@ -113,6 +119,7 @@ def attention(
         *_lists(lists, lengths),
         queries, k.shape[1], heads, k.shape[2], int(causal), *_rows(lists),
         (scale if scale is not None else size**-0.5) * _LOG2_E,
+        *((bias.data_ptr(), bias.stride(0)) if bias is not None else (None, 0)),
     )  # fmt: skip
     offset = k.shape[1] - queries if causal else 0
     tiles = (offset + queries + TILE - 1) // TILE - offset // TILE
@@ -215,12 +222,12 @@ def _is_bf16(q: torch.Tensor) -> int:
 
 
 @functools.cache
-def _prefill(index: int, size: int, groups: int, bf16: int) -> driver.Function:
+def _prefill(index: int, size: int, groups: int, bf16: int, bias: int) -> driver.Function:
     arch = driver.device(index).arch
-    # As in attention.cu: the queries' tiles, and the keys' and values' of each stage.
+    # As in attention.cu: the queries' tiles, the keys' and values' of each stage, barriers, biases.
     stages = 3 if arch == 90 else 2 if arch >= 80 else 1
-    shared = (groups + 2 * stages) * TILE * size * 2 + 64
-    loaded = module("attention.cu", index, HEAD=size, GROUPS=groups, ELEMENT_BF16=bf16)
+    shared = (groups + 2 * stages) * TILE * size * 2 + 64 + bias * stages * TILE * 4
+    loaded = module("attention.cu", index, HEAD=size, GROUPS=groups, ELEMENT_BF16=bf16, BIAS=bias)
     return loaded.function("attention", shared)
 
 
@@ -253,3 +260,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists 
         raise InputError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}; it must be int32 ({q.shape[0]},).")
     if lists is not None and tuple(lists.head_layout.shape) != (q.shape[2],):
         raise InputError(f"head_layout is for {lists.head_layout.shape[0]} heads, and q has {q.shape[2]}.")
+
+
+def _check_bias(bias: torch.Tensor, k: torch.Tensor) -> None:
+    if bias.shape != k.shape[:2] or str(bias.dtype) != "torch.float32" or bias.device != k.device:
+        raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}; it must be float32 {tuple(k.shape[:2])}.")
+    if bias.stride(1) != 1:
+        raise InputError("bias must have a last stride of 1.")

@@ -12,6 +12,25 @@ from planish.ir.errors import InputError, UnsupportedError
 # CUfunction_attribute, CUdevice_attribute
 _MAX_DYNAMIC_SHARED = 8
 _MAJOR, _MINOR, _PROCESSORS, _SHARED_OPTIN = 75, 76, 16, 97
+_CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: its value is 64 bytes, 8 behind the start."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((f"{part}_{axis}", ctypes.c_uint) for part in ("grid", "block") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
 
 
 @functools.cache
@@ -117,11 +136,15 @@ class Function:
     name: str
     shared: int
 
-    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: Any) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: Any, cluster: int = 1
+    ) -> None:
         """Starts the kernel on a stream (its address; 0: the default one).
 
         Args:
             arguments: ctypes values or structures, as the kernel has them.
+            cluster: blocks, neighbours along the grid's first axis, that run at once and can wait for each other; more
+                than 1 from Hopper on.
 
         Raises:
             InputError: the grid is outside of what GPUs have.
@@ -132,9 +155,14 @@ class Function:
                 f"kernel '{self.name}': a grid of {grid} blocks; the limits are 2^31 - 1, 65535 and 65535."
             )
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(item) for item in arguments))
-        code = library().cuLaunchKernel(
-            self.handle, *grid, threads, 1, 1, self.shared, ctypes.c_void_p(stream), pointers, None
-        )
+        if cluster > 1:
+            attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(cluster, 1, 1))
+            settings = _Launch(*grid, threads, 1, 1, self.shared, stream, ctypes.pointer(attribute), 1)
+            code = library().cuLaunchKernelEx(ctypes.byref(settings), self.handle, pointers, None)
+        else:
+            code = library().cuLaunchKernel(
+                self.handle, *grid, threads, 1, 1, self.shared, ctypes.c_void_p(stream), pointers, None
+            )
         check(code, f"launching kernel '{self.name}'")
 
 

@@ -2,7 +2,8 @@
 // (S2-Attention, arXiv:2407.17678). One thread block computes GROUPS tiles of 64 queries of a head; it walks the key
 // tiles that any of them sees, and every one of its groups of four warps keeps a running softmax of its own tile.
 //
-// Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1.
+// Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1, BIAS=0|1 (a number for each key that is added to its scores,
+// such as the logarithm of the size of a merged token).
 #include "tiles.cuh"
 #include "wgmma.cuh"
 
@@ -11,6 +12,9 @@
 #endif
 #ifndef GROUPS
 #define GROUPS 2
+#endif
+#ifndef BIAS
+#define BIAS 0
 #endif
 #define THREADS (GROUPS * 128)
 #define TILE_BYTES (HEAD / 64 * PANEL_BYTES)
@@ -21,6 +25,11 @@
 #define STAGES 2
 #else
 #define STAGES 1
+#endif
+#if WGMMA && HEAD == 64
+#define BLOCKS (512 / THREADS)  // on a multiprocessor: the registers of 16 warps
+#else
+#define BLOCKS 1
 #endif
 #define NONE 0x7FFFFFFF
 
@@ -33,6 +42,8 @@ struct Parameters {
   const int *lengths;                      // keys of each batch row, or null: all
   int queries, keys, q_heads, kv_heads, causal, rows, block;
   float scale;                             // times log2(e)
+  const float *bias;                       // (batch, keys), for BIAS
+  long long bias_batch;
 };
 
 // The key tiles that the GROUPS tiles of queries list, in ascending order, each once.
@@ -175,7 +186,7 @@ __device__ __forceinline__ void weighted(float (&o)[HEAD / 8][4], const uint32_t
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention(const __grid_constant__ Parameters p, const __grid_constant__ TensorMap k_map,
               const __grid_constant__ TensorMap v_map) {
   extern __shared__ __align__(1024) char memory[];  // nothing is before it, so that it is aligned
@@ -189,7 +200,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // The longest rows first, so that the last blocks to run are short.
   const int first_tile = offset / TILE + (gridDim.x - 1 - blockIdx.x) * GROUPS;
   const Element *q = p.q + batch * p.q_batch + head * p.q_head;
-
+#if BIAS
+  const uint32_t biases = stages + STAGES * 2 * TILE_BYTES + 64;  // behind the barriers: 64 numbers for each stage
+  auto load_bias = [&](int stage, int tile) {
+    int key = tile * TILE + thread;
+    if (thread < TILE && tile != NONE)
+      copy_number(biases + (stage * TILE + thread) * 4, p.bias + batch * p.bias_batch + (key < keys ? key : 0), key < keys);
+  };
+#else
+  auto load_bias = [](int, int) {};
+#endif
 
 #pragma unroll
   for (int i = 0; i < GROUPS * TILE * HEAD / 8 / THREADS; ++i) {
@@ -209,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   wait_copies<0>();  // the queries
   __syncthreads();
   auto load = [&](int stage, int tile) {
+    load_bias(stage, tile);
     if (thread != 0 || tile == NONE) return;
     uint32_t to = stages + stage * 2 * TILE_BYTES, barrier = arrived + 8 * stage;
     barrier_expect(barrier, 2 * TILE_BYTES);
@@ -220,6 +241,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // What lies behind the last key may be anything in memory, and zero times that must be zero.
   auto arrive = [&](int stage, uint32_t phase, int tile) {
     barrier_wait(arrived + 8 * stage, phase);
+#if BIAS
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
     int rows = keys - tile * TILE;
     if (p.lengths && rows < TILE) {
       for (int i = thread; i < (TILE - rows) * HEAD / 8; i += THREADS)
@@ -231,6 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
   const Element *k = p.k + batch * p.k_batch + kv_head * p.k_head, *v = p.v + batch * p.v_batch + kv_head * p.v_head;
   auto load = [&](int stage, int tile) {
+    load_bias(stage, tile);
     if (tile != NONE) {
       uint32_t to = stages + stage * 2 * TILE_BYTES;
       int rows = min(TILE, keys - tile * TILE);
@@ -245,7 +270,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   uint32_t operand[TILE / 16][4] = {};
   Softmax softmax;
   const int first_query = (first_tile + group) * TILE, query = first_query + warp * 16 + lane / 4;
-  auto mask = [&](float(&s)[TILE / 8][4], int tile, bool visible) {
+#if BIAS
+  const float scale = 1.44269504089f, raw = p.scale * 0.69314718056f;
+#else
+  const float scale = p.scale;
+#endif
+  auto mask = [&](float(&s)[TILE / 8][4], int tile, bool visible, int stage) {
+#if BIAS
+#pragma unroll
+    for (int j = 0; j < TILE / 8; ++j) {
+      float b0, b1;
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1)
+                   : "r"(biases + (stage * TILE + j * 8 + lane % 4 * 2) * 4) : "memory");
+      s[j][0] = fmaf(s[j][0], raw, b0), s[j][1] = fmaf(s[j][1], raw, b1);
+      s[j][2] = fmaf(s[j][2], raw, b0), s[j][3] = fmaf(s[j][3], raw, b1);
+    }
+#endif
     if (!visible || (tile + 1) * TILE > keys || (p.causal && tile * TILE + TILE - 1 > first_query))
       hide(s, tile * TILE + lane % 4 * 2, query, keys, p.causal, visible);
   };
@@ -278,8 +318,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     group_fence();
     score(s, keys_at(0));
     group_wait<0>();
-    mask(s, tile, now >> group & 1);
-    softmax.step(s, p.scale, factor);
+    mask(s, tile, now >> group & 1, 0);
+    softmax.step(s, scale, factor);
     to_operand(s, operand);
     for (tile = next; tile != NONE; tile = next) {
       now = later, next = cursor.step(later);
@@ -291,8 +331,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       score(s, keys_at(stage));
       weigh(keys_at(before) + TILE_BYTES);
       group_wait<1>();
-      mask(s, tile, now >> group & 1);
-      softmax.step(s, p.scale, factor);
+      mask(s, tile, now >> group & 1, stage);
+      softmax.step(s, scale, factor);
       group_wait<0>();
       shrink(o, factor);
       to_operand(s, operand);
@@ -302,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     group_wait<0>();
   }
 #else
-  for (int stage = 0; tile != NONE; tile = next, now = later, stage ^= 1) {
+  for (int stage = 0; tile != NONE; tile = next, now = later, stage ^= STAGES > 1) {
     uint32_t at = stages;
 #if STAGES > 1
     at += stage * 2 * TILE_BYTES;
@@ -313,8 +353,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     float s[TILE / 8][4];
     scores(s, base + group * TILE_BYTES, at, warp, lane);
-    mask(s, tile, now >> group & 1);
-    softmax.step(s, p.scale, factor);
+    mask(s, tile, now >> group & 1, stage);
+    softmax.step(s, scale, factor);
     shrink(o, factor);
     to_operand(s, operand);
     weighted(o, operand, at + TILE_BYTES, lane);

@@ -53,6 +53,15 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const void *from, bool v
 #endif
 }
 
+// 4 bytes alike.
+__device__ __forceinline__ void copy_number(uint32_t to, const float *from, bool valid) {
+#if ASYNC_COPY
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+#else
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(valid ? *from : 0.f) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void clear_chunk(uint32_t at) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }
