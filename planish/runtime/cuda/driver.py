@@ -136,9 +136,7 @@ class Function:
     name: str
     shared: int
 
-    def launch(
-        self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: Any, cluster: int = 1
-    ) -> None:
+    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: Any, cluster: int = 1) -> None:
         """Starts the kernel on a stream (its address; 0: the default one).
 
         Args:
@@ -150,11 +148,22 @@ class Function:
             InputError: the grid is outside of what GPUs have.
             UnsupportedError: what the driver refuses.
         """
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(item) for item in arguments))
+        self.launch_prepared(grid, threads, stream, pointers, cluster)
+
+    def launch_prepared(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        stream: int,
+        pointers: ctypes.Array[ctypes.c_void_p],
+        cluster: int = 1,
+    ) -> None:
+        """As :meth:`launch`, with the addresses of the arguments."""
         if not (0 < grid[0] < 1 << 31 and 0 < grid[1] < 1 << 16 and 0 < grid[2] < 1 << 16):
             raise InputError(
                 f"kernel '{self.name}': a grid of {grid} blocks; the limits are 2^31 - 1, 65535 and 65535."
             )
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(item) for item in arguments))
         if cluster > 1:
             attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(cluster, 1, 1))
             settings = _Launch(*grid, threads, 1, 1, self.shared, stream, ctypes.pointer(attribute), 1)
@@ -164,6 +173,22 @@ class Function:
                 self.handle, *grid, threads, 1, 1, self.shared, ctypes.c_void_p(stream), pointers, None
             )
         check(code, f"launching kernel '{self.name}'")
+
+
+def clear(address: int, size: int, stream: int) -> None:
+    """Zeros over `size` bytes, a multiple of 4."""
+    code = library().cuMemsetD32Async(
+        ctypes.c_uint64(address), ctypes.c_uint(0), ctypes.c_size_t(size // 4), ctypes.c_void_p(stream)
+    )
+    check(code, f"clearing {size} bytes")
+
+
+def copy(to: int, origin: int, size: int, stream: int) -> None:
+    """Copies `size` bytes within a GPU."""
+    code = library().cuMemcpyDtoDAsync_v2(
+        ctypes.c_uint64(to), ctypes.c_uint64(origin), ctypes.c_size_t(size), ctypes.c_void_p(stream)
+    )
+    check(code, f"copying {size} bytes")
 
 
 def tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
