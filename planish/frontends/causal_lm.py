@@ -76,7 +76,8 @@ def capture_causal_lm(
         report(f"{PREFILL}: torch.export")
         prefill = _capture(_named(_Prefill, model)(model, options), *_prefill_example(), target)
         report(f"{DECODE}: torch.export")
-        decode = _capture(_named(_Decode, model)(model), *_decode_example(shapes), target)
+        wrapper, tokens = (_Chunk, 3) if options.chunks else (_Decode, 1)
+        decode = _capture(_named(wrapper, model)(model), *_decode_example(shapes, tokens), target)
     _unsize(decode)
     entries = {PREFILL: prefill.main, DECODE: decode.main}
     provenance = {**prefill.provenance, "module": _qualified(model), **causal_lm_model.facts(model).to_provenance()}
@@ -116,6 +117,17 @@ class _Entry(torch.nn.Module):  # type: ignore[misc]
             for part, tensor in zip(PARTS, pair, strict=True)
         }
 
+    @contextlib.contextmanager
+    def last_only(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Lets the head see what `pick` takes of the hidden states: logits of a whole prompt are its largest tensor."""
+        head = causal_lm_model.head(self.model)
+        assert head is not None
+        handle = head.register_forward_pre_hook(lambda module, args: (pick(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
 
 class _Prefill(_Entry):
     def __init__(self, model: Any, options: CausalLM) -> None:
@@ -125,25 +137,13 @@ class _Prefill(_Entry):
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         recorder = Recorder(None, lengths)
         positions = torch.arange(input_ids.shape[1])[None]
-        with self._last_tokens(lengths) if self.last else contextlib.nullcontext():
+
+        def pick(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden[torch.arange(hidden.shape[0]), lengths - 1][:, None]
+
+        with self.last_only(pick) if self.last else contextlib.nullcontext():
             logits = self.logits(recorder, input_ids, positions)
         return {LOGITS: logits[:, 0] if self.last else logits, **self.present(recorder)}
-
-    @contextlib.contextmanager
-    def _last_tokens(self, lengths: torch.Tensor) -> Iterator[None]:
-        """Lets the head see each row's last token only: logits of a whole prompt are its largest tensor by far."""
-
-        def pick(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden = args[0]
-            return (hidden[torch.arange(hidden.shape[0]), lengths - 1][:, None], *args[1:])
-
-        head = causal_lm_model.head(self.model)
-        assert head is not None
-        handle = head.register_forward_pre_hook(pick)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 class _Decode(_Entry):
@@ -154,6 +154,20 @@ class _Decode(_Entry):
         pairs: Cache = dict(enumerate(zip(tensors[0::2], tensors[1::2], strict=True)))
         recorder = Recorder(pairs, lengths)
         logits = self.logits(recorder, input_ids, lengths[:, None])
+        return {LOGITS: logits[:, 0], **self.present(recorder)}
+
+
+class _Chunk(_Entry):
+    """Several tokens of one row after what the cache holds, or one token of each row."""
+
+    def forward(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, past: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        tensors, tokens = list(past.values()), input_ids.shape[1]
+        pairs: Cache = dict(enumerate(zip(tensors[0::2], tensors[1::2], strict=True)))
+        recorder = Recorder(pairs, lengths, tokens)
+        with self.last_only(lambda hidden: hidden[:, -1:]):
+            logits = self.logits(recorder, input_ids, lengths[:, None] + torch.arange(tokens)[None])
         return {LOGITS: logits[:, 0], **self.present(recorder)}
 
 
@@ -179,15 +193,16 @@ def _prefill_example() -> tuple[dict[str, Any], dict[str, Any]]:
     return example, {IDS: {0: "batch", 1: "sequence"}, LENGTHS: {0: "batch"}}
 
 
-def _decode_example(caches: list[tuple[int, int, torch.dtype]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _decode_example(caches: list[tuple[int, int, torch.dtype]], tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
     past, shapes = {}, {}
     for layer, (heads, size, dtype) in enumerate(caches):
         for part in PARTS:
             key = past_name(layer, part).removeprefix("past_")
             past[key] = torch.zeros(2, heads, 11, size, dtype=dtype)
             shapes[key] = {0: "batch", 2: "capacity"}
-    example = {IDS: torch.tensor([[1], [2]]), LENGTHS: torch.tensor([5, 3]), "past": past}
-    return example, {IDS: {0: "batch"}, LENGTHS: {0: "batch"}, "past": shapes}
+    example = {IDS: torch.ones(2, tokens, dtype=torch.int64), LENGTHS: torch.tensor([5, 3]), "past": past}
+    ids = {0: "batch"} | ({1: "tokens"} if tokens > 1 else {})
+    return example, {IDS: ids, LENGTHS: {0: "batch"}, "past": shapes}
 
 
 def _cache_shapes(model: Any) -> list[tuple[int, int, torch.dtype]]:

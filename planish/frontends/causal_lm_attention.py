@@ -34,13 +34,14 @@ class Recorder:
     Args:
         past: layer → keys and values (batch, heads, capacity, size), for `decode`; None for `prefill`.
         lengths: tokens that the caches hold of each row, (batch) int64.
+        tokens: new tokens of each row.
     """
 
     is_compileable = False
     is_sliding: list[bool] = []
 
-    def __init__(self, past: Cache | None, lengths: torch.Tensor) -> None:
-        self.past, self.lengths = past, lengths
+    def __init__(self, past: Cache | None, lengths: torch.Tensor, tokens: Any = 1) -> None:
+        self.past, self.lengths, self.tokens = past, lengths, tokens
         self.present: Cache = {}
         self.updated: int | None = None
         self._shared: dict[Any, Any] = {}
@@ -177,6 +178,8 @@ class Recorder:
         held, total = self._sizes()
         inputs: list[torch.Tensor | None] = [*rows, *past, held, total]
         if slopes is not None:
+            if not isinstance(self.tokens, int):
+                raise UnsupportedError("attention with a bias by position (ALiBi) reads one token at a time")
             inputs += [None, None, None, self._bias(slopes, total, past[0].shape[2])]
         result, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
@@ -190,9 +193,11 @@ class Recorder:
         return result.unflatten(2, (heads, size))
 
     def _sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens held of each row, (batch) int32, and the longest row with its new token, (1) int32."""
+        """Tokens of each row but the last new one, (batch) int32, and of the longest row, (1) int32."""
         if "sizes" not in self._shared:
             held = self.lengths.to(torch.int32)
+            if isinstance(self.tokens, torch.SymInt) or self.tokens != 1:
+                held = held + (self.tokens - 1)
             self._shared["sizes"] = held, held.max(dim=0, keepdim=True).values + 1
         return self._shared["sizes"]  # type: ignore[no-any-return]
 

@@ -7,7 +7,9 @@ int64, the tokens of each row. It gives the logits and, for every layer, `presen
 ``decode`` reads one token a row: `input_ids` (batch, 1) int64, `lengths` (batch) int64, the tokens that the cache
 holds of each row, and `past_<layer>_key`, `past_<layer>_value` (batch, key-value heads, capacity, head size), of which
 the first `lengths` positions of each row count. It gives `logits` (batch, vocabulary) and the caches with the
-new token at position `lengths`; bound to the same buffers, the caches are updated in place.
+new token at position `lengths`; bound to the same buffers, the caches are updated in place. With
+``CausalLM(chunks=True)`` it reads one or more tokens of one row, (1, tokens), or one token of each of several rows, and
+gives the logits of the last: a prompt can then be read in pieces.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ TASK = "causal-lm"
 KEPT_HEADS = "planish.kept_heads"
 #: Metadata of a cache that `decode` reads: how many tokens `prefill` drops before its layer.
 PRUNED_TOKENS = "planish.pruned_tokens"
-_CACHE = re.compile(r"(?:past|present)_(\d+)_(?:key|value)")
+_CACHE = re.compile(r"(?:past|present)_(\d+)_(?:key|value)(?:_scale)?")
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ class CausalLM:
     Attributes:
         logits: ``"last"``: `prefill` gives the logits of each row's last token, (batch, vocabulary); ``"all"``: of
             every position, (batch, sequence, vocabulary).
+        chunks: `decode` reads any number of tokens of one row at once. What has a memory budget is captured so.
     """
 
     logits: str = "last"
+    chunks: bool = False
 
     def __post_init__(self) -> None:
         if self.logits not in ("last", "all"):
@@ -107,6 +111,11 @@ def past_name(layer: int, part: str) -> str:
 def present_name(layer: int, part: str) -> str:
     """The name of a cache that `prefill` or `decode` gives."""
     return f"present_{layer}_{part}"
+
+
+def scale_name(cache: str) -> str:
+    """The name of the scales of a cache in 8 bits, (batch, key-value heads, capacity, 1), from the cache's own."""
+    return f"{cache}_scale"
 
 
 def cache_layer(name: str) -> int | None:

@@ -1,0 +1,37 @@
+"""How much memory a piece of a model takes while it runs, beside its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from planish.ir.analyses.liveness import liveness
+
+
+def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
+    """Most bytes of inner values that are live at once, by liveness, at these sizes of the symbols.
+
+    Raises:
+        ValueError: the size of a value can not be told.
+    """
+    found = liveness(model, dims=dims)
+    if found.unresolved:
+        raise ValueError(f"the size of '{found.unresolved[0]}' is not known")
+    outside = {v.name for v in (*model.graph.inputs, *model.graph.outputs)}
+    ends: dict[str, int] = {}
+    for name, interval in found.intervals.items():  # what takes over memory makes its owner live longer
+        owner = name
+        while owner in found.shared:
+            owner = found.shared[owner]
+        ends[owner] = max(ends.get(owner, 0), interval.end)
+    steps = [0] * (len(found.curve) + 1)
+    for owner, end in ends.items():
+        if owner not in outside:
+            steps[found.intervals[owner].start] += found.intervals[owner].bytes
+            steps[end + 1] -= found.intervals[owner].bytes
+    live = peak = 0
+    for step in steps:
+        live += step
+        peak = max(peak, live)
+    return peak
