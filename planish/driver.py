@@ -68,7 +68,8 @@ def optimize(
         target: for example ``"ort-cpu"`` or ``"ort-cpu:threads=2"``.
         example_inputs: for a torch module: what its forward takes, a tuple of tensors or a dict by parameter.
         dynamic_shapes: for a torch module: as for ``torch.export.export``; names may stand for ``Dim`` objects.
-        passes: None for the target's exact pipeline, a pipeline string, or a list of passes.
+        passes: None for the target's exact pipeline, a pipeline string, or a list of passes. (A target on CUDA that
+            says ``dtype=float16`` adds the approximate pass of this name.)
         approximate: approximate passes to run with the target's exact ones, in place of `passes`: a pipeline string or
             a list. They are put where they belong, in the order that they declare; all share the budget's error.
         calibration: inputs to measure with: a dict by input name, a tuple in input order, or a list of these.
@@ -91,6 +92,7 @@ def optimize(
     target, budget = _implemented(Target.parse(target)), budget if budget is not None else Budget()
     if not isinstance(budget, Budget):
         raise InputError(f"budget is a {type(budget).__name__}; give planish.Budget(error=..., seconds=...).")
+    elsewhere = _is_elsewhere(target, budget)
     pipeline = resolve_pipeline(passes, target, approximate)
     hooks.progress("reading the model")
     compare: Callable[[Bench], Any] | None
@@ -104,9 +106,10 @@ def optimize(
     bench = Bench(target, program.calibration)
     if compare is not None:
         hooks.progress("comparing the captured program with the module")
-        compare(bench)
+        compare(Bench(Target(), program.calibration) if elsewhere else bench)
         if not budget.gates:
             bench.forget(program)
+    note = f"this machine can not run '{target}'" if elsewhere else note
     best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
     ledger.synthetic = program.calibration is not None and program.calibration.synthetic
     hooks.progress("preparing the executable")
@@ -131,6 +134,10 @@ def resolve_pipeline(
     from planish.passes.manager import check_levels
     from planish.passes.pipeline import as_passes
 
+    if passes is None and target.device == "cuda" and target.dtype == "float16":
+        given = as_passes(approximate or [])
+        asked = [] if any(p.name == "float16" for p in given) else as_passes("float16")
+        approximate = [*given, *asked]
     if approximate is not None:
         if passes is not None:
             raise InputError(
@@ -147,6 +154,30 @@ def _implemented(target: Target) -> Target:
     if target.name not in IMPLEMENTED:
         raise UnsupportedError(f"target '{target.name}' is not implemented yet; use {', '.join(IMPLEMENTED)}.")
     return target
+
+
+def _is_elsewhere(target: Target, budget: Budget) -> bool:
+    """Whether the program is made for another machine than this; says what is missing before anything is made.
+
+    Raises:
+        UnsupportedError: this machine can not run what the target is, or not measure it.
+    """
+    if target.name != "ort-cuda":
+        return False
+    from planish.runtime import ort_cuda
+
+    if not ort_cuda.is_elsewhere(target):
+        ort_cuda.require(target)
+        return False
+    if budget.gates:
+        try:
+            ort_cuda.require(target)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"{str(error).rstrip('.')}; to make an artifact for another machine without measuring, say "
+                "budget=planish.Budget(gates=False) (--no-gates)."
+            ) from error
+    return True
 
 
 def _is_module(model: Any) -> bool:

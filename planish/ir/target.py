@@ -10,7 +10,7 @@ from planish.ir.errors import InputError, unknown
 RUNTIMES = ("ort", "tvm")
 DEVICES = ("cpu", "cuda")
 # Names that this version can compile for; the others parse, so that artifacts of later versions can be read.
-IMPLEMENTED = ("ort-cpu", "tvm-cpu")
+IMPLEMENTED = ("ort-cpu", "ort-cuda", "tvm-cpu")
 _UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -25,7 +25,9 @@ class Target:
         threads: intra-op threads; 0 lets the runtime choose.
         memory: memory budget in bytes, or None.
         kernels: generated kernels may be used; a program then holds native code.
-        dtype: preferred floating dtype (``"float32"``, ``"bfloat16"``), or None for the model's own.
+        dtype: preferred floating dtype (``"float32"``, ``"float16"``), or None for the model's own.
+        graphs: for how many sets of input shapes a CUDA graph is kept; 0: none is made; None: one, where the shapes of
+            all inputs are fixed.
         options: further options of the runtime, as sorted (name, value) pairs.
     """
 
@@ -36,6 +38,7 @@ class Target:
     memory: int | None = None
     dtype: str | None = None
     kernels: bool = False
+    graphs: int | None = None
     options: tuple[tuple[str, str], ...] = field(default=())
 
     @property
@@ -74,14 +77,17 @@ class Target:
                 values["kernels"] = True
             elif key == "threads":
                 values["threads"] = _integer(text, key, value)
+            elif key == "graphs" and device == "cuda":
+                values["graphs"] = _integer(text, key, value)
             elif key == "memory":
                 values["memory"] = _bytes(text, value)
             elif key in ("arch", "dtype"):
                 values[key] = value
-            elif key.startswith("session.") and equals:
+            elif key.startswith(("session.", "cuda.") if device == "cuda" else "session.") and equals:
                 options.append((key, value))
             else:
-                raise unknown(f"feature in target '{text}':", key, ("threads", "memory", "arch", "dtype", "kernels"))
+                known = ["threads", "memory", "arch", "dtype", "kernels", *(["graphs"] if device == "cuda" else [])]
+                raise unknown(f"feature in target '{text}':", key, known)
         return cls(runtime, device, options=tuple(sorted(options)), **values)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -95,6 +101,8 @@ class Target:
             parts.append(f"dtype={self.dtype}")
         if self.kernels:
             parts.append("kernels")
+        if self.graphs is not None:
+            parts.append(f"graphs={self.graphs}")
         parts += [f"{key}={value}" for key, value in self.options]
         return self.name + (":" + ",".join(parts) if parts else "")
 

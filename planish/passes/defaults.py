@@ -64,10 +64,20 @@ _TYPES = ("infer-shapes", "simplify-shapes", "fold-constants")
 _KERNELS = ("lower-linear", "lower-normalization", "fuse-block-sparse", "lower-attention", "eliminate-dead-code")
 #: Cleaning and recognition: everything before a form is chosen for the runtime.
 RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
+# What the CUDA provider has one kernel for; there is nothing to choose by length.
+_CUDA = (
+    "lower-cuda-attention",
+    "lower-cuda-normalization",
+    "lower-cuda-activation",
+    "eliminate-common-subexpressions",
+    "eliminate-dead-code",
+)
 #: Target → what lowers the recognized program.
 _LOWERINGS = {
     "ort-cpu": _LOWER,
     "ort-cpu:kernels": (*_KERNELS, *_LOWER),
+    "ort-cuda": _CUDA,
+    "ort-cuda:kernels": _CUDA,
     "tvm-cpu": ("lower-linear", "lower-normalization", "eliminate-dead-code"),
 }
 

@@ -100,7 +100,7 @@ class Replacer:
             node.name = self.names.fresh(node.name or f"{label}_{node.op_type}")
             node.metadata_props.update(metadata)
             for value in node.outputs:
-                if value not in finals:
+                if value not in finals and value.name != "":  # an optional output that is left out has no name
                     value.name = self.names.fresh(value.name or f"{node.name}_out")
         graph_imports = self.site.model.graph.opset_imports
         for domain in plan.builder.new_domains:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
     from planish.runtime.ort import OrtRunner
+    from planish.runtime.ort_device import DeviceRunner
     from planish.runtime.report import Report
 
 _CHUNK = 1 << 20
@@ -253,9 +254,14 @@ def _load(
         if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 9999:
             raise InputError(f"threads is {threads!r}; it must be a number from 0 to 9999.")
         target = replace(target, threads=threads)
+    if target.name == "ort-cuda":
+        from planish.runtime.machine import machine
+        from planish.runtime.ort_cuda import refuse
+
+        refuse(manifest, machine(), str(folder))
     runners: dict[str, Runner]
     with private_copies({name: contents[name] for name in manifest.native}) as native:
-        if target.name == "ort-cpu":
+        if target.runtime == "ort":
             runners = {
                 name: _runner(folder, manifest, entry, contents[entry.file], target, native)
                 for name, entry in manifest.entries.items()
@@ -283,24 +289,37 @@ def _load(
 
 def _runner(
     folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, target: Target, native: Mapping[str, Path]
-) -> OrtRunner:
+) -> Runner:
     from planish.runtime.ort import OrtRunner, create_session
     from planish.runtime.ort_options import FLUSH, FOLDER, session_options
 
     where = str(folder / entry.file)
     _check_references(model, manifest, where)
-    settings = session_options(target, None, optimize=True)
-    settings.add_session_config_entry(FOLDER, str(folder))
-    refused = _register_kernels(folder, manifest, settings, native)
-    session = create_session(model, settings)
-    for kind, specs, values in (
-        ("inputs", entry.inputs, session.get_inputs()),
-        ("outputs", entry.outputs, session.get_outputs()),
-    ):
-        if [s.name for s in specs] != [v.name for v in values]:
-            raise ArtifactError(f"'{where}' has the {kind} {[v.name for v in values]}, not those of the manifest.")
-    flushing = settings.get_session_config_entry(FLUSH) == "1"
-    runner = OrtRunner(session, entry.inputs, entry.outputs, flush_denormals=flushing)
+    refused = ""
+
+    def session(providers: Sequence[Any]) -> tuple[ort.InferenceSession, ort.SessionOptions]:
+        nonlocal refused
+        settings = session_options(target, None, optimize=True)
+        settings.add_session_config_entry(FOLDER, str(folder))
+        refused = _register_kernels(folder, manifest, settings, native)
+        made = create_session(model, settings, None, providers)
+        for kind, specs, values in (
+            ("inputs", entry.inputs, made.get_inputs()),
+            ("outputs", entry.outputs, made.get_outputs()),
+        ):
+            if [s.name for s in specs] != [v.name for v in values]:
+                raise ArtifactError(f"'{where}' has the {kind} {[v.name for v in values]}, not those of the manifest.")
+        return made, settings
+
+    runner: OrtRunner | DeviceRunner
+    if target.device == "cuda":
+        from planish.runtime.ort_cuda import on_gpu
+
+        runner = on_gpu(lambda providers: session(providers)[0], target, entry.inputs, entry.outputs)
+    else:
+        made, settings = session(["CPUExecutionProvider"])
+        flushing = settings.get_session_config_entry(FLUSH) == "1"
+        runner = OrtRunner(made, entry.inputs, entry.outputs, flush_denormals=flushing)
     if refused:
         runner.notes.append(refused)
     return runner

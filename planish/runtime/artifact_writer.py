@@ -170,12 +170,22 @@ def _write_rest(
         weights=weights,
         native=list(features),
         features=features,
+        needs=_needs(exe, program),
         golden=_write_golden(exe, program, files, notes),
         ledger=_write_report(exe, files),
         provenance={str(k): str(v) for k, v in exe.provenance.items()},
         notes=notes,
     )
     files.close(manifest)
+
+
+def _needs(exe: Executable, program: Program) -> dict[str, Any]:
+    """What a machine must have beside a processor, for targets that ask for more."""
+    if exe.target.name != "ort-cuda":
+        return {}
+    from planish.runtime.ort_cuda import needs
+
+    return needs(program, exe.target, [getattr(runner, "library", None) for runner in exe.runners.values()]).to_dict()
 
 
 def _write_kernels(exe: Executable, files: _Files) -> dict[str, list[str]]:
@@ -230,6 +240,9 @@ def _write_golden(exe: Executable, program: Program, files: _Files, notes: list[
     calibration = program.calibration
     if calibration is None:
         notes.append("no golden data: there were no inputs to run.")
+        return []
+    if any(getattr(runner, "offline", False) for runner in exe.runners.values()):
+        notes.append(f"no golden data: made for {exe.target} on a machine that can not run it.")
         return []
     golden: list[Golden] = []
     left = GOLDEN_BYTES

@@ -25,6 +25,10 @@ def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry
         # One library for all entries, since an artifact has one.
         library = kernel_library(list(program.entries.values()), target)
         return compile_ort(program.entry(entry), target, library=library)
+    if target.name == "ort-cuda":
+        from planish.runtime.ort_cuda import compile_ort_cuda
+
+        return compile_ort_cuda(program.entry(entry), target)
     if target.name == "tvm-cpu":
         from planish.runtime.tvm import compile_tvm
 

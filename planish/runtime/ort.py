@@ -53,47 +53,69 @@ def compile_ort(
         UnsupportedError: ONNX Runtime has no kernel for a node, or does not take the model.
         InputError: an unknown session option.
     """
-    from planish.ir.serialize import to_proto_without_weights
-
     if target.name != "ort-cpu":
         raise UnsupportedError(f"target '{target}' is not one that planish.runtime.ort compiles for; use 'ort-cpu'.")
-    settings = session_options(target, options, optimize)
     library = library or kernel_library([model], target)
-    if library is not None:
-        _register(library, settings)
-    proto, weights = to_proto_without_weights(with_bodies(model))
-    kept = _hand_over(proto, weights, settings)
+    session, kept, settings = open_session(model, target, _PROVIDERS, optimize, options, library)
     graph = model.graph
     inputs = [TensorSpec.of(v) for v in graph.inputs if v.name not in graph.initializers]
     outputs = [TensorSpec.of(v) for v in graph.outputs]
-    large = sum(tensor.nbytes for tensor in weights.values()) > _LARGE
-    if large:
-        memory.trim()  # what sessions that are gone have left behind
-    wanted = settings.graph_optimization_level
-    session = create_session(proto.SerializeToString(), settings, model)
-    if large:
-        memory.trim()
-        memory.drop_pages(weights.values())
     runner = OrtRunner(session, inputs, outputs, flush_denormals=_flushes(settings), keep_alive=kept)
     runner.library = library
-    if settings.graph_optimization_level != wanted:
+    if settings.graph_optimization_level != session_options(target, options, optimize).graph_optimization_level:
         runner.notes.append("ONNX Runtime's own fusions break this model; it runs with its basic optimizations only.")
     return runner
 
 
-def create_session(model: bytes, settings: ort.SessionOptions, named: ir.Model | None = None) -> ort.InferenceSession:
+def open_session(
+    model: ir.Model,
+    target: Target,
+    providers: Sequence[Any],
+    optimize: bool = True,
+    options: Mapping[str, str] | None = None,
+    library: Library | None = None,
+) -> tuple[ort.InferenceSession, list[Any], ort.SessionOptions]:
+    """A session over the weights of a model, what must live as long as it, and the settings that it has.
+
+    Args:
+        providers: as `onnxruntime.InferenceSession` takes them; the others as of :func:`compile_ort`.
+
+    Raises:
+        UnsupportedError: ONNX Runtime has no kernel for a node, or does not take the model.
+        InputError: an unknown session option.
+    """
+    from planish.ir.serialize import to_proto_without_weights
+
+    settings = session_options(target, options, optimize)
+    if library is not None:
+        _register(library, settings)
+    proto, weights = to_proto_without_weights(with_bodies(model))
+    kept = _hand_over(proto, weights, settings)
+    large = sum(tensor.nbytes for tensor in weights.values()) > _LARGE
+    if large:
+        memory.trim()  # what sessions that are gone have left behind
+    session = create_session(proto.SerializeToString(), settings, model, providers)
+    if large:
+        memory.trim()
+        memory.drop_pages(weights.values())
+    return session, kept, settings
+
+
+def create_session(
+    model: bytes, settings: ort.SessionOptions, named: ir.Model | None = None, providers: Sequence[Any] = _PROVIDERS
+) -> ort.InferenceSession:
     """An ONNX Runtime session; its refusals become one-line errors. `named` serves to say more about a node."""
     # The first session of a process may leave flush-to-zero on in this thread, for NumPy and everybody else.
     with flush.KeepEnvironment():
         try:
-            return ort.InferenceSession(model, settings, providers=_PROVIDERS)
+            return ort.InferenceSession(model, settings, providers=providers)
         except Exception as error:
             failure = _load_error(error, named)
             # ONNX Runtime's own fusions can break a valid model: one fuses two Gelus that share a product.
             if settings.graph_optimization_level.value > _BASIC.value and not _KERNEL.search(str(error)):
                 settings.graph_optimization_level = _BASIC
                 with contextlib.suppress(Exception):
-                    return ort.InferenceSession(model, settings, providers=_PROVIDERS)
+                    return ort.InferenceSession(model, settings, providers=providers)
             raise failure from error
 
 

@@ -1,0 +1,209 @@
+"""float16: a whole program in half precision, for GPUs, whose products and norms sum in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from planish.ir.graphs import constant_tensor, is_op, subgraphs_of
+from planish.ir.ledger import Declined
+from planish.ir.ops import DIALECT_DOMAIN, dialect_op, import_functions
+from planish.ir.program import Program
+from planish.passes.base import ApproximatePass, PassContext, PassResult
+from planish.passes.canonicalize.editing import Editor
+from planish.passes.registry import register
+
+_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_LARGEST = float(np.finfo(np.float16).max)
+#: Where half precision begins: from here on values flow on in it. In front of them are positions, masks and images.
+_BEGIN = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"))
+#: What stays float32: sums and powers that leave the range of float16, angles of positions, and numbers with a type of
+#: their own. Norms, softmax and attention are not among them, since their kernels compute in float32 inside.
+_STAY = frozenset(
+    (
+        *("CumSum", "Exp", "Log", "Pow", "Range", "Reciprocal", "Sqrt", "Cos", "Sin", "Tan", "Resize", "Upsample"),
+        *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum"),
+        *("ReduceSumSquare", "LpNormalization", "MeanVarianceNormalization", "QuantizeLinear", "DequantizeLinear"),
+        *("DynamicQuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"),
+        *("Bernoulli", "Multinomial", "DFT", "STFT", "MelWeightMatrix", "Det", "LSTM", "GRU", "RNN"),
+    )
+)
+
+
+@register
+@dataclass(frozen=True)
+class Float16(ApproximatePass):
+    """Turns values and weights into float16 from the first product on; a target's ``dtype=float16`` asks for it.
+
+    Inputs and outputs of the program keep their types. Products, attention and norms sum in float32 in the kernels of
+    GPUs; sums and powers of the graph itself, angles of positions and what control flow carries stay float32. Finite
+    constants beyond 65504, as masks have, become 65504.
+    """
+
+    name: ClassVar[str] = "float16"
+    gives_up: ClassVar[str] = "Values keep 11 of the 24 bits of their mantissas, and end at 65504."
+    order: ClassVar[int] = 58
+
+    def apply(self, program: Program, ctx: PassContext) -> PassResult:
+        if ctx.target.device != "cuda":
+            reason = f"target '{ctx.target}' is no faster in float16; targets on CUDA are"
+            return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], [reason])
+        halving = _Halving(Editor(program, self.name))
+        for model in program.entries.values():
+            halving.opsets = model.graph.opset_imports
+            halving.graph(model.graph)
+            _drop_unused(model.graph)
+            import_functions(model)
+        return PassResult(halving.fired > 0, halving.fired)
+
+
+@dataclass
+class _Halving:
+    """One run over a program; `halved` are the values that are float16 now and were float32."""
+
+    editor: Editor
+    opsets: dict[str, int] = field(default_factory=dict)
+    fired: int = 0
+    halved: set[ir.Value] = field(default_factory=set)
+    tensors: dict[int, tuple[ir.TensorProtocol, ir.TensorProtocol, str]] = field(default_factory=dict)
+    casts: dict[tuple[ir.Value, ir.DataType, ir.Graph], ir.Value] = field(default_factory=dict)
+
+    def graph(self, graph: ir.Graph) -> None:
+        for node in list(graph):
+            inner = list(subgraphs_of(node))
+            for body in inner:
+                self.graph(body)
+            types = {} if inner else self._types(node)
+            for index, value in enumerate(node.inputs):
+                if value is None:
+                    continue
+                if types and types.get(index) and value.dtype == _FLOAT:
+                    node.replace_input_with(index, self._as(value, _HALF, node))
+                elif not (types and types.get(index)) and value in self.halved and not _takes_both(node):
+                    node.replace_input_with(index, self._as(value, _FLOAT, node))
+            self._outputs(node, types)
+        self._restore(graph)
+
+    def _types(self, node: ir.Node) -> dict[int, str]:
+        """The inputs that are to be half, each with its type variable; empty: the node stays as it is."""
+        floats = [i for i, v in enumerate(node.inputs) if v is not None and (v.dtype == _FLOAT or v in self.halved)]
+        if not floats or is_op(node, *_STAY, "Cast", "CastLike") or node.op_type.startswith(("Sequence", "Optional")):
+            return {}
+        if not (_begins(node) or any(node.inputs[i] in self.halved for i in floats)):
+            return {}
+        named = self._variables(node)
+        return {i: named[i] for i in floats if i in named}
+
+    def _variables(self, node: ir.Node) -> dict[int, str]:
+        """Input → its type variable, for inputs that can be float16."""
+        if node.domain == DIALECT_DOMAIN:
+            operands = dialect_op(node.op_type).schema.inputs
+            return {i: operands[i].type_var for i in range(len(node.inputs)) if _HALF in operands[i].dtypes}
+        schema = _schema(node, self.opsets)
+        if schema is None:
+            return {}
+        allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+        formals = [schema.inputs[min(i, len(schema.inputs) - 1)] for i in range(len(node.inputs))]
+        return {i: f.type_str for i, f in enumerate(formals) if "tensor(float16)" in allowed.get(f.type_str, ())}
+
+    def _outputs(self, node: ir.Node, types: dict[int, str]) -> None:
+        if not types:
+            return
+        self.fired += 1
+        variables = set(types.values())
+        if node.domain == DIALECT_DOMAIN:
+            formals: Any = [operand.type_var for operand in dialect_op(node.op_type).schema.outputs]
+        else:
+            schema = _schema(node, self.opsets)
+            formals = [output.type_str for output in schema.outputs]
+        for index, value in enumerate(node.outputs):
+            if formals[min(index, len(formals) - 1)] in variables and value.dtype == _FLOAT:
+                value.type = ir.TensorType(_HALF)
+                self.halved.add(value)
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, node: ir.Node) -> ir.Value:
+        """`value` in another type, for a node that reads it."""
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        tensor = constant_tensor(value)
+        if tensor is not None and dtype == _HALF and value.producer() is None:
+            assert value.graph is not None
+            key = value, dtype, value.graph
+            if key not in self.casts:
+                self.casts[key] = self._constant(value.graph, value, tensor)
+            return self.casts[key]
+        key = value, dtype, graph
+        if key not in self.casts:
+            made = self.editor.node(node, "Cast", [value], {"to": int(dtype)}, like=value)
+            made.type = ir.TensorType(dtype)
+            self.casts[key] = made
+        return self.casts[key]
+
+    def _constant(self, graph: Any, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        known = self.tensors.get(id(tensor))
+        if known is None:
+            array = np.asarray(tensor.numpy())
+            finite = np.isfinite(array)
+            limited = np.where(finite, np.clip(array, -_LARGEST, _LARGEST), array)
+            halved = ir.tensor(np.ascontiguousarray(limited, dtype=np.float16).reshape(array.shape))
+            known = tensor, halved, self.editor.names.fresh(f"{value.name}_float16")
+            self.tensors[id(tensor)] = known
+        made = ir.Value(name=known[2], const_value=known[1])
+        made.type, made.shape = ir.TensorType(_HALF), ir.Shape(known[1].shape.numpy())
+        graph.register_initializer(made)
+        return made
+
+    def _restore(self, graph: ir.Graph) -> None:
+        """Gives the outputs of a graph back their type, and their names."""
+        made: dict[ir.Value, ir.Value] = {}
+        for index, value in enumerate(graph.outputs):
+            if value not in self.halved:
+                continue
+            if value not in made:
+                cast = ir.node("Cast", [value], {"to": int(_FLOAT)}, name=self.editor.names.fresh("Cast_planish"))
+                producer = value.producer()
+                self.editor.mark(cast, [producer] if producer is not None else [])
+                name, cast.outputs[0].shape = value.name, value.shape
+                value.name, cast.outputs[0].name = self.editor.names.fresh(f"{name}_float16"), name
+                cast.outputs[0].type = ir.TensorType(_FLOAT)
+                graph.append(cast)
+                made[value] = cast.outputs[0]
+            graph.outputs[index] = made[value]
+
+
+def _begins(node: ir.Node) -> bool:
+    if is_op(node, "Gather"):  # of an embedding
+        tensor = constant_tensor(node.inputs[0])
+        return tensor is not None and len(tensor.shape) > 1
+    return is_op(node, *_BEGIN) or node.domain == DIALECT_DOMAIN
+
+
+def _takes_both(node: ir.Node) -> bool:
+    """Whether a node that stays takes either type and gives none of them."""
+    return is_op(node, "Cast", "Shape", "Size", "IsNaN", "IsInf")
+
+
+def _schema(node: ir.Node, opsets: dict[str, int]) -> Any:
+    try:
+        return onnx.defs.get_schema(node.op_type, node.version or opsets.get(node.domain, 1), node.domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for inner in _graphs(graph):
+        for name, value in list(inner.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                del inner.initializers[name]
+
+
+def _graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    yield graph
+    for node in graph:
+        for inner in subgraphs_of(node):
+            yield from _graphs(inner)
