@@ -2,8 +2,8 @@
 
 For callers without torch: :func:`launch_plan` says everything of a launch that does not depend on addresses, and
 :class:`Parameters` is the kernel's only argument, in C as at the top of ``source/quantized_gemv.cu``. Inputs and
-outputs are compact; x and codes are aligned to 16 bytes. There is no scratch. With no row or no channel there is nothing
-to launch.
+outputs are compact; x and codes are aligned to 16 bytes. There is no scratch. Without rows or channels nothing is
+launched.
 """
 
 from __future__ import annotations

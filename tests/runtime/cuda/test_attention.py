@@ -18,12 +18,14 @@ from planish.runtime.cuda.attention import BlockLists, Workspace, attention, dec
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 
 
-def reference(q, k, v, *, causal, mask=None, lengths=None):
+def reference(q, k, v, *, causal, mask=None, lengths=None, bias=None):
     """float64: (output, log-sum-exp); rows that see nothing are zeros and -inf."""
     q, k, v = (x.double() for x in (q, k, v))
     queries, keys, per = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(per, dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
+    if bias is not None:
+        scores = scores + bias.double()[:, None, None]
     sees = torch.ones(q.shape[0], q.shape[2], queries, keys, dtype=torch.bool, device=q.device)
     if causal:
         positions = torch.arange(queries, device=q.device) + keys - queries
@@ -115,6 +117,28 @@ def test_lengths_and_strides():
 
 @gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "size", "causal"),
+    [(3, 197, 12, 64, False), (2, 65, 2, 64, False), (1, 1, 2, 64, False), (2, 11, 3, 64, False),
+     (1, 300, 2, 128, True), (2, 577, 2, 64, True)],
+)  # fmt: skip
+def test_bias(dtype, batch, tokens, heads, size, causal):
+    qkv = torch.randn(batch, tokens, 3, heads, size, device="cuda").to(getattr(torch, dtype))
+    bias = torch.randn(batch, tokens + 3, device="cuda")[:, 1 : tokens + 1] * 2  # aligned to 4 bytes
+    if tokens > 100:
+        bias[:, 60:140] = -math.inf  # a whole tile
+    if causal:
+        bias[:, 0] = 0  # a query sees one key at least
+    out = torch.full((batch, tokens, heads, size), math.nan, device="cuda", dtype=qkv.dtype)
+    lse = torch.full((batch, heads, tokens), math.nan, device="cuda")
+    attention(*qkv.unbind(2), causal=causal, bias=bias, out=out, lse=lse)
+    want, want_lse = reference(*qkv.unbind(2), causal=causal, bias=bias)
+    close(out, want, LIMITS[dtype])
+    assert (lse - want_lse).abs().max() < 1e-3
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize(
     ("batch", "keys", "heads", "kv_heads"),
@@ -177,6 +201,8 @@ def test_turing(turing, size):
     q, k, v = tensors(2, 100, 333, 6, 2, size, torch.float16)
     close(attention(q, k, v, out=torch.full_like(q, math.nan)), reference(q, k, v, causal=True)[0], 1e-3)
     close(attention(q, k, v, causal=False), reference(q, k, v, causal=False)[0], 1e-3)
+    bias = torch.randn(2, 333, device="cuda")
+    close(attention(q, k, v, causal=False, bias=bias), reference(q, k, v, causal=False, bias=bias)[0], 1e-3)
     mask = np.random.default_rng(0).random((2, 6, 6)) < 0.5
     lists, layout = lists_of(mask, np.array([0, 1] * 3), 64), np.array([0, 1] * 3)
     want = reference(q, k, v, causal=True, mask=tokens(mask, layout, 64, 100, 333, 233))[0]

@@ -25,6 +25,11 @@ typedef float Value;
 
 #define THREADS 384
 #define WARPS (THREADS / 32)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define BLOCKS 2              // on a multiprocessor
+#else
+#define BLOCKS 1
+#endif
 #define ALL 0xFFFFFFFFu
 #define COLUMNS 16            // of B that a warp compares 16 rows of A with
 #define SCALE 256.f           // keeps both parts of a direction clear of float16's denormals
@@ -337,7 +342,7 @@ __device__ void row_of(const Parameters &p, const Plan &plan, const Value *x, co
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) merge_tokens(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) merge_tokens(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(16) char memory[];
   const int batch = blockIdx.y;
   const int odd = p.protect % 2, front = min(p.protect, p.tokens), left = p.tokens - p.count;
