@@ -170,11 +170,11 @@ class Gates:
         return ErrorStats(stats.relative_l2, stats.max_abs, stats.cosine, value, stats.output)
 
     def _errors(self, expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> list[ErrorStats]:
-        """Error of each batch. Caches of layers that are gone are no outputs any more; without heads they differ."""
+        """Error of each batch. Caches of layers that are gone are no outputs any more; others may not be comparable."""
         found = []
         for want, have in zip(expected, got, strict=True):
             caches = {name for name in want if cache_layer(name) is not None}
-            gone = {name for name in caches if name not in have or np.shape(have[name]) != np.shape(want[name])}
+            gone = {name for name in caches if name not in have or _differs(have[name], want[name])}
             fixed = {k: v for k, v in want.items() if k not in self.random and k not in gone}
             found.append(compare_outputs(fixed, have))
         return found
@@ -237,7 +237,7 @@ class Gates:
             if _slower(ratio):  # where a session's memory came to lie can cost this much: only a second one counts
                 self.bench.forget(candidate.program)
                 ratio = max(ratio, self._measure(group.base, candidate.program), key=lambda r: r.median)
-            reason = self._no_gain(ratio, kind)
+            reason = self._no_gain(ratio, kind, getattr(group.passes[0], "saves", ""))
             if not reason:
                 return candidate, trial, ratio
             self._take_back_slow(group, kind, ratio, reason)
@@ -296,18 +296,18 @@ class Gates:
         self.ratios[ratio] = found
         return ratio
 
-    def _no_gain(self, ratio: Ratio, kind: str) -> str:
+    def _no_gain(self, ratio: Ratio, kind: str, saves: str = "") -> str:
         """Why a measured ratio is not enough, or an empty string.
 
         An exact pass costs nothing but time, so it stays unless it is measurably slower; an approximate one
-        must be measurably faster.
+        must be measurably faster, unless it saves something else.
         """
         asked = self.budget.min_gain
         if _slower(ratio):
             return f"slower, {ratio}"
         if asked is not None and ratio.median < asked:
             return f"gain {ratio} is under the {asked:g}x asked for"
-        if (kind == "approximate" or asked is not None) and not ratio.faster:
+        if ((kind == "approximate" and not saves) or asked is not None) and not ratio.faster:
             return f"no measurable gain, {ratio}"
         return ""
 
@@ -373,6 +373,11 @@ class Gates:
         total.speedup = self._measure(self.original, self.best) if self.best is not self.original else None
         total.by_entry = self._measured(trial, total.speedup)
         self.ledger.entries.append(total)
+
+
+def _differs(one: Any, other: Any) -> bool:
+    """Caches of fewer heads, of fewer tokens, or in fewer bits."""
+    return np.shape(one) != np.shape(other) or np.asarray(one).dtype != np.asarray(other).dtype
 
 
 def _slower(ratio: Ratio) -> bool:

@@ -187,14 +187,4 @@ def evict(splicer: Splicer, step: Site, prefill: Site, plan: SlotPlan, shifts: t
             return [evict_prompt(op, old, lengths, plan, step.heads.kv)]
 
         (new,) = splicer.build(model, None, make, [source])
-        _rename(splicer, model.graph, old, new)
-
-
-def _rename(splicer: Splicer, graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Makes `new` the output under the name of `old`, which others still read."""
-    name = old.name
-    graph.outputs[:] = [new if v is old else v for v in graph.outputs]
-    old.name = splicer.editor.names.fresh(f"{name}_whole")
-    new.name = name
-    for key, text in old.metadata_props.items():
-        new.metadata_props.setdefault(key, text)
+        splicer.replace_output(model.graph, old, new)

@@ -63,6 +63,15 @@ class Splicer:
         assert value.const_value is not None
         return self.constants.place(model, value.const_value, value.name or self.name)
 
+    def replace_output(self, graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+        """Makes `new` the output under the name of `old`, which others still read."""
+        name = old.name
+        graph.outputs[:] = [new if v is old else v for v in graph.outputs]
+        old.name = self.editor.names.fresh(f"{name}_whole")
+        new.name = name
+        for key, text in old.metadata_props.items():
+            new.metadata_props.setdefault(key, text)
+
     def replace(self, node: ir.Node, made: Sequence[ir.Value]) -> None:
         """Lets what is made take the place of a node's outputs, and removes the node."""
         for old, new in zip(node.outputs, made, strict=True):

@@ -1,0 +1,119 @@
+"""What the channels of keys and values range over, on the calibration inputs, and the scales that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from planish.ir.causal_lm import LENGTHS, PREFILL
+from planish.ir.graphs import is_op
+from planish.ir.program import Program
+from planish.passes.base import PassContext
+
+Floats = npt.NDArray[np.float32]
+#: What may lie between a rotary embedding and the cache.
+_VIEWS = ("Reshape", "Transpose", "Pad", "Squeeze", "Unsqueeze", "Identity")
+#: A channel counts as at least this much of the root mean square of its head: what calibration did not see may come.
+_FLOOR = 0.1
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Of the keys or values of a layer, each (heads, size): root mean square, and largest magnitude."""
+
+    rms: Floats
+    largest: Floats
+
+    def paired(self, partners: npt.NDArray[np.int64] | None) -> Ranges:
+        """Channels that a rotary embedding turns into each other range over the same; None: so do all of a head.
+
+        Args:
+            partners: (size,) the channel that each is turned into; itself for those that stay.
+        """
+        if partners is None:
+            shape = self.rms.shape
+            rms = np.sqrt(np.square(self.rms).mean(1, keepdims=True))
+            return Ranges(*(np.broadcast_to(x, shape).copy() for x in (rms, self.largest.max(1, keepdims=True))))
+        # Two coordinates of a vector that turns: each can become as long as the vector.
+        turned = partners != np.arange(len(partners))
+        length = np.hypot(self.largest, self.largest[:, partners])
+        rms = np.sqrt((np.square(self.rms) + np.square(self.rms[:, partners])) / 2)
+        return Ranges(rms, np.where(turned, length, self.largest).astype(np.float32))
+
+    def channels(self) -> Floats:
+        """What keys are divided by, (heads, size): 1 in the mean square."""
+        head = np.sqrt(np.square(self.rms).mean(1, keepdims=True))
+        floored = np.maximum(self.rms, _FLOOR * head)
+        found = np.where(head > 0, floored / np.maximum(head, np.finfo(np.float32).tiny), 1)
+        return np.ascontiguousarray(found, np.float32)
+
+    def scales(self, margin: float, by_head: bool) -> Floats:
+        """Fixed scales (1, heads, 1, size) for codes up to 127.
+
+        Args:
+            margin: how many times what was seen fits.
+            by_head: one for all channels of a head.
+        """
+        largest = self.largest.max(1, keepdims=True) if by_head else self.largest
+        # A channel that was always 0 gets a scale that hides nothing of its head.
+        head = self.largest.max(1, keepdims=True)
+        found = np.maximum(largest, _FLOOR * head) * (margin / 127)
+        found = np.broadcast_to(np.where(found > 0, found, 1), self.largest.shape)
+        return np.ascontiguousarray(found[None, :, None], np.float32)
+
+
+def measure(program: Program, ctx: PassContext, names: list[str]) -> dict[str, Ranges]:
+    """The ranges of caches that `prefill` gives, by name; empty where there is nothing to run with."""
+    if ctx.run is None:
+        return {}
+    parts = program.calibration.parts if program.calibration is not None else []
+    lengths = [batch.get(LENGTHS) for part in parts if part.entry == PREFILL for batch in part.batches]
+    squares: dict[str, Any] = {}
+    largest: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for number, batch in enumerate(ctx.run(program, PREFILL)):
+        held = lengths[number] if number < len(lengths) else None
+        for name in names:
+            cache = np.asarray(batch[name], np.float64)
+            at = np.arange(cache.shape[2])
+            seen = np.ones(cache.shape[::2], bool) if held is None else at < np.asarray(held)[:, None]
+            rows = cache.transpose(0, 2, 1, 3)[seen]  # (tokens, heads, size), without padding
+            squares[name] = squares.get(name, 0.0) + np.square(rows).sum(0)
+            largest[name] = np.maximum(largest.get(name, 0.0), np.abs(rows).max(0, initial=0))
+            counts[name] = counts.get(name, 0) + len(rows)
+    return {
+        name: Ranges(np.sqrt(squares[name] / max(counts[name], 1)).astype("f4"), largest[name].astype("f4"))
+        for name in counts
+    }
+
+
+def partners(keys: ir.Value, size: int) -> npt.NDArray[np.int64] | None:
+    """The channel that each channel of a step's keys is turned into, by a rotary embedding before the cache.
+
+    None where positions are applied in a way that is not recognised: then any two channels may be a pair.
+    """
+    node = keys.producer()
+    while node is not None and node.op_type in _VIEWS and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    itself = np.arange(size)
+    if node is not None and node.op_type == "RotaryEmbedding":
+        width = node.attributes.get_int("rotary_embedding_dim", 0) or _head_size(node) or size
+        if node.attributes.get_int("interleaved", 0):
+            return np.where(itself < width, itself ^ 1, itself)
+        return np.where(itself < width, (itself + width // 2) % max(width, 1), itself)
+    graph = keys.graph
+    if graph is None or any(is_op(other, "Sin") for other in graph.all_nodes()):
+        return None
+    return itself
+
+
+def _head_size(node: ir.Node) -> int | None:
+    """Of what a rotary embedding turns, before heads are filled up; None if unknown."""
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if shape is None or len(shape) != 4 or not isinstance(shape[3], int):
+        return None
+    return shape[3]
