@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def run(compiled: CompiledProgram, graph: Graph, operands: Sequence[Any]) -> list[Tensor]:
     """The outputs of a program on tensors; with gradients, if they are enabled and an operand requires them."""
     variables = compiled.program.arguments
-    tensors = [checked(v, t, graph) for v, t in zip(variables, operands, strict=True)]
+    tensors = [checked(v, t, graph, compiled.device) for v, t in zip(variables, operands, strict=True)]
+    if len({tensor.device for tensor in tensors}) > 1:
+        places = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise InputError(f"arguments are on {places}; they must be on one device.")
     wrt = tuple(v.name for v, t in zip(variables, tensors, strict=True) if t.requires_grad)
     if not torch.is_grad_enabled() or not wrt:
         engine = compiled.inference(graph)
@@ -30,12 +33,14 @@ def run(compiled: CompiledProgram, graph: Graph, operands: Sequence[Any]) -> lis
     return list(made) if isinstance(made, tuple) else [made]
 
 
-def checked(variable: Variable, tensor: Any, graph: Graph) -> Tensor:
-    """The tensor; raises InputError unless it is float32, on the CPU, and of the right shape."""
+def checked(variable: Variable, tensor: Any, graph: Graph, device: str = "cpu") -> Tensor:
+    """The tensor; raises InputError unless it is float32, on such a device, and of the right shape."""
     if not isinstance(tensor, Tensor):
-        raise InputError(f"'{variable.name}' is a {type(tensor).__name__}; give tensors only, or NumPy arrays only.")
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-        raise InputError(f"'{variable.name}' is {tensor.dtype} on {tensor.device}; it must be float32 on the CPU.")
+        hint = "give tensors only, or NumPy arrays only" if device == "cpu" else "it must be a tensor on a GPU"
+        raise InputError(f"'{variable.name}' is a {type(tensor).__name__}; {hint}.")
+    if tensor.dtype != torch.float32 or tensor.device.type != device:
+        place = "the CPU" if device == "cpu" else "a GPU"
+        raise InputError(f"'{variable.name}' is {tensor.dtype} on {tensor.device}; it must be float32 on {place}.")
     wanted = full_shape(variable, graph)
     if tuple(tensor.shape) != wanted:
         raise InputError(
@@ -44,8 +49,11 @@ def checked(variable: Variable, tensor: Any, graph: Graph) -> Tensor:
     return tensor
 
 
-def call(engine: Engine, graph: Graph, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs of an engine."""
+def call(engine: Any, graph: Graph, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of an engine, for processors or for GPUs."""
+    if not isinstance(engine, Engine):
+        found: dict[str, Tensor] = engine.call(graph, arguments)
+        return found
     compact = {name: tensor.detach().contiguous() for name, tensor in arguments.items()}
     outputs = {name: torch.empty(engine.shape(name, graph)) for name in engine.lowered.outputs if name not in compact}
     engine.run(graph, {name: tensor.data_ptr() for name, tensor in (compact | outputs).items()})
@@ -76,10 +84,11 @@ class _Relational(torch.autograd.Function):  # type: ignore[misc]
         both, engine, graph = ctx.both, ctx.backward_engine, ctx.graph
         arguments = dict(zip(ctx.needed, ctx.saved_tensors, strict=True))
         wanted = {v.name for v in engine.lowered.arguments}
+        like = next(gradient for gradient in gradients if gradient is not None)
         for output, name, gradient in zip(both.outputs, both.gradients, gradients, strict=True):
             if name in wanted:
                 shape = full_shape(both.forward.variable(output), graph)
-                arguments[name] = torch.zeros(shape) if gradient is None else gradient
+                arguments[name] = torch.zeros(shape, device=like.device) if gradient is None else gradient
         found = call(engine, graph, arguments)
         results = dict(zip(both.wrt, both.backward.outputs, strict=True))
         return (None, None, None, *(found[results[name]] if name in results else None for name in ctx.names))

@@ -17,13 +17,19 @@ from planish.passes.relational.pipeline import DEFAULT
 if TYPE_CHECKING:
     import torch
 
-    from planish.runtime.relational.engine import Engine, Memory
+    from planish.runtime.relational.engine import Memory
 
 
 def compile(
-    module_or_program: Any, *, passes: str = DEFAULT, threads: int = 1, schedule: Mapping[str, Any] | None = None
+    module_or_program: Any,
+    *,
+    device: str = "cpu",
+    passes: str = DEFAULT,
+    threads: int = 1,
+    schedule: Mapping[str, Any] | None = None,
+    deterministic: bool = False,
 ) -> Any:
-    """A relational program, or the PyG layers of a module, compiled for this processor.
+    """A relational program, or the PyG layers of a module, compiled for this processor or for GPUs.
 
     Kernels are compiled at the first call, which takes seconds, for the statistics of its graph; they are right for
     every graph. What depends on the graph alone (sorted edges, pairs, tiles) is made at the first call with it and kept
@@ -31,20 +37,35 @@ def compile(
 
     Args:
         module_or_program: a `Program`, or a ``torch.nn.Module`` with PyG layers that planish reads.
+        device: ``"cpu"``, or ``"cuda"``: arguments and results are then tensors on a GPU, which nvcc compiles for;
+            kernels run on torch's current stream, and nothing waits for them.
         passes: a pipeline of relational passes.
         threads: of a call. With one, kernels may add rows to others as they come; with more, such sums go through
             memory first, in the order of the edges: results do not depend on the number of threads beyond rounding.
         schedule: overrides of what the chooser would choose: fields of `planish.ir.relational.intra.Schedule`.
+            For processors only.
+        deterministic: on a GPU, sums are made in the same order in every run, which takes more memory and time;
+            without it rows are added atomically, as they come. On processors they always are.
 
     Returns:
         For a program a `CompiledProgram`. For a module another with the same parameters, whose layers run compiled and
         train in place of the given one.
 
     Raises:
-        InputError: neither of both, or a module without a layer that planish reads.
-        UnsupportedError: TVM or a C compiler is missing.
+        InputError: neither of both, a module without a layer that planish reads, or a device that there is not.
+        UnsupportedError: TVM or a C compiler, or for GPUs nvcc, is missing.
     """
-    options: dict[str, Any] = {"passes": passes, "threads": threads, "schedule": dict(schedule or {})}
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device is '{device}'; it must be cpu or cuda.")
+    if device == "cuda" and (schedule or threads != 1):
+        raise InputError("threads and schedule are for processors; leave them out with device='cuda'.")
+    options: dict[str, Any] = {
+        "passes": passes,
+        "threads": threads,
+        "schedule": dict(schedule or {}),
+        "device": device,
+        "deterministic": deterministic,
+    }
     if isinstance(module_or_program, Program):
         return CompiledProgram(module_or_program, **options)
     try:
@@ -77,8 +98,17 @@ class CompiledProgram:
     require gradients, the result has them. One output is returned by itself, several as a tuple.
     """
 
-    def __init__(self, program: Program, passes: str, threads: int, schedule: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        passes: str,
+        threads: int,
+        schedule: Mapping[str, Any],
+        device: str = "cpu",
+        deterministic: bool = False,
+    ) -> None:
         self.program, self.passes, self.threads, self.schedule = program, passes, threads, dict(schedule)
+        self.device, self.deterministic = device, deterministic
         self._engines: dict[Any, Any] = {}
 
     def __call__(self, graph: Graph, **values: Any) -> Any:
@@ -94,7 +124,7 @@ class CompiledProgram:
 
     def run(self, graph: Graph, operands: Sequence[Any]) -> list[Any]:
         """The outputs, for operands in the order of `program.arguments`."""
-        if all(type(operand).__module__ == "numpy" for operand in operands):
+        if self.device == "cpu" and all(type(operand).__module__ == "numpy" for operand in operands):
             engine = self.inference(graph)
             found = engine(graph, dict(zip([v.name for v in self.program.arguments], operands, strict=True)))
             return [found[name] for name in self.program.outputs]
@@ -102,14 +132,13 @@ class CompiledProgram:
 
         return run(self, graph, operands)
 
-    def inference(self, graph: Graph) -> Engine:
+    def inference(self, graph: Graph) -> Any:
         """The compiled forward pass; `graph` is what it is compiled for, if it is not yet."""
         rows = _statistics(graph)
         key = ("inference", rows.canonical)
         if key not in self._engines:
             self._engines[key] = self._engine(self.program, rows)
-        found: Engine = self._engines[key]
-        return found
+        return self._engines[key]
 
     def training(self, graph: Graph, wrt: tuple[str, ...]) -> Any:
         """The compiled forward and backward pass for gradients of `wrt`: (what autodiff made, forward, backward)."""
@@ -126,17 +155,23 @@ class CompiledProgram:
     def memory(self, graph: Graph, *, training: bool = False) -> Memory | tuple[Memory, Memory]:
         """What a call allocates; with `training`, of the forward and of the backward pass for all arguments."""
         if not training:
-            return self.inference(graph).memory(graph)
+            found: Memory = self.inference(graph).memory(graph)
+            return found
         _, forward, backward = self.training(graph, tuple(v.name for v in self.program.arguments))
         return forward.memory(graph), backward.memory(graph)
 
-    def _engine(self, program: Program, rows: Statistics) -> Engine:
+    def _engine(self, program: Program, rows: Statistics) -> Any:
         from planish.ir.relational.lowering import lower
         from planish.ir.relational.schedules import choose
         from planish.passes.relational.pipeline import run_passes
         from planish.runtime.relational.engine import Engine
 
         optimized = run_passes(program, rows, self.passes).program
+        if self.device == "cuda":
+            from planish.runtime.cuda.relational.engine import CudaEngine
+
+            kernels = lower(optimized, scatter=not self.deterministic, canonical=rows.canonical)
+            return CudaEngine(kernels, self.deterministic)
         lowered = choose(
             lower(optimized, scatter=self.threads == 1, canonical=rows.canonical), rows, self.threads, **self.schedule
         )

@@ -68,7 +68,7 @@ def elements(lowered: Lowered, graph: Graph, name: str) -> int:
 
 def make_plan(lowered: Lowered, templates: Mapping[str, RelationalKernel], library: Library, graph: Graph) -> Plan:
     """Places values and builds the steps."""
-    places, arena, total = _places(lowered, graph)
+    places, arena, total = place_values(lowered, graph)
     builder = _Steps(lowered, templates, library, graph, places)
     for number, step in enumerate(lowered.steps):
         builder.start(number, step)
@@ -84,7 +84,7 @@ def make_plan(lowered: Lowered, templates: Mapping[str, RelationalKernel], libra
 # ---- memory
 
 
-def _places(lowered: Lowered, graph: Graph) -> tuple[dict[str, Place], int, int]:
+def place_values(lowered: Lowered, graph: Graph) -> tuple[dict[str, Place], int, int]:
     """Places of all values, the size of the block, and the sum of the sizes of what is in it."""
     owner = _owners(lowered, graph)
     fixed = {v.name for v in lowered.arguments} | set(lowered.outputs)

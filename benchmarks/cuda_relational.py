@@ -1,0 +1,260 @@
+"""Relational layers on a GPU: ours, torch by hand, and PyG's modules, forward and forward + backward.
+
+    python benchmarks/cuda_relational.py [--json FILE] [--sizes aifb,bgs,am] [--layers rgcn,rgat,hgt] [--rounds N]
+
+Graphs are random, of the sizes of the data sets: types by Zipf's law, sources uniform, destinations skewed; edges are
+sorted by type for everybody. One layer, 64 × 64, float32 without TF32. CUDA events, medians, peers interleaved in one
+process; memory is the peak above what there was before the call. Peers that do not fit are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from planish import relational as rel
+
+SIZES = {"aifb": (7262, 48810, 78), "bgs": (94806, 672884, 96), "am": (881680, 5668682, 96)}
+WIDTH = 64
+Call = Callable[[], Any]
+
+
+class Case:
+    """A graph on the GPU, its features, and what each layer compares."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes, self.edges, self.types = SIZES[name]
+        random = np.random.default_rng(1)
+        share = 1 / np.arange(1, self.types + 1)
+        types = np.sort(random.choice(self.types, self.edges, p=share / share.sum()))
+        src = random.integers(0, self.nodes, self.edges)
+        dst = np.minimum((random.random(self.edges) ** 2 * self.nodes).astype(np.int64), self.nodes - 1)
+        self.graph = rel.Graph(np.stack([src, dst]), types, num_nodes=self.nodes, num_edge_types=self.types)
+        self.index = torch.tensor(np.stack([src, dst]), device="cuda")
+        self.type = torch.tensor(types, device="cuda")
+        self.lengths = np.bincount(types, minlength=self.types).tolist()
+        pair = self.index[1] * self.types + self.type
+        count = torch.zeros(self.nodes * self.types, device="cuda").index_add_(
+            0, pair, torch.ones(len(pair), device="cuda")
+        )
+        self.scale = (1 / count[pair])[:, None]
+        torch.manual_seed(0)
+        self.x = torch.randn(self.nodes, WIDTH, device="cuda")
+        self.y_gradient = torch.randn(self.nodes, WIDTH, device="cuda")
+
+    def grouped(self) -> dict[tuple[str, str, str], torch.Tensor]:
+        parts = self.index.split(self.lengths, 1)
+        return {("n", f"r{i}", "n"): part.contiguous() for i, part in enumerate(parts) if part.shape[1]}
+
+
+def by_hand(case: Case, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RGCN as one would write it: edges sorted by type, a product for each type, a sum by index."""
+    gathered = x[case.index[0]].split(case.lengths)
+    messages = torch.cat([rows @ w for rows, w in zip(gathered, weight.unbind(0), strict=True)])
+    return torch.zeros_like(x).index_add_(0, case.index[1], messages * case.scale)
+
+
+def rgcn(case: Case) -> dict[str, tuple[Call, list[torch.Tensor]]]:
+    """By name: a call, and the tensors that it is differentiated by."""
+    from torch_geometric.nn import FastRGCNConv, RGCNConv
+
+    x = case.x.clone().requires_grad_()
+    base = RGCNConv(WIDTH, WIDTH, case.types, root_weight=False, bias=False).cuda()
+    fast = FastRGCNConv(WIDTH, WIDTH, case.types, root_weight=False, bias=False).cuda()
+    fast.weight = base.weight
+    ours, fixed = (rel.compile(base, device="cuda", deterministic=d) for d in (False, True))
+    wrt = [x, base.weight]
+    return {
+        "planish": (lambda: ours(x, case.index, case.type), wrt),
+        "deterministic": (lambda: fixed(x, case.index, case.type), wrt),
+        "by hand": (lambda: by_hand(case, x, base.weight), wrt),
+        "RGCNConv": (lambda: base(x, case.index, case.type), wrt),
+        "FastRGCNConv": (lambda: fast(x, case.index, case.type), wrt),
+    }
+
+
+def rgat(case: Case) -> dict[str, tuple[Call, list[torch.Tensor]]]:
+    from torch_geometric.nn import RGATConv
+
+    x = case.x.clone().requires_grad_()
+    options = {"attention_mode": "additive-self-attention", "attention_mechanism": "across-relation", "bias": False}
+    base = RGATConv(WIDTH, WIDTH, case.types, heads=1, **options).cuda()
+    ours, fixed = (rel.compile(base, device="cuda", deterministic=d) for d in (False, True))
+    wrt = [x, *base.parameters()]
+    return {
+        "planish": (lambda: ours(x, case.index, case.type), wrt),
+        "deterministic": (lambda: fixed(x, case.index, case.type), wrt),
+        "RGATConv": (lambda: base(x, case.index, case.type), wrt),
+    }
+
+
+def hgt(case: Case) -> dict[str, tuple[Call, list[torch.Tensor]]]:
+    from torch_geometric.nn import HGTConv
+
+    x, edges = case.x.clone().requires_grad_(), case.grouped()
+    base = HGTConv(WIDTH, WIDTH, (["n"], list(edges)), heads=1).cuda()
+    ours, fixed = (rel.compile(base, device="cuda", deterministic=d) for d in (False, True))
+    wrt = [x, *base.parameters()]
+    return {
+        "planish": (lambda: ours({"n": x}, edges)["n"], wrt),
+        "deterministic": (lambda: fixed({"n": x}, edges)["n"], wrt),
+        "HGTConv": (lambda: base({"n": x}, edges)["n"], wrt),
+    }
+
+
+LAYERS = {"rgcn": rgcn, "rgat": rgat, "hgt": hgt}
+
+
+def clear() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak(call: Call) -> float:
+    """GiB above what there was."""
+    clear()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def times(calls: dict[str, Call], rounds: int, most: float) -> dict[str, float]:
+    """Milliseconds, medians of interleaved rounds; those longer than `most` seconds are timed twice."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name, call in calls.items():
+            if number > 1 and min(found[name]) > most * 1000:
+                continue
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(end))
+    return {name: median(values) for name, values in found.items()}
+
+
+def captured(call: Call) -> Call:
+    """The same as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+def step(case: Case, call: Call, wrt: list[torch.Tensor]) -> Call:
+    def run() -> list[torch.Tensor]:
+        y = call()
+        return list(torch.autograd.grad(y, wrt, case.y_gradient, allow_unused=True))
+
+    return run
+
+
+def difference(found: torch.Tensor | None, wanted: torch.Tensor | None) -> float:
+    if found is None or wanted is None:
+        return 0.0
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def rows_of(case: Case, layer: str, rounds: int, skip: set[str]) -> list[dict[str, Any]]:
+    peers = {name: peer for name, peer in LAYERS[layer](case).items() if name not in skip}
+    rows = {name: {"layer": layer, "size": case.name, "who": name} for name in peers}
+    forward, both = {}, {}
+    results: dict[str, list[torch.Tensor]] = {}
+    for name, (call, wrt) in peers.items():
+        inference = torch.no_grad()(call)
+        steps = step(case, call, wrt)
+        try:
+            y = inference()
+            rows[name]["forward_gib"] = peak(inference)
+            forward[name] = inference
+        except torch.OutOfMemoryError:
+            rows[name]["forward_oom"] = True
+            continue
+        try:
+            gradients = steps()
+            rows[name]["both_gib"] = peak(steps)
+            if layer != "hgt" or case.name != "am" or name in ("planish", "deterministic"):
+                both[name] = steps
+            results[name] = [y, *gradients]
+        except torch.OutOfMemoryError:
+            rows[name]["both_oom"] = True
+            results[name] = [y]
+        del y
+        clear()
+    if case.name == "aifb":
+        graphs = {f"{n} in a graph": captured(forward[n]) for n in ("planish", "by hand") if n in forward}
+        for name, call in graphs.items():
+            rows[name] = {"layer": layer, "size": case.name, "who": name}
+            forward[name] = call
+    reference = next((name for name in ("by hand", "RGATConv", "HGTConv") if name in results), None)
+    for name, found in results.items():
+        if reference is not None and name != reference:
+            pairs = list(zip(found, results[reference], strict=False))
+            rows[name]["difference"] = difference(*pairs[0])
+            if len(pairs) > 1:
+                rows[name]["gradient_difference"] = max(difference(a, b) for a, b in pairs[1:])
+    results.clear()
+    for column, calls in (("forward_ms", forward), ("both_ms", both)):
+        for name, ms in times(calls, rounds, 0.1).items():
+            rows[name][column] = ms
+    return list(rows.values())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| layer | graph | | forward ms | + backward ms | GiB | + backward GiB | differs | gradients differ |"]
+    lines.append("|" + "---|" * 9)
+    for row in rows:
+
+        def cell(name: str, form: str, out: str = "", row: dict[str, Any] = row) -> str:
+            return format(row[name], form) if name in row else "does not fit" if out and row.get(out) else "–"
+
+        cells = [row["layer"], row["size"], row["who"], cell("forward_ms", ".3f", "forward_oom")]
+        cells += [cell("both_ms", ".3f", "both_oom"), cell("forward_gib", ".2f"), cell("both_gib", ".2f")]
+        cells += [cell("difference", ".1e"), cell("gradient_difference", ".1e")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--skip", default="", help="peers that are left out")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows: list[dict[str, Any]] = []
+    for size in arguments.sizes.split(","):
+        case = Case(size)
+        for layer in arguments.layers.split(","):
+            rows += rows_of(case, layer, arguments.rounds, set(arguments.skip.split(",")))
+            clear()
+            print(
+                table(rows[-len(rows) :]) if size == arguments.sizes.split(",")[-1] else f"{size} {layer} done",
+                flush=True,
+            )
+            if arguments.json:
+                arguments.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        del case
+        clear()
+
+
+if __name__ == "__main__":
+    main()
