@@ -1,8 +1,8 @@
-"""planish::MergeTokens and MergeTokensMaxNorm on the GPU, as one launch; called from torch, or by whoever has pointers.
+"""planish::MergeTokens and its relatives on the GPU, as one launch; called from torch, or by whoever has pointers.
 
 For callers without torch: :func:`launch_plan` says everything of a launch that does not depend on addresses (source,
 macros, threads, shared memory, cluster, scratch), and :class:`Parameters` is the kernel's only argument, in
-C as at the top of ``source/merge_tokens.cu``. Outputs are compact. ``scratch`` may hold anything before, and is free
+C as at the top of ``source/merge.cuh``. Outputs are compact. ``scratch`` may hold anything before, and is free
 again when the kernel has run. The grid is (cluster, batch, 1); with a cluster of more than 1 it is launched by
 cuLaunchKernelEx with that cluster dimension. An empty output (batch, tokens or width 0) needs no launch.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 #: Who is more similar than whom is found out by comparing all pairs of them, in shared memory.
-MOST_TOKENS = 3072
-THREADS = 384  # as in merge_tokens.cu
+MOST_TOKENS, MOST_BY_ENERGY = 3072, 2048
+THREADS = 384  # as in merge.cuh
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -35,6 +35,8 @@ class Parameters(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in ("x", "keys", "sizes", "y", "merged", "logs", "index", "scratch")),
         *((n, ctypes.c_longlong) for n in ("x_batch", "x_row", "keys_batch", "keys_row", "keys_head", "scratch_batch")),
         *((n, ctypes.c_int) for n in ("tokens", "width", "heads", "size", "count", "protect", "max_norm", "wide")),
+        ("margin", ctypes.c_float),
+        ("alpha", ctypes.c_float),
     ]
 
 
@@ -63,7 +65,7 @@ class LaunchPlan:
 
 def launch_plan(
     batch: int, tokens: int, size: int, dtype: str, device: driver.Device,
-    *, r: int = 0, ratio: float = 0.0, protected: int = 0,
+    *, r: int = 0, ratio: float = 0.0, protected: int = 0, energy: bool = False,
 ) -> LaunchPlan:  # fmt: skip
     """How a merge is launched.
 
@@ -71,6 +73,7 @@ def launch_plan(
         size: of a head of the keys.
         dtype: of tokens and keys: float16, bfloat16 or float32.
         r, ratio, protected: as the operator has them.
+        energy: of planish::MergeTokensEnergy or MergeTokensEnergyMaxNorm.
 
     Raises:
         InputError: a number that is negative.
@@ -78,21 +81,22 @@ def launch_plan(
     """
     if min(r, ratio, protected) < 0:
         raise InputError(f"r is {r}, ratio {ratio} and protected {protected}; none may be negative.")
-    if tokens > MOST_TOKENS:
-        raise UnsupportedError(f"merging {tokens} tokens; the CUDA kernel takes at most {MOST_TOKENS}.")
+    most = MOST_BY_ENERGY if energy else MOST_TOKENS
+    if tokens > most:
+        raise UnsupportedError(f"merging {tokens} tokens; the CUDA kernel takes at most {most}.")
     if dtype not in DTYPES:
         raise UnsupportedError(f"merging tokens in {dtype}; the CUDA kernel takes {', '.join(DTYPES)}.")
     count = merged_count(tokens, r, ratio, protected)
-    left = tokens - count
-    a = (tokens + 1) // 2
+    left, free, half = tokens - count, max(tokens - protected, 0), (tokens + 1) // 2
     # Two blocks for each multiprocessor, as far as batch and clusters go.
     wanted = 2 * device.processors // max(batch, 1) if device.arch == 90 else 1
     cluster = next((n for n in (8, 4, 2) if n <= wanted), 1)
-    padded = -(-size // 32) * 32
-    scratch = 0 if count == 0 else tokens * padded * 4 + 8 * a
+    # As the kernels lay them out: keys to be ranked, and numbers of tokens; directions, and keys.
+    shared = 8 * free + 4 * (2 * left + 4 * count + tokens) if energy else 8 * half + 4 * (left + half + 3 * count)
+    scratch = tokens * (-(-size // 32) * 32) * 4 + 8 * (free + count if energy else half) if count else 0
+    source = "merge_energy.cu" if energy else "merge_tokens.cu"
     defines = {"VALUE": DTYPES.index(dtype)}
-    shared = 8 * a + 4 * (left + a + 3 * count)
-    return LaunchPlan("merge_tokens.cu", defines, THREADS, shared, cluster, -(-scratch // 16) * 16, count, left)
+    return LaunchPlan(source, defines, THREADS, shared, cluster, -(-scratch // 16) * 16, count, left)
 
 
 def merge_tokens(
@@ -104,6 +108,8 @@ def merge_tokens(
     ratio: float = 0.0,
     protected: int = 0,
     max_norm: bool = False,
+    margin: float | None = None,
+    alpha: float = 1.0,
     index: bool = True,
     logs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -115,6 +121,7 @@ def merge_tokens(
             fused product of queries, keys and values serves.
         sizes: (batch, tokens) float32, compact; None: ones.
         max_norm: scale a merged token to the norm of its longest member (planish::MergeTokensMaxNorm).
+        margin, alpha: if `margin` is given, merge by energy (planish::MergeTokensEnergy and MergeTokensEnergyMaxNorm).
         index: give where each token went.
         logs: give the logarithms of the merged sizes, which are the bias of later attention.
 
@@ -132,8 +139,9 @@ def merge_tokens(
     batch, tokens, width = x.shape
     number = x.device.index or 0
     plan = launch_plan(
-        batch, tokens, keys.shape[3], str(x.dtype)[6:], driver.device(number), r=r, ratio=ratio, protected=protected
-    )
+        batch, tokens, keys.shape[3], str(x.dtype)[6:], driver.device(number),
+        r=r, ratio=ratio, protected=protected, energy=margin is not None,
+    )  # fmt: skip
     y = x.new_empty((batch, plan.left, width))
     merged = torch.empty((batch, plan.left), dtype=torch.float32, device=x.device)
     where = torch.empty((batch, tokens), dtype=torch.int64, device=x.device) if index else None
@@ -149,17 +157,17 @@ def merge_tokens(
     parameters = Parameters(
         x.data_ptr(), keys.data_ptr(), sizes.data_ptr() if sizes is not None else None, *outputs,
         *strides, plan.scratch_batch, tokens, width, keys.shape[2], keys.shape[3], plan.count, protected,
-        int(max_norm), int(wide),
+        int(max_norm), int(wide), margin or 0.0, alpha,
     )  # fmt: skip
-    kernel = _kernel(number, plan.shared, **plan.defines)
+    kernel = _kernel(plan.source, number, plan.shared, **plan.defines)
     stream = int(torch.cuda.current_stream(x.device).cuda_stream)
     kernel.launch((plan.cluster, batch, 1), plan.threads, stream, parameters, cluster=plan.cluster)
     return y, merged, where, logarithms
 
 
 @functools.cache
-def _kernel(index: int, shared: int, **defines: int) -> driver.Function:
-    return module("merge_tokens.cu", index, **defines).function("merge_tokens", shared)
+def _kernel(source: str, index: int, shared: int, **defines: int) -> driver.Function:
+    return module(source, index, **defines).function("merge_tokens", shared)
 
 
 def _check(x: torch.Tensor, keys: torch.Tensor, sizes: Any) -> None:

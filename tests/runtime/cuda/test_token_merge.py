@@ -130,6 +130,31 @@ def test_max_norm(width):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] < 200])  # of more, some differ by rounding alone
+def test_energy(case, dtype):
+    *shape, r, protected = case
+    x, keys, sizes = tensors(*shape, dtype, seed=sum(case))
+    for max_norm in (False, True):
+        settings = {"r": r, "protected": protected, "margin": 0.05, "alpha": 0.7, "max_norm": max_norm}
+        got = merge_tokens(x, keys, sizes, logs=True, **settings)
+        flat = keys.reshape(*keys.shape[:2], -1)
+        arrays = (item.double().cpu().numpy() for item in (x, flat, sizes))
+        del settings["max_norm"]
+        compare(got, reference(True, max_norm)(*arrays, heads=keys.shape[2], **settings), LIMITS[dtype])
+
+
+@gpu
+def test_equal_keys_have_equal_energies():
+    """Ten tokens have one key, and so the highest energy: in order, five go into the first of the others."""
+    keys = torch.randn(1, 40, 2, 32, device="cuda")
+    keys[:, 5:15] = keys[:, 5:6]
+    index = merge_tokens(torch.randn(1, 40, 16, device="cuda"), keys, r=5, margin=0.1)[2][0].tolist()
+    assert index[:5] == [0, 1, 2, 3, 4] and [index[i] for i in (5, 7, 9, 11, 13)] == [5] * 5
+    assert [index[i] for i in (6, 8, 10, 12, 14)] == [5, 6, 7, 8, 9]
+
+
+@gpu
 def test_net():
     """Layers with merging and proportional attention, in float16, against float64 that merges the same tokens."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -199,6 +224,10 @@ def test_turing(turing):
         x, keys, sizes = tensors(*shape, "float16", seed=sum(case))
         got = merge_tokens(x, keys, sizes, r=r, protected=protected, logs=True)
         compare(got, expected(x, keys, sizes, r=r, protected=protected), LIMITS["float16"])
+    got = merge_tokens(x, keys, sizes, r=r, protected=protected, margin=0.1, logs=True)
+    arrays = (item.double().cpu().numpy() for item in (x, keys.flatten(2), sizes))
+    settings = {"r": r, "protected": protected, "margin": 0.1, "heads": keys.shape[2]}
+    compare(got, reference(True, False)(*arrays, **settings), LIMITS["float16"])
 
 
 def test_launch_plan():
@@ -209,7 +238,8 @@ def test_launch_plan():
     assert launch_plan(64, 197, 64, "bfloat16", ampere, r=16).cluster == 1
     assert [launch_plan(n, 50, 64, "float32", hopper, r=1).cluster for n in (1, 33, 132, 133)] == [8, 8, 2, 1]
     assert launch_plan(1, 8, 64, "float16", hopper, r=99, protected=1).count == 3
-    assert launch_plan(1, kernels.MOST_TOKENS, 64, "float16", ampere, r=4000).shared < 48 << 10
+    for energy, most in ((False, kernels.MOST_TOKENS), (True, kernels.MOST_BY_ENERGY)):
+        assert launch_plan(1, most, 64, "float16", ampere, r=4000, energy=energy).shared <= 48 << 10
 
 
 def test_what_does_not_fit_is_refused():
