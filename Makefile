@@ -33,7 +33,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
 
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -2,11 +2,16 @@
 
 It wraps ``apply`` of every pass class, those that a test defines included, so it does not matter whether a
 manager, a gate or the test itself runs the pass.
+
+And what makes the suite faster without a word in any test: garbage is collected more rarely, torch's exporter reads its
+table of operators once a process instead of once an export, and tests that are not about capturing share captures.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +24,12 @@ from planish.ir.verify import verify
 from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.manager import PassManager
 from planish.passes.rewrite import RewriteMixin
+from tests import kept_captures
+
+# With torch, transformers and TVM imported, each full collection walks a million objects, and captures cause many.
+gc.set_threshold(50_000, 20, 20)
+
+_ABOUT_CAPTURING = ("tests/frontends/", "tests/test_bad_input.py", "tests/test_zoo.py")
 
 _enabled = False
 _valid = ""  # the structure that was verified last; what a pass left is what the next one is given
@@ -32,8 +43,36 @@ def verify_around_passes(request: pytest.FixtureRequest) -> Iterator[None]:
     global _enabled, _valid
     _valid = ""
     _enabled = request.node.get_closest_marker("no_verify") is None
+    _keep_torchlib()
+    kept_captures.use(not request.node.nodeid.startswith(_ABOUT_CAPTURING))
     yield
     _enabled = False
+
+
+_EXPORTER = "torch.onnx._internal.exporter._registration"
+
+
+def _keep_torchlib() -> None:
+    """Once torch's exporter is imported: its table of operators, half a second of parsing, is copied from then on."""
+    registry = getattr(sys.modules.get(_EXPORTER), "ONNXRegistry", None)
+    if registry is None or getattr(registry.from_torchlib, "planish_kept", False):
+        return
+    original = registry.from_torchlib.__func__
+    if not {"_opset_version", "functions"} <= set(vars(registry())):
+        return  # another version of torch: as it is
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    def from_torchlib(cls: Any, *version: Any, **named: Any) -> Any:
+        key = (cls, *version, *named.items())
+        if key not in kept:
+            kept[key] = original(cls, *version, **named)
+        found = cls()
+        vars(found).update(vars(kept[key]))
+        found.functions = {target: list(overloads) for target, overloads in kept[key].functions.items()}
+        return found
+
+    from_torchlib.planish_kept = True  # type: ignore[attr-defined]
+    registry.from_torchlib = classmethod(from_torchlib)
 
 
 def _verify_once(program: Program) -> None:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from planish.ir.compare import compare_outputs, tolerance
 from planish.ir.graphs import subgraphs_of
+from planish.ir.hashing import structural_hash
 from planish.ir.names import ensure_names
 from planish.ir.ops import import_functions
 from planish.ir.program import Program
@@ -41,7 +42,33 @@ def program_of(source: str | ir.Model | Program, target: str = "ort-cpu") -> Pro
 def apply_pass(passes: Passes, program: Program, ctx: PassContext | None = None) -> PassResult:
     """Runs passes through the manager, verified in full around each."""
     found = [passes] if isinstance(passes, Pass) else as_passes(passes)
-    return PassManager(found, [Verify(full=True)]).apply(program, ctx or PassContext(program.target))
+    return PassManager(found, [_VerifyStates()]).apply(program, ctx or PassContext(program.target))
+
+
+class _VerifyStates(Verify):
+    """Around every pass: in full where the structure is not the one that was verified last, the cheap part anyway.
+
+    What a pass left is what the next one is given, and most passes of a pipeline leave a program as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._valid = ""
+
+    def before(self, p: Pass, program: Program) -> None:
+        state = self._look(program)
+        super().before(p, program)
+        self._valid = state
+
+    def after(self, p: Pass, program: Program, result: PassResult, seconds: float) -> None:
+        state = self._look(program)
+        super().after(p, program, result, seconds)
+        self._valid = state
+
+    def _look(self, program: Program) -> str:
+        state = structural_hash(program, contents=False)
+        self.full = state != self._valid
+        return state
 
 
 def check_rewrite(
