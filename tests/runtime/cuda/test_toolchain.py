@@ -15,7 +15,6 @@ KERNELS = [
     ("attention.cu", {"HEAD": 128, "GROUPS": 2}),
     ("attention_decode.cu", {"HEAD": 128, "SHARED": 1}),
     ("merge_tokens.cu", {"VALUE": 0}),
-    ("merge_energy.cu", {"VALUE": 2}),
     ("quantized_gemv.cu", {"BITS": 4, "CHANNEL": 0}),
 ]
 
