@@ -79,12 +79,19 @@ _LOWERINGS = {
     "ort-cuda": _CUDA,
     "ort-cuda:kernels": _CUDA,
     "tvm-cpu": ("lower-linear", "lower-normalization", "eliminate-dead-code"),
+    # Products take what is added behind them along when they are translated, in any dtype.
+    "tvm-cuda": (),
 }
 
 
 def default_pipeline(target: Target | str) -> str:
     """The pipeline string of a target's exact passes."""
     return ",".join(_parts(target)[0] + _parts(target)[1])
+
+
+def lowering(target: Target | str) -> tuple[str, ...]:
+    """The passes that choose forms for a target, after recognition."""
+    return _parts(target)[1]
 
 
 def with_approximate(target: Target | str, approximate: Sequence[Pass]) -> list[Pass]:

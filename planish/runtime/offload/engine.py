@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_ir as ir
 
 from planish.ir.causal_lm import LOGITS
 from planish.ir.target import Target
@@ -16,6 +15,7 @@ from planish.runtime.offload.device import COMPUTE, COPY, Device, flat
 from planish.runtime.offload.parts import Part, Parts
 from planish.runtime.offload.plan import Plan, Rates, Request, make_plan
 from planish.runtime.offload.ring import Ring
+from planish.runtime.offload.split import Split
 
 #: After the name of a value: its copy on the host.
 _HOST = "\0host"
@@ -44,14 +44,14 @@ class Engine:
     """A decoder on a device with little memory. One generation at a time: `prompt`, then `step`, then `close`.
 
     Args:
-        model: the entry ``decode``, captured with chunks.
+        split: the entry ``decode``, captured with chunks.
         device: where it runs; its account has the budget as a limit, if there is one.
         target: threads of the host.
         rates: of the machine.
     """
 
-    def __init__(self, model: ir.Model, device: Device, target: Target, rates: Rates | None = None) -> None:
-        self.parts = Parts(model, device, target)
+    def __init__(self, split: Split, device: Device, target: Target, rates: Rates | None = None) -> None:
+        self.parts = Parts(split, device, target)
         self.device, self.rates = device, rates or Rates()
         self.current: Plan | None = None
         self.lengths = np.zeros(0, np.int64)
@@ -90,7 +90,9 @@ class Engine:
             self._release(layer)
             caches.release(layer)
         last = {flow.row: flow for flow in flows}
-        return self._logits([last[row] for row in range(len(rows))])
+        logits = self._logits([last[row] for row in range(len(rows))])
+        self._give_back()
+        return logits
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Reads one token a row, (batch) int64; returns the logits of the next, (batch, vocabulary)."""
@@ -117,9 +119,7 @@ class Engine:
         if self._caches is not None:
             self.finish()
             self._caches.close()
-        for address in self._blocks:
-            self.device.free(address)
-        self._blocks.clear()
+        self._give_back()
         self._bound.clear()
         self._caches = self._step = None
 
@@ -183,7 +183,7 @@ class Engine:
         known = self._bound.get(key) if flow is self._step else None
         if known is None:
             weights = [address + offset for offset in part.offsets]
-            known = self.parts.session(part).bind(inputs, weights, outputs, flow.sizes)
+            known = self.parts.bind(part, inputs, weights, outputs, flow.sizes)
             if flow is self._step:
                 self._bound[key] = known
         return known
@@ -285,6 +285,11 @@ class Engine:
     def _carried_buffers(self, sizes: Mapping[str, int]) -> list[Place]:
         """Buffers for what goes from one layer to the next."""
         return [self._allocate(size) for size in self.parts.carried_sizes(sizes)]
+
+    def _give_back(self) -> None:
+        for address in self._blocks:
+            self.device.free(address)
+        self._blocks.clear()
 
     def _allocate(self, nbytes: int) -> Place:
         address = self.device.allocate(nbytes, "activations")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ import onnx_ir as ir
 from planish.ir.causal_lm import IDS, LENGTHS, LOGITS
 from planish.ir.errors import UnsupportedError
 from planish.ir.target import Target
-from planish.runtime.offload.bound import PieceSession, reads_on_host
+from planish.runtime.offload import host_attention
+from planish.runtime.offload.bound import PieceSession, Place, reads_on_host
 from planish.runtime.offload.device import Device
 from planish.runtime.offload.pieces import Piece
 from planish.runtime.offload.plan import Facts, Plan
-from planish.runtime.offload.split import Split, split_decoder
+from planish.runtime.offload.split import Split
 from planish.runtime.offload.weights import PackedWeights, value_bytes
 from planish.runtime.offload.workspace import workspace
 from planish.runtime.ort import compile_ort
@@ -66,8 +67,7 @@ class Parts:
         vocabulary: size of the logits.
     """
 
-    def __init__(self, model: ir.Model, device: Device, target: Target) -> None:
-        split: Split = split_decoder(model)
+    def __init__(self, split: Split, device: Device, target: Target) -> None:
         self.device, self.target = device, target
         self.carried, self.sides = split.carried, split.sides
         self.packed = [PackedWeights(unit.pieces) for unit in split.layers] + [PackedWeights([split.tail])]
@@ -91,6 +91,8 @@ class Parts:
         self.vocabulary = int(last[-1])
         cpu = Target("ort", "cpu", threads=target.threads)
         self._head = compile_ort(split.head.model, cpu)
+        #: Attention on the host by the kernel of this package, where it can be compiled, not by ONNX Runtime's.
+        self.own_kernel = True
         self._sessions: dict[tuple[int, bool], tuple[int, PieceSession]] = {}
 
     def head(self, ids: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
@@ -102,6 +104,16 @@ class Parts:
     def value(self, name: str) -> ir.Value:
         """A value that goes from part to part."""
         return self._values[name]
+
+    def is_total(self, name: str) -> bool:
+        """Whether attention takes this for the length of the longest row: operand 6 of GroupQueryAttention."""
+        return any(
+            value.uses() and all(at == 6 for _, at in value.uses())
+            for layer in self.layers
+            if layer.attention is not None
+            for known, value in zip(layer.attention.inputs, layer.attention.piece.model.graph.inputs, strict=False)
+            if known == name
+        )
 
     def nbytes(self, name: str, sizes: Mapping[str, int]) -> int:
         """The size of such a value."""
@@ -132,13 +144,13 @@ class Parts:
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - parts live as long as their engine
     def workspace(self, batch: int, tokens: int, capacity: int, split: bool) -> int:
         """What all sessions take while they run, by liveness: a prompt goes row by row, a step is one token a row."""
-        return sum(self._arena(piece, batch, tokens, capacity) for piece in self._models(split))
+        return sum(self._arena(*item, batch, tokens, capacity) for item in self._models(split))
 
     def prepare(self, plan: Plan) -> None:
         """Makes the sessions that a plan needs; those that had less room are made again."""
         ask = plan.request
-        for piece in self._models(bool(plan.kv_host())):
-            needed = self._arena(piece, ask.batch, plan.chunk, ask.capacity)
+        for piece, steps in self._models(bool(plan.kv_host())):
+            needed = self._arena(piece, steps, ask.batch, plan.chunk, ask.capacity)
             known = self._sessions.get((id(piece.model), False))
             if known is None or known[0] < needed:
                 self._sessions.pop((id(piece.model), False), None)
@@ -153,12 +165,28 @@ class Parts:
             self._sessions[key] = 0, PieceSession(part.piece, None, cpu)
         return self._sessions[key][1]
 
-    def _models(self, split: bool) -> list[Piece]:
-        """One piece of each structure that runs on the device."""
-        parts = [self.tail, *(layer.whole for layer in self.layers)]
+    def bind(
+        self,
+        part: Part,
+        inputs: Sequence[Place],
+        weights: Sequence[int],
+        outputs: Sequence[Place],
+        sizes: dict[str, int],
+    ) -> Callable[[], None]:
+        """A run of a part on addresses; attention on the host is our own kernel's, where there is one."""
+        if part.there and self.own_kernel:
+            places = [place.address for place in inputs], [place.address for place in outputs]
+            found = host_attention.bind(part.piece.model, *places, sizes, self.target.threads)
+            if found is not None:
+                return found
+        return self.session(part).bind(inputs, weights, outputs, sizes)
+
+    def _models(self, split: bool) -> list[tuple[Piece, bool]]:
+        """One piece of each structure that runs on the device, and whether it runs in steps only."""
+        parts = [(self.tail, False), *((layer.whole, False) for layer in self.layers)]
         if split:
-            parts += [p for layer in self.layers for p in (layer.before, layer.after) if p is not None]
-        return list({id(part.piece.model): part.piece for part in parts}.values())
+            parts += [(p, True) for layer in self.layers for p in (layer.before, layer.after) if p is not None]
+        return list({id(part.piece.model): (part.piece, steps) for part, steps in parts}.values())
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def _space(self, model: ir.Model, batch: int, tokens: int, capacity: int) -> int:
@@ -167,8 +195,10 @@ class Parts:
         except ValueError as error:
             raise UnsupportedError(f"the memory of a layer can not be planned: {error}.") from error
 
-    def _arena(self, piece: Piece, batch: int, tokens: int, capacity: int) -> int:
-        most = max(self._space(piece.model, 1, tokens, capacity), self._space(piece.model, batch, 1, capacity))
+    def _arena(self, piece: Piece, steps: bool, batch: int, tokens: int, capacity: int) -> int:
+        most = self._space(piece.model, batch, 1, capacity)
+        if not steps:
+            most = max(most, self._space(piece.model, 1, tokens, capacity))
         return self.device.arena(most)
 
 

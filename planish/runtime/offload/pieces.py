@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -13,6 +13,8 @@ from planish.ir.external import stored_bytes
 
 #: Weights of at most so many bytes stay constants if all layers that share a model have the same.
 SMALL = 16 << 10
+#: Rewrites a part for the device that it will run on: inputs and outputs stay what they are.
+Lower = Callable[[ir.Model], ir.Model]
 _INDEX = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING)
 
 
@@ -47,11 +49,17 @@ class Piece:
 
 
 def make_piece(
-    model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, keep: bool = False
+    model: ir.Model,
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    *,
+    lower: Lower | None = None,
+    keep: bool = False,
 ) -> Piece:
     """The part of the main graph between values, which must bound it.
 
     Args:
+        lower: chooses forms for the device, while weights are still in the model.
         keep: weights stay in the model, and values keep their names.
     """
     graph = ir.convenience.extract(model.graph, list(inputs), list(outputs))
@@ -59,6 +67,9 @@ def make_piece(
     names = tuple(v.name or "" for v in inputs), tuple(v.name or "" for v in outputs)
     if keep:
         return Piece(part, *names)
+    if lower is not None:
+        part = lower(part)
+        graph = part.graph
     slots, weights = _lift_weights(graph)
     _rename(graph, len(inputs))
     return Piece(part, *names, weights, [v.name or "" for v in slots], _key(part, len(inputs)))

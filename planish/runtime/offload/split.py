@@ -16,7 +16,7 @@ from planish.ir.causal_lm import cache_layer
 from planish.ir.errors import UnsupportedError
 from planish.ir.external import stored_bytes
 from planish.ir.graphs import subgraphs_of
-from planish.runtime.offload.pieces import SMALL, Piece, make_piece
+from planish.runtime.offload.pieces import SMALL, Lower, Piece, make_piece
 
 ATTENTION = "GroupQueryAttention"
 
@@ -71,8 +71,12 @@ class Split:
     notes: list[str] = field(default_factory=list)
 
 
-def split_decoder(model: ir.Model) -> Split:
+def split_decoder(model: ir.Model, lower: Lower | None = None) -> Split:
     """Cuts the entry ``decode`` of a causal language model.
+
+    Args:
+        model: before forms were chosen for a device, since these may reach from layer to layer.
+        lower: chooses them for one part.
 
     Raises:
         UnsupportedError: its layers are not found, or do not follow each other.
@@ -88,9 +92,10 @@ def split_decoder(model: ir.Model) -> Split:
     head_gives = _unique([*sides, *carried[0]])
     given = [v for v in graph.inputs if _is_side_input(v)]
     head = make_piece(model, given, [v for v in head_gives if v not in given], keep=True)
-    units = [_unit(model, layer, k, carried, reads) for k, layer in enumerate(layers)]
+    units = [_unit(model, layer, k, carried, reads, lower) for k, layer in enumerate(layers)]
     logits = [v for v in graph.outputs if cache_layer(v.name or "") is None]
-    tail = make_piece(model, _unique([*carried[-1], *reads.external(len(layers), sides)]), logits)
+    given = _unique([*carried[-1], *reads.external(len(layers), sides)])
+    tail = make_piece(model, given, logits, lower=lower)
     _share([unit.whole for unit in units])
     for part in ("before", "attention", "after"):
         _share([piece for unit in units if (piece := getattr(unit, part)) is not None])
@@ -181,14 +186,21 @@ def _is_side_input(value: ir.Value) -> bool:
     return value.is_graph_input() and not value.is_initializer() and cache_layer(value.name or "") is None
 
 
-def _unit(model: ir.Model, layer: Layer, k: int, carried: list[list[ir.Value]], reads: _Crossings) -> LayerUnit:
+def _unit(
+    model: ir.Model,
+    layer: Layer,
+    k: int,
+    carried: list[list[ir.Value]],
+    reads: _Crossings,
+    lower: Lower | None,
+) -> LayerUnit:
     caches = _cache_values(layer, model.graph)
     number = cache_layer(caches[0].name or "")
     assert number is not None
     given = _unique([*carried[k], *reads.external(k, reads.sides())])
     outputs = {v.name: v for v in model.graph.outputs}
     present = [outputs[(v.name or "").replace("past_", "present_", 1)] for v in caches]
-    whole = make_piece(model, [*given, *caches], [*carried[k + 1], *present])
+    whole = make_piece(model, [*given, *caches], [*carried[k + 1], *present], lower=lower)
     unit = LayerUnit(layer.name, number, whole)
     attends = [n for n in layer.nodes if n.op_type == ATTENTION and set(caches) <= set(n.inputs)]
     if len(attends) != 1 or any(user is not attends[0] for v in caches for user, _ in v.uses()):
@@ -199,9 +211,9 @@ def _unit(model: ir.Model, layer: Layer, k: int, carried: list[list[ir.Value]], 
     made = [v for v in _unique(inner) if reads.made(v) == k]
     if not made or any(v in carried[k + 1] for v in made):
         return unit
-    unit.before = make_piece(model, given, made)
+    unit.before = make_piece(model, given, made, lower=lower)
     unit.attention = make_piece(model, [*_unique(inner), *caches], [mixed, *present])
-    unit.after = make_piece(model, [*given, mixed], carried[k + 1])
+    unit.after = make_piece(model, [*given, mixed], carried[k + 1], lower=lower)
     unit.queries, unit.mixed = tuple(v.name or "" for v in made), mixed.name or ""
     return unit
 
