@@ -26,11 +26,15 @@ def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry
         library = kernel_library(list(program.entries.values()), target)
         return compile_ort(program.entry(entry), target, library=library)
     if target.name == "ort-cuda":
-        from planish.runtime.ort_cuda import compile_ort_cuda
+        from planish.runtime.ort_cuda import compile_ort_cuda, kernels_of
 
-        return compile_ort_cuda(program.entry(entry), target)
+        return compile_ort_cuda(program.entry(entry), target, library=kernels_of(program, target))
     if target.name == "tvm-cpu":
         from planish.runtime.tvm import compile_tvm
 
         return compile_tvm(program.entry(entry), target)
+    if target.name == "tvm-cuda":
+        from planish.runtime.tvm_cuda import compile_tvm_cuda
+
+        return compile_tvm_cuda(program.entry(entry), target)
     raise UnsupportedError(f"target '{target.name}' is not implemented yet.")

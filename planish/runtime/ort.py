@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+    from planish.runtime.cuda.ort_library import CudaLibrary
     from planish.runtime.kernels.library import Library
 
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -73,7 +74,7 @@ def open_session(
     providers: Sequence[Any],
     optimize: bool = True,
     options: Mapping[str, str] | None = None,
-    library: Library | None = None,
+    library: Library | CudaLibrary | None = None,
 ) -> tuple[ort.InferenceSession, list[Any], ort.SessionOptions]:
     """A session over the weights of a model, what must live as long as it, and the settings that it has.
 
@@ -148,7 +149,7 @@ def kernel_library(models: Sequence[ir.Model], target: Target) -> Library | None
     return library_for(models)
 
 
-def _register(library: Library, settings: ort.SessionOptions) -> None:
+def _register(library: Library | CudaLibrary, settings: ort.SessionOptions) -> None:
     try:
         settings.register_custom_ops_library(str(library.path))
     except Exception as error:

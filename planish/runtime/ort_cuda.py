@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from planish.ir.program import Program
-    from planish.runtime.kernels.library import Library
+    from planish.runtime.cuda.ort_library import CudaLibrary
     from planish.runtime.manifest import Manifest
 
 PROVIDER = "CUDAExecutionProvider"
@@ -80,6 +80,19 @@ def is_elsewhere(target: Target) -> bool:
     except UnsupportedError:
         return True
     return False
+
+
+def kernels_of(program: Program, target: Target) -> CudaLibrary | None:
+    """The library of kernels for all entries of a program, where the target has them and there is a use.
+
+    Raises:
+        UnsupportedError: what compiles them is not installed.
+    """
+    if not target.kernels:
+        return None
+    from planish.runtime.cuda.ort_library import library_for
+
+    return library_for(program.entries.values())
 
 
 def needs(program: Program, target: Target, libraries: Iterable[Any] = ()) -> Needs:
@@ -182,7 +195,7 @@ def compile_ort_cuda(
     *,
     optimize: bool = True,
     options: Mapping[str, str] | None = None,
-    library: Library | None = None,
+    library: CudaLibrary | None = None,
 ) -> DeviceRunner | Offline:
     """A session on a GPU for a model; for a target that names an architecture, on a machine without: an `Offline`.
 
@@ -253,7 +266,7 @@ class Offline:
     offline = True
 
     def __init__(
-        self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], target: Target, library: Library | None
+        self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], target: Target, library: CudaLibrary | None
     ) -> None:
         self.inputs, self.outputs, self.target, self.library = list(inputs), list(outputs), target, library
         self.notes = [f"made for {target} on a machine without such a GPU: nothing was run or measured"]

@@ -28,7 +28,7 @@ from planish.runtime.tensors import (
 )
 
 if TYPE_CHECKING:
-    from planish.runtime.kernels.library import Library
+    from planish.runtime.cuda.ort_library import CudaLibrary
 
 _NO_GRAPH = -1  # what ONNX Runtime takes as "run without one"
 #: kDLCUDA and kDLCPU of DLPack.
@@ -68,7 +68,7 @@ class DeviceRunner:
         self.session, self.inputs, self.outputs = session, list(inputs), list(outputs)
         self.index, self.device, self.graphs = index, device, graphs
         self.notes: list[str] = []
-        self.library: Library | None = None
+        self.library: CudaLibrary | None = None
         self._keep_alive = list(keep_alive)
         self._checks = InputChecks(self.inputs, frozenset(v.name for v in session.get_overridable_initializers()))
         self._empty = EmptyOutputs(self.inputs, self.outputs)

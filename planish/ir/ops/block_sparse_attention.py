@@ -59,7 +59,9 @@ _DOC_LSE = (
 
 def _schema(name: str) -> Schema:
     keys, tiles, lse = (word in name for word in ("KeyMask", "Tiles", "Lse"))
-    inputs = [Operand(n, _FLOAT) for n in ("q", "k", "v")]
+    # GPUs have kernels for the first in half precision; bodies of the others hold float32 scores.
+    floats = _FLOAT if keys or tiles or lse else _FLOAT | {ir.DataType.FLOAT16}
+    inputs = [Operand(n, floats) for n in ("q", "k", "v")]
     inputs += [Operand("key_mask", _BOOL, "M")] * keys
     inputs += [Operand(n, _INT, "I") for n in ("indptr", "indices", "head_layout")]
     inputs += [Operand("entry_tile", _INT, "I"), Operand("tiles", _BOOL, "M")] * tiles
@@ -68,7 +70,7 @@ def _schema(name: str) -> Schema:
     return Schema(
         name,
         tuple(inputs),
-        (Operand("y", _FLOAT), *([Operand("lse", _FLOAT)] * lse)),
+        (Operand("y", floats), *([Operand("lse", _FLOAT)] * lse)),
         (*HEADS, *sizes, *([hidden] * keys)),
         _DOC + _DOC_KEYS * keys + _DOC_TILES * tiles + _DOC_LSE * lse,
     )

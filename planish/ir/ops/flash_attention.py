@@ -199,10 +199,12 @@ def _dense(name: str, mask: Operand | None) -> DialectOp:
         " the lowest float32 and -inf hide a key.",
         "FlashAttentionMask": " A key is seen where attn_mask, broadcast to (batch, heads, queries, keys), is true.",
     }[name]
+    # GPUs have a kernel in half precision for the one without a mask.
+    floats = _FLOAT if mask else _FLOAT | {ir.DataType.FLOAT16}
     schema = Schema(
         name,
-        (*_QKV, *([mask] if mask else [])),
-        (Operand("y", _FLOAT),),
+        (*(Operand(operand.name, floats) for operand in _QKV), *([mask] if mask else [])),
+        (Operand("y", floats),),
         (*HEADS, _IS_CAUSAL),
         "y = softmax(scale q kᵀ) v by heads; q, y (batch, queries, q_num_heads · size), k, v (batch, keys, "
         f"kv_num_heads · size). With is_causal = 1 query i sees keys 0 … i.{what} A query that sees none gives zeros.",
