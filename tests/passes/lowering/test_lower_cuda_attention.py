@@ -22,7 +22,8 @@ def source(
 ) -> ir.Model:
     projected = body or PROJECTED
     text = f"""<ir_version: 10, opset_import: ["" : {opset}]>
-      g ({inputs.replace("float", dtype)}) => ({dtype}[{shape}] y) {{ {projected}  y = Attention<{attention}>(q, k, v{mask}) }}"""
+      g ({inputs.replace("float", dtype)}) => ({dtype}[{shape}] y)
+      {{ {projected}  y = Attention<{attention}>(q, k, v{mask}) }}"""
     model = parse_model(text)
     random = np.random.default_rng(0)
     kv = 4 if "kv_num_heads = 2" in attention else 8

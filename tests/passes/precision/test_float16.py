@@ -1,0 +1,110 @@
+"""float16: where half precision begins, what stays float32, and that the program's own types stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import planish
+from planish.driver import resolve_pipeline
+from planish.ir.target import Target
+from planish.passes.testing import apply_pass, canonical_text, check_declines, check_rewrite, program_of, run_reference
+
+PASS = "float16"
+HEADER = '<ir_version: 10, opset_import: ["" : 23]> g '
+
+
+def gpu(text: str):
+    return program_of(HEADER + text, "ort-cuda")
+
+
+def test_a_product_and_what_follows():
+    before = gpu("""(float[2, 2] x) => (float[2, 2] y)
+      <float[2, 2] w = {1, 2, 3, 4}, float[2] s = {1, 1}, float[2] b = {0, 1}> {
+      h = Mul(x, x) p = MatMul(h, w) n = LayerNormalization<axis = -1>(p, s, b) y = Add(n, p) }""")
+    after = gpu("""(float[2, 2] x) => (float[2, 2] y)
+      <float16[2, 2] w = {15360, 16384, 16896, 17408}
+      , float16[2] s = {15360, 15360}, float16[2] b = {0, 15360}> {
+      h = Mul(x, x) c = Cast<to = 10>(h) p = MatMul(c, w) n = LayerNormalization<axis = -1>(p, s, b)
+      z = Add(n, p) y = Cast<to = 1>(z) }""")
+    check_rewrite(PASS, before, after, edits=3)
+
+
+def test_what_leaves_the_range_stays():
+    program = gpu("""(float[2, 2] x) => (float[2, 2] y)
+      <float[2, 2] w = {1, 2, 3, 4}> {
+      p = MatMul(x, w) e = Exp(p) y = Mul(e, p) }""")
+    assert apply_pass(PASS, program).fired == 2
+    text = canonical_text(program)
+    assert text.count("Cast <to: int = 1>") == 2 and text.count("Cast <to: int = 10>") == 2
+
+
+def test_masks_become_the_lowest_half():
+    program = gpu("""(float[2, 2] x, bool[2, 2] m) => (float[2, 2] y)
+      <float[2, 2] w = {1, 2, 3, 4}, float l = {-3.4e38}> {
+      p = MatMul(x, w) q = Where(m, p, l) y = Softmax(q) }""")
+    apply_pass(PASS, program)
+    values = [v.const_value.numpy() for v in program.main.graph.initializers.values()]
+    assert sorted(float(v.min()) for v in values)[0] == -65504 and all(v.dtype == np.float16 for v in values)
+    x = np.ones((2, 2), "f4")
+    got = run_reference(program, {"x": x, "m": np.array([[True, False], [True, True]])})["y"]
+    np.testing.assert_allclose(got[0], [1, 0])
+
+
+def test_integers_and_sizes_are_left():
+    program = gpu("""(int64[2] i, float[4, 2] x) => (float[k] y, int64[2] z)
+      <float[8, 4] w = {0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9,
+      0,1,2,3,4,5,6,7,8,9,0,1}> {
+      f = Cast<to = 1>(i) g = Mul(f, f) h = Floor(g) z = Cast<to = 7>(h)
+      e = Gather(w, i) p = MatMul(e, x) s = Shape(p) t = ReduceProd<keepdims = 0>(s)
+      n = Constant<value_ints = [-1]>() y = Reshape(p, n) }""")
+    inputs = {"i": np.array([7, 3]), "x": np.eye(4, 2, dtype="f4")}
+    want = run_reference(program, inputs)
+    apply_pass(PASS, program)
+    got = run_reference(program, inputs)
+    np.testing.assert_array_equal(got["z"], want["z"])
+    np.testing.assert_array_equal(got["y"], want["y"])
+    assert got["y"].dtype == np.float32
+
+
+def test_branches_keep_their_types():
+    program = gpu("""(float[2, 2] x, bool c) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}> {
+      p = MatMul(x, w)
+      q = If(c) <then_branch = g1 () => (float[2, 2] a) { a = Add(p, p) },
+                 else_branch = g2 () => (float[2, 2] b) { b = MatMul(p, w) }>
+      y = Relu(q) }""")
+    inputs = [{"x": np.eye(2, dtype="f4"), "c": np.array(flag)} for flag in (True, False)]
+    want = [run_reference(program, item)["y"] for item in inputs]
+    apply_pass(PASS, program)
+    for item, expected in zip(inputs, want, strict=True):
+        np.testing.assert_allclose(run_reference(program, item)["y"], expected, rtol=1e-3)
+
+
+def test_entries_share_weights():
+    program = gpu("(float[2, 2] x) => (float[2, 2] y)
+      <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }")
+    second = program.main.clone()
+    for name, value in second.graph.initializers.items():
+        value.const_value = program.main.graph.initializers[name].const_value
+    program.entries["again"] = second
+    apply_pass(PASS, program)
+    assert len(program.weights) == 1
+
+
+def test_only_for_gpus():
+    text = HEADER + "(float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }"
+    check_declines(PASS, program_of(text, "ort-cpu"), "is no faster in float16")
+
+
+@pytest.mark.parametrize(
+    ("target", "there"), [("ort-cuda:dtype=float16", 1), ("ort-cuda", 0), ("ort-cpu:dtype=float16", 0)]
+)
+def test_a_target_asks_for_it(target, there):
+    assert [p.name for p in resolve_pipeline(None, Target.parse(target))].count(PASS) == there
+    if there:
+        both = resolve_pipeline(None, Target.parse(target), "float16,merge-tokens{r=2}")
+        names = [p.name for p in both]
+        assert names.count(PASS) == 1 and names.index("merge-tokens") < names.index(PASS) < names.index(
+            "lower-cuda-attention"
+        )
+    assert planish.Budget().gates
