@@ -19,8 +19,7 @@ def gpu(text: str):
 
 
 def test_a_product_and_what_follows():
-    before = gpu("""(float[2, 2] x) => (float[2, 2] y)
-      <float[2, 2] w = {1, 2, 3, 4}, float[2] s = {1, 1}, float[2] b = {0, 1}> {
+    before = gpu("""(float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}, float[2] s = {1, 1}, float[2] b = {0, 1}> {
       h = Mul(x, x) p = MatMul(h, w) n = LayerNormalization<axis = -1>(p, s, b) y = Add(n, p) }""")
     after = gpu("""(float[2, 2] x) => (float[2, 2] y)
       <float16[2, 2] w = {15360, 16384, 16896, 17408}
@@ -31,8 +30,7 @@ def test_a_product_and_what_follows():
 
 
 def test_what_leaves_the_range_stays():
-    program = gpu("""(float[2, 2] x) => (float[2, 2] y)
-      <float[2, 2] w = {1, 2, 3, 4}> {
+    program = gpu("""(float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}> {
       p = MatMul(x, w) e = Exp(p) y = Mul(e, p) }""")
     assert apply_pass(PASS, program).fired == 2
     text = canonical_text(program)
@@ -81,8 +79,7 @@ def test_branches_keep_their_types():
 
 
 def test_entries_share_weights():
-    program = gpu("(float[2, 2] x) => (float[2, 2] y)
-      <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }")
+    program = gpu("(float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }")
     second = program.main.clone()
     for name, value in second.graph.initializers.items():
         value.const_value = program.main.graph.initializers[name].const_value
