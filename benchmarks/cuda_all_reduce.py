@@ -1,0 +1,348 @@
+"""Attention, output projection and AllReduce on two GPUs: one after the other, or in chunks that overlap.
+
+    python benchmarks/cuda_all_reduce.py [--json FILE] [--quick] [--cpu]
+
+Two processes, one for each GPU. A rank runs its program node by node (`planish.runtime.parallel.rank`), captured as a
+CUDA graph, its sums by NCCL on a second stream; `tile-all-reduce` makes the chunks. Two programs: attention with its
+projection and sum alone, and two whole layers shared out by `tensor_parallel`. float16, batch 1, causal, heads of 128.
+
+Every variant is compared with the whole program on one GPU first (sampled rows of attention in float64). Times are
+those of the slower rank, medians of interleaved rounds that both ranks begin together. `--cpu`: small sizes, by gloo,
+no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from planish.ir.names import ensure_names
+from planish.ir.parallel import RANK, RANKS
+from planish.ir.program import Program
+from planish.passes.base import PassContext
+from planish.passes.parallel.split import tensor_parallel
+from planish.passes.parallel.tile_all_reduce import TileAllReduce
+from planish.runtime.parallel.rank import GlooReducer, NcclReducer, Rank
+from planish.runtime.parallel.torch_ops import contiguous_attention
+
+logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # of weights that come beside the text
+RANKS_HERE, HEAD, CHUNKS = 2, 128, (2, 4, 8)
+
+
+def part(length: int, width: int, rank: int, weight: np.ndarray) -> Program:
+    """One rank's attention with its projection and sum; inputs are its heads' queries, keys and values."""
+    mine = width // RANKS_HERE
+    shape = f"float[1, {length}, {mine}]"
+    text = (
+        f'<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]> '
+        f"g ({shape} q, {shape} k, {shape} v) => (float[1, {length}, {width}] y) {{ "
+        f"a = Attention<is_causal = 1, q_num_heads = {mine // HEAD}, kv_num_heads = {mine // HEAD}>(q, k, v) "
+        "p = MatMul(a, w) y = com.microsoft.AllReduce(p) }"
+    )
+    model = ir.from_onnx_text(text, initializers=[ir.tensor(weight, name="w")])
+    for name, last in (("a", mine), ("p", width)):
+        value = next(v for n in model.graph for v in n.outputs if v.name == name)
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, length, last])
+    ensure_names(model)
+    return Program({"main": model}, provenance={RANK: str(rank), RANKS: str(RANKS_HERE)})
+
+
+def layers(length: int, width: int, hidden: int, count: int = 2) -> Program:
+    """Decoder layers, whole: norm, attention, norm, gated network."""
+    heads, weights, lines = width // HEAD, [], []
+    # One block of random numbers, repeated out of step: drawing all of them would take most of the time.
+    block = np.random.default_rng(0).random((1 << 20) + 7, np.float32) - np.float32(0.5)
+
+    def weight(name: str, rows: int, columns: int) -> str:
+        made = np.resize(np.roll(block, 1009 * len(weights)), (rows, columns)) * np.float32(3 / rows**0.5)
+        weights.append(ir.tensor(made, name=name))
+        return name
+
+    at = "x"
+    for i in range(count):
+        weights.append(ir.tensor(np.ones(width, np.float32), name=f"n{i}"))
+        weights.append(ir.tensor(np.ones(width, np.float32), name=f"m{i}"))
+        q, k, v, o = (weight(f"{name}{i}", width, width) for name in "qkvo")
+        gate, up, down = weight(f"g{i}", width, hidden), weight(f"u{i}", width, hidden), weight(f"d{i}", hidden, width)
+        last = "y" if i == count - 1 else f"x{i}"
+        lines.append(
+            f"a{i} = RMSNormalization<axis = -1>({at}, n{i}) hq{i} = MatMul(a{i}, {q}) hk{i} = MatMul(a{i}, {k}) "
+            f"hv{i} = MatMul(a{i}, {v}) "
+            f"t{i} = Attention<is_causal = 1, q_num_heads = {heads}, kv_num_heads = {heads}>(hq{i}, hk{i}, hv{i}) "
+            f"p{i} = MatMul(t{i}, {o}) r{i} = Add({at}, p{i}) b{i} = RMSNormalization<axis = -1>(r{i}, m{i}) "
+            f"hg{i} = MatMul(b{i}, {gate}) hu{i} = MatMul(b{i}, {up}) s{i} = planish.SwiGLU(hg{i}, hu{i}) "
+            f"z{i} = MatMul(s{i}, {down}) {last} = Add(r{i}, z{i})"
+        )
+        at = last
+    shape = f"float[1, {length}, {width}]"
+    opsets = '<ir_version: 10, opset_import: ["" : 23, "planish" : 1]>'
+    model = ir.from_onnx_text(f"{opsets} g ({shape} x) => ({shape} y) {{ {' '.join(lines)} }}", initializers=weights)
+    ensure_names(model)
+    return Program.single(model)
+
+
+def tiled(program: Program, chunks: int) -> Program | None:
+    """The program with its sums in chunks; None where the pass declines."""
+    copy = program.clone()
+    result = TileAllReduce(chunks=chunks, least=4 if length_of(program) < 512 else 128).apply(copy, PassContext())
+    for declined in result.declined:
+        print(f"declined: {declined.reason}", flush=True)
+    return copy if result.fired else None
+
+
+def length_of(program: Program) -> int:
+    return int(program.main.graph.inputs[0].shape[1])  # type: ignore[index, arg-type]
+
+
+# --- one rank ------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """What one process does."""
+
+    def __init__(self, rank: int, folder: Path, cpu: bool, ours: bool) -> None:
+        self.rank, self.cpu = rank, cpu
+        self.device, self.dtype = ("cpu", None) if cpu else (f"cuda:{rank}", "float16")
+        self.attend = contiguous_attention
+        if cpu:
+            store = f"file://{folder / 'store'}"
+            torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS_HERE)
+            self.reducer: Any = GlooReducer()
+            return
+        from planish.runtime.cuda import attention as kernels
+        from planish.runtime.parallel.nccl import Communicator, new_id
+
+        torch.cuda.set_device(rank)
+        torch.zeros(1, device=self.device)
+        self.reducer = NcclReducer(Communicator(shared(folder, rank, new_id), rank, RANKS_HERE))
+        if ours:
+            self.attend = lambda q, k, v, mask, causal, scale: kernels.attention(q, k, v, causal=causal, scale=scale)
+
+    def make(self, program: Program) -> Rank:
+        return Rank(program, self.reducer, device=self.device, dtype=self.dtype, attend=self.attend)
+
+    def random(self, seed: int, *sizes: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        dtype = torch.float32 if self.cpu else torch.float16
+        return torch.randn(sizes, generator=generator, device=self.device, dtype=dtype)
+
+    def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call as a CUDA graph."""
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.synchronize()
+        made = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(made, stream=stream, capture_error_mode="relaxed"):
+            kept = call()
+        made.kept = kept  # type: ignore[attr-defined]
+        return made.replay
+
+    def times(self, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+        """Milliseconds of each round; both ranks begin a call together."""
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        flag = torch.zeros(1, device=self.device)
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self.reducer.begin(flag)()
+                start.record()
+                call()
+                end.record()
+                torch.cuda.synchronize()
+                found[name].append(start.elapsed_time(end))
+        return found
+
+
+def shared(folder: Path, rank: int, make: Callable[[], bytes]) -> bytes:
+    """What rank 0 makes, for all."""
+    path = folder / "id"
+    if rank == 0:
+        path.with_suffix(".new").write_bytes(make())
+        path.with_suffix(".new").rename(path)
+    while not path.exists():
+        time.sleep(0.01)
+    return path.read_bytes()
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Rows of the whole attention and projection, float64."""
+    found = []
+    for row in rows:
+        split = [x[0, : row + 1].double().unflatten(-1, (-1, HEAD)) for x in (k, v)]
+        query = q[0, row].double().unflatten(-1, (-1, HEAD))
+        scores = torch.einsum("hd,thd->ht", query, split[0]) / HEAD**0.5
+        found.append(torch.einsum("ht,thd->hd", scores.softmax(-1), split[1]).flatten() @ weight.double())
+    return torch.stack(found)
+
+
+def parts(worker: Worker, length: int, width: int, rounds: int) -> dict[str, Any]:
+    """Attention, projection and sum alone."""
+    mine = slice(worker.rank * width // RANKS_HERE, (worker.rank + 1) * width // RANKS_HERE)
+    q, k, v = (worker.random(i, 1, length, width) for i in range(3))
+    weight = worker.random(3, width, width) / width**0.5
+    feeds = {name: x[..., mine].contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
+    whole = part(length, width, worker.rank, weight[mine].float().cpu().numpy())
+    variants = {"one": whole} | {f"k={n}": tiled(whole, n) for n in CHUNKS}
+    runs = {name: worker.make(program) for name, program in variants.items() if program is not None}
+    rows = [0, 1, length // 3, length // 2, length - 1]
+    want = expected(q, k, v, weight, rows)
+    errors = {name: error(run.run(feeds)["y"][0, rows], want) for name, run in runs.items()}
+    del q, k, v
+    found: dict[str, Any] = {"what": "attention", "length": length, "width": width, "errors": errors}
+    if worker.cpu:
+        return found
+    calls = {name: worker.graph(lambda run=run: run.run(feeds)) for name, run in runs.items()}  # type: ignore[misc]
+    alone = Rank(whole, _Nothing(), device=worker.device, dtype=worker.dtype, attend=worker.attend)
+    calls["compute"] = worker.graph(lambda: alone.run(feeds))
+    dense = Rank(whole, worker.reducer, device=worker.device, dtype=worker.dtype, attend=cudnn)
+    errors["cuDNN"] = error(dense.run(feeds)["y"][0, rows], want)
+    calls["cuDNN"] = worker.graph(lambda: dense.run(feeds))
+    total = torch.zeros(1, length, width, device=worker.device, dtype=torch.float16)
+    calls["sum"] = worker.graph(lambda: worker.reducer.begin(total)())
+    return found | {"ms": worker.times(calls, rounds)}
+
+
+def cudnn(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float | None) -> Any:
+    """The fastest attention of a whole sequence that torch has."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return contiguous_attention(q, k, v, mask, causal, scale)
+
+
+class _Nothing:
+    """Sums nothing: what computing alone takes."""
+
+    def begin(self, tensor: torch.Tensor) -> Callable[[], None]:
+        return lambda: None
+
+
+def stack(worker: Worker, length: int, width: int, hidden: int, rounds: int) -> dict[str, Any]:
+    """Two layers, shared out."""
+    program = layers(length, width, hidden)
+    made = tensor_parallel(program, RANKS_HERE)
+    mine = made.programs[worker.rank]
+    feeds = {"x": worker.random(9, 1, length, width)}
+    variants = {"one": mine} | {f"k={n}": tiled(mine, n) for n in CHUNKS}
+    whole = Rank(program, _Nothing(), device=worker.device, dtype=worker.dtype, attend=worker.attend)
+    want = whole.run(feeds)["y"]
+    runs = {name: worker.make(p) for name, p in variants.items() if p is not None}
+    errors = {name: error(run.run(feeds)["y"], want) for name, run in runs.items()}
+    found: dict[str, Any] = {"what": "layers", "length": length, "width": width, "errors": errors}
+    if worker.cpu:
+        return found
+    calls = {name: worker.graph(lambda run=run: run.run(feeds)) for name, run in runs.items()}  # type: ignore[misc]
+    calls["one GPU"] = worker.graph(lambda: whole.run(feeds))
+    return found | {"ms": worker.times(calls, rounds)}
+
+
+def work(rank: int, folder: Path, options: argparse.Namespace) -> None:
+    worker = Worker(rank, folder, options.cpu, not options.torch)
+    if options.cpu:
+        sizes, stacks = [(40, 512), (64, 512)], [(40, 512, 256)]
+    elif options.quick:
+        sizes, stacks = [(2048, 4096)], [(2048, 4096, 8192)]
+    else:
+        sizes = [(n, width) for width in (4096, 8192) for n in (2048, 4096, 8192, 16384, 32768)]
+        stacks = [(n, 4096, 8192) for n in (2048, 4096, 8192, 16384)]
+    begun, found = time.monotonic(), []
+    with torch.no_grad():
+        for call, rows in ((parts, sizes), (stack, stacks)):
+            for row in rows:
+                if time.monotonic() - begun > options.seconds:
+                    break
+                try:
+                    found.append(call(worker, *row, 9 if row[0] > 8192 else 21))  # type: ignore[operator]
+                except Exception as reason:
+                    print(f"rank {rank}, {call.__name__}{row}: {type(reason).__name__}: {reason}", flush=True)
+                    raise
+                (folder / f"{rank}.json").write_text(json.dumps(found))
+                if not options.cpu:
+                    torch.cuda.empty_cache()
+
+
+# --- all ranks -----------------------------------------------------------------------------------------------------
+
+
+def merged(folder: Path) -> list[dict[str, Any]]:
+    """Rows with the median of the slower rank in each round."""
+    files = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS_HERE)]
+    rows = []
+    for ranks in zip(*files, strict=False):
+        row = dict(ranks[0])
+        row["errors"] = {name: max(r["errors"][name] for r in ranks) for name in row["errors"]}
+        if "ms" in row:
+            rounds = {name: [max(t) for t in zip(*(r["ms"][name] for r in ranks), strict=True)] for name in row["ms"]}
+            row["ms"] = {name: median(times) for name, times in rounds.items()}
+            row["spread"] = {n: float(np.subtract(*np.percentile(t, [75, 25]))) for n, t in rounds.items()}
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        ms = row.get("ms", {})
+        best = min((n for n in ms if n.startswith("k=")), key=ms.__getitem__, default=None)
+        text = "  ".join(f"{name} {value:.3f}" for name, value in ms.items())
+        gain = f"  best {best} {ms['one'] / ms[best]:.3f}x" if best else ""
+        worst = max(row["errors"].values())
+        lines.append(f"{row['what']:9} {row['length']:6} x {row['width']:5}  {text}{gain}  error {worst:.1e}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--torch", action="store_true", help="attention by torch's kernels, not ours")
+    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        work(options.rank, options.folder, options)
+        return
+    if not options.cpu and torch.cuda.device_count() < RANKS_HERE:
+        sys.exit(f"this takes {RANKS_HERE} GPUs; there are {torch.cuda.device_count()}. --cpu checks numbers only.")
+    with tempfile.TemporaryDirectory() as made:
+        command = [sys.executable, *sys.argv, "--folder", made]
+        ranks = [subprocess.Popen([*command, "--rank", str(n)], env=os.environ) for n in range(RANKS_HERE)]
+        try:
+            while all(p.poll() is None for p in ranks) or not all(p.poll() is not None for p in ranks):
+                if any(p.poll() not in (None, 0) for p in ranks):
+                    break  # the other would wait for it for ever
+                time.sleep(0.1)
+        finally:
+            for p in ranks:
+                p.kill()
+        rows = merged(Path(made))
+    print(table(rows))
+    if options.json is not None:
+        card = "CPU" if options.cpu else torch.cuda.get_device_name(0)
+        options.json.write_text(json.dumps({"card": card, "ranks": RANKS_HERE, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
