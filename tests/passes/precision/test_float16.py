@@ -19,7 +19,8 @@ def gpu(text: str):
 
 
 def test_a_product_and_what_follows():
-    before = gpu("""(float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}, float[2] s = {1, 1}, float[2] b = {0, 1}> {
+    before = gpu("""(float[2, 2] x) => (float[2, 2] y)
+      <float[2, 2] w = {1, 2, 3, 4}, float[2] s = {1, 1}, float[2] b = {0, 1}> {
       h = Mul(x, x) p = MatMul(h, w) n = LayerNormalization<axis = -1>(p, s, b) y = Add(n, p) }""")
     after = gpu("""(float[2, 2] x) => (float[2, 2] y)
       <float16[2, 2] w = {15360, 16384, 16896, 17408}
