@@ -162,17 +162,23 @@ def _is_elsewhere(target: Target, budget: Budget) -> bool:
     Raises:
         UnsupportedError: this machine can not run what the target is, or not measure it.
     """
-    if target.name != "ort-cuda":
+    if target.device != "cuda":
         return False
-    from planish.runtime import ort_cuda
+    if target.runtime == "tvm":
+        from planish.runtime.tvm_cuda import require
 
-    if not ort_cuda.is_elsewhere(target):
-        ort_cuda.require(target)
+        may_be_elsewhere = True  # what it compiles is the same wherever it does
+    else:
+        from planish.runtime.ort_cuda import is_elsewhere, require
+
+        may_be_elsewhere = is_elsewhere(target)
+    try:
+        require(target)
         return False
-    if budget.gates:
-        try:
-            ort_cuda.require(target)
-        except UnsupportedError as error:
+    except UnsupportedError as error:
+        if not may_be_elsewhere:
+            raise
+        if budget.gates:
             raise UnsupportedError(
                 f"{str(error).rstrip('.')}; to make an artifact for another machine without measuring, say "
                 "budget=planish.Budget(gates=False) (--no-gates)."

@@ -10,7 +10,7 @@ from planish.ir.errors import InputError, unknown
 RUNTIMES = ("ort", "tvm")
 DEVICES = ("cpu", "cuda")
 # Names that this version can compile for; the others parse, so that artifacts of later versions can be read.
-IMPLEMENTED = ("ort-cpu", "ort-cuda", "tvm-cpu")
+IMPLEMENTED = ("ort-cpu", "ort-cuda", "tvm-cpu", "tvm-cuda")
 _UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 

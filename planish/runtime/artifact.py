@@ -254,10 +254,13 @@ def _load(
         if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 9999:
             raise InputError(f"threads is {threads!r}; it must be a number from 0 to 9999.")
         target = replace(target, threads=threads)
-    if target.name == "ort-cuda":
+    if target.device == "cuda":
         from planish.runtime.machine import machine
-        from planish.runtime.ort_cuda import refuse
 
+        if target.runtime == "ort":
+            from planish.runtime.ort_cuda import refuse
+        else:
+            from planish.runtime.tvm_cuda import refuse
         refuse(manifest, machine(), str(folder))
     runners: dict[str, Runner]
     with private_copies({name: contents[name] for name in manifest.native}) as native:
@@ -266,7 +269,7 @@ def _load(
                 name: _runner(folder, manifest, entry, contents[entry.file], target, native)
                 for name, entry in manifest.entries.items()
             }
-        elif target.name == "tvm-cpu":
+        elif target.runtime == "tvm":
             from planish.runtime import tvm_artifact
 
             weights = tvm_artifact.read_weights(folder, manifest)

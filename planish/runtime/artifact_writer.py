@@ -181,6 +181,10 @@ def _write_rest(
 
 def _needs(exe: Executable, program: Program) -> dict[str, Any]:
     """What a machine must have beside a processor, for targets that ask for more."""
+    if exe.target.name == "tvm-cuda":
+        every = [runner.needs for runner in exe.runners.values()]  # type: ignore[attr-defined]
+        largest: dict[str, Any] = max(every, key=lambda item: item.memory).to_dict()
+        return largest
     if exe.target.name != "ort-cuda":
         return {}
     from planish.runtime.ort_cuda import needs

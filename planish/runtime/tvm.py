@@ -87,11 +87,11 @@ def load_tvm(
         UnsupportedError: TVM's runtime is not installed.
         ArtifactError: the library does not load.
     """
-    tvm = _runtime()
+    tvm = import_runtime()
     try:
         module = tvm.runtime.load_module(str(path))
     except Exception as error:  # not for this system, or of another version of TVM
-        raise ArtifactError(f"'{path}' does not load: {_one_line(error)}") from error
+        raise ArtifactError(f"'{path}' does not load: {one_line(error)}") from error
     return TvmRunner(module, weights, inputs, outputs, target)
 
 
@@ -114,7 +114,7 @@ class TvmRunner:
         outputs: Sequence[TensorSpec],
         target: Target,
     ) -> None:
-        tvm = _runtime()
+        tvm = import_runtime()
         self.inputs, self.outputs = list(inputs), list(outputs)
         self.weights = dict(weights)
         self.notes: list[str] = []
@@ -128,7 +128,7 @@ class TvmRunner:
         self._weights = [_tensor(array) for array in self.weights.values()]
         self._empty = EmptyOutputs(self.inputs, self.outputs)
         self._checks = InputChecks(self.inputs, more=self._fitting)
-        self._symbols = _symbols(self.inputs)
+        self._symbols = symbols_of(self.inputs)
         self._lock = threading.Lock()  # the machine has one stack
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,32 +167,44 @@ class TvmRunner:
             try:
                 values = self._main(*tensors, *self._weights)
             except Exception as error:
-                raise _run_error(error) from error
+                raise run_error(error) from error
             finally:
                 flush.end()
         return {name: np.from_dlpack(value) for name, value in zip(self._names, values, strict=True)}
 
     def _fitting(self, arrays: Mapping[str, Any]) -> None:
         """What the compiled code assumes of sizes, beyond the specs."""
-        if self._empty.of(arrays) is not None:
-            return
-        sizes: dict[Any, int] = {}
-        for spec in self.inputs:
-            for axis, (name, size) in enumerate(zip(spec.shape or (), arrays[spec.name].shape, strict=True)):
-                if size == 0:
-                    raise InputError(
-                        f"input '{spec.name}' has size 0 in dimension {axis}; target tvm-cpu takes 1 or more."
-                    )
-                if not isinstance(name, int):
-                    sizes.setdefault(name or f"{spec.name}.{axis}", int(size))
-        try:
-            self._check_sizes(*[sizes[name] for name in self._symbols])
-        except Exception as error:
-            given = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            raise InputError(f"the program does not take inputs of {given}: {_one_line(error)}.") from error
+        if self._empty.of(arrays) is None:
+            check_symbols(self.inputs, arrays, self._symbols, self._check_sizes, "tvm-cpu")
 
 
-def _symbols(inputs: Sequence[TensorSpec]) -> list[str]:
+def check_symbols(
+    inputs: Sequence[TensorSpec], arrays: Mapping[str, Any], symbols: Sequence[str], check: Any, target: str
+) -> list[int]:
+    """The symbolic sizes of inputs, in order, after the compiled check of them.
+
+    Raises:
+        InputError: a size is 0, or not one that the code takes.
+    """
+    sizes: dict[Any, int] = {}
+    for spec in inputs:
+        for axis, (name, size) in enumerate(zip(spec.shape or (), arrays[spec.name].shape, strict=True)):
+            if size == 0:
+                raise InputError(
+                    f"input '{spec.name}' has size 0 in dimension {axis}; target {target} takes 1 or more."
+                )
+            if not isinstance(name, int):
+                sizes.setdefault(name or f"{spec.name}.{axis}", int(size))
+    own = [sizes[name] for name in symbols]
+    try:
+        check(*own)
+    except Exception as error:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise InputError(f"the program does not take inputs of {given}: {one_line(error)}.") from error
+    return own
+
+
+def symbols_of(inputs: Sequence[TensorSpec]) -> list[str]:
     """The symbolic sizes, in the order in which the translation meets them."""
     names = [
         name or f"{spec.name}.{axis}"
@@ -215,12 +227,16 @@ _threads = _Threads()
 def _set_threads(count: int) -> None:
     if _threads.count != count:
         # Mode 1 takes the fastest cores first; 0 threads are as many as there are cores.
-        _runtime().get_global_func("runtime.config_threadpool")(1, count)
+        import_runtime().get_global_func("runtime.config_threadpool")(1, count)
         _threads.count = count
 
 
-def _runtime() -> Any:
-    """TVM with at least its runtime, or one line about how to get it."""
+def import_runtime() -> Any:
+    """TVM with at least its runtime, or one line about how to get it.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
     # Threads bound to cores would stay there for everything else in the process.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     try:
@@ -228,27 +244,27 @@ def _runtime() -> Any:
         import tvm.runtime.vm
     except ImportError as error:
         raise UnsupportedError(
-            f"target tvm-cpu runs on TVM, which can not be imported ({error}): pip install 'planish[tvm]'."
+            f"targets tvm-cpu and tvm-cuda run on TVM, which can not be imported ({error}): pip install 'planish[tvm]'."
         ) from error
     return tvm
 
 
 def _tensor(array: np.ndarray) -> Any:
     """A tensor of TVM over the memory of an array, or over a copy that lies as TVM wants it."""
-    tvm = _runtime()
+    tvm = import_runtime()
     if not array.flags.c_contiguous or not array.flags.writeable or array.ctypes.data % 64 or not array.size:
         return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape))
     return tvm.runtime.from_dlpack(array)
 
 
-def _run_error(error: Exception) -> PlanishError:
-    text = _one_line(error)
+def run_error(error: Exception) -> PlanishError:
+    text = one_line(error)
     if _OUT_OF_RANGE in text:
         return InputError(f"a gather failed on these inputs: {text}.")
     return InputError(f"TVM failed on these inputs: {text}.")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The last line of TVM's message, which says what was wrong; those before it say where in TVM's source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Artifacts of target ``tvm-cpu``: a shared library for each entry, and the weights as its kernels read them.
+"""Artifacts of TVM's targets: a shared library for each entry, and the weights as its kernels read them.
 
 Weights are parameters of the code and are not in it: they are stored once for all entries, and mapped into memory.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from planish.ir.target import Target
     from planish.runtime.executable import Executable
     from planish.runtime.tvm import TvmRunner
+    from planish.runtime.tvm_cuda import TvmCudaRunner
 
 
 def parameters_of(exe: Executable) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
@@ -82,14 +83,12 @@ def load_entry(
     weights: Mapping[str, np.ndarray],
     target: Target,
     native: Mapping[str, Path],
-) -> TvmRunner:
+) -> TvmRunner | TvmCudaRunner:
     """The runner of an entry; `native` is where copies of the artifact's code are.
 
     Raises:
         ArtifactError: this processor lacks what the code needs, or the artifact is not whole.
     """
-    from planish.runtime.tvm import load_tvm
-
     where = folder / entry.file
     if entry.file not in manifest.native:
         raise ArtifactError(f"'{where}' is not listed as native code.")
@@ -102,6 +101,12 @@ def load_entry(
     if unknown:
         raise ArtifactError(f"'{where}' needs the weight '{unknown[0]}', which '{manifest.weights}' does not hold.")
     own = {name: weights[name] for name in entry.parameters}
+    if target.device == "cuda":
+        from planish.runtime.tvm_cuda import TvmCudaRunner, load_module
+
+        return TvmCudaRunner(load_module(native[entry.file]), own, entry.inputs, entry.outputs, target)
+    from planish.runtime.tvm import load_tvm
+
     return load_tvm(native[entry.file], own, entry.inputs, entry.outputs, target)
 
 

@@ -43,7 +43,7 @@ class Compiled:
             self.executable.export_library(str(path))
         except (RuntimeError, OSError, ValueError) as error:
             raise UnsupportedError(
-                f"the compiled program can not be linked ({_last_line(error)}); a C compiler (cc) must be installed."
+                f"the compiled program can not be linked ({last_line(error)}); a C compiler (cc) must be installed."
             ) from error
 
 
@@ -70,16 +70,14 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], device: CpuDevice) -> C
         try:
             executable = tvm.compile(module, target=device.target(), relax_pipeline=lowering())
         except tvm.error.InternalError as error:
-            raise UnsupportedError(
-                f"TVM {tvm.__version__} does not compile the program: {_last_line(error)}"
-            ) from error
+            raise UnsupportedError(f"TVM {tvm.__version__} does not compile the program: {last_line(error)}") from error
     for template in translator.kernels.values():
         executable.mod.import_module(_kernel(template, device.cpu.name))
     return Compiled(executable, weights_of(translator.parameters))
 
 
-def lowering() -> Any:
-    """From calls of code and views to the instructions of the virtual machine.
+def lowering(*planned: Any) -> Any:
+    """From calls of code and views to the instructions of the virtual machine; `planned` run when memory is planned.
 
     Relax's own list begins with a pass that takes a copy for a view: outputs would share memory with weights.
     """
@@ -92,6 +90,7 @@ def lowering() -> Any:
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
             transform.StaticPlanBlockMemory(),
+            *planned,
             transform.LowerAllocTensor(),
             transform.KillAfterLastUse(),
             transform.LowerRuntimeBuiltin(),
@@ -108,6 +107,6 @@ def _kernel(template: Template, level: str) -> Any:
     return compile_module([template], LEVELS[level])
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:400] if lines else type(error).__name__

@@ -62,6 +62,10 @@ class Device(ABC):
     def schedule(self, function: Any) -> Any:
         """A function of elementwise code, scheduled."""
 
+    def more_outputs(self, t: Translator) -> list[Any]:
+        """Variables that ``main`` gives behind the program's outputs."""
+        return []
+
 
 @dataclass(frozen=True)
 class CpuDevice(Device):

@@ -348,6 +348,7 @@ class Translator:
                 for node in graph:
                     self.node(node)
                 outputs = [self._output(value, variables) for value in graph.outputs]
+                outputs += self.device.more_outputs(self)
                 result = self.builder.emit_output(self.relax.Tuple(outputs))
             every = [*variables, *(parameter.var for parameter in self.parameters.values())]
             self.builder.emit_func_output(result, every)

@@ -1,0 +1,119 @@
+"""What turns generated CUDA code into machine code and links it, on machines that have nvcc and need no GPU."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planish.ir.errors import UnsupportedError
+from planish.runtime.cuda import toolchain
+from planish.runtime.cuda.cache import binary
+from planish.runtime.cuda.tvm_libraries import load_runtime, run
+from planish.runtime.kernels.linker import compiler
+from planish.runtime.kernels.template import import_tvm
+
+#: Machine code is made for these, and PTX for what comes later.
+ARCHITECTURES, PTX = ("sm_75", "sm_80", "sm_90"), "compute_80"
+_NATIVE = Path(__file__).parent / "native"
+_CALLBACK = "tvm_callback_cuda_compile"
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Codes:
+    """For what GPUs machine code is made.
+
+    Attributes:
+        architectures: such as ``"sm_80"``.
+        ptx: the virtual architecture of the PTX beside it.
+    """
+
+    architectures: tuple[str, ...] = ARCHITECTURES
+    ptx: str = PTX
+
+    @classmethod
+    def of(cls, arch: str | None) -> Codes:
+        """All that are made by default, or one architecture and its PTX."""
+        return cls() if arch is None else cls((arch,), arch.rstrip("af").replace("sm_", "compute_"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.architectures, self.ptx)
+
+    def fatbin(self, source: str, folder: Path, **defines: int) -> bytes:
+        return toolchain.fatbin(source, defines, architectures=self.architectures, ptx=self.ptx, folder=folder)
+
+
+@contextmanager
+def assembling(codes: Codes) -> Iterator[None]:
+    """Within it, TVM's CUDA code becomes fat binaries; one thread at a time.
+
+    Raises:
+        UnsupportedError: there is no nvcc, or the CUDA part of TVM's runtime does not load.
+    """
+    import tvm_ffi
+
+    tvm = import_tvm()
+
+    def assemble(code: str, *_: Any) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="planish-cuda-") as scratch:
+            (Path(scratch) / "generated.cu").write_text(code)
+            return codes.fatbin("generated.cu", Path(scratch))
+
+    if toolchain.nvcc() is None:
+        raise UnsupportedError(
+            "target tvm-cuda needs nvcc to compile, and there is none: set CUDA_HOME, or pip install 'planish[cuda]'."
+        )
+    with _lock:
+        load_runtime(stand_in=True)
+        before = tvm.get_global_func(_CALLBACK, allow_missing=True)
+        tvm_ffi.register_global_func(_CALLBACK, assemble, override=True)
+        try:
+            yield
+        finally:
+            if before is not None:
+                tvm_ffi.register_global_func(_CALLBACK, before, override=True)
+
+
+def native_objects(folder: Path, codes: Codes, calls: set[str], heads: set[int]) -> list[Path]:
+    """Compiles the packed functions that a program calls; attention with its kernels inside.
+
+    Raises:
+        UnsupportedError: there is no C compiler, or no nvcc.
+    """
+    made = []
+    if calls & {"planish_linear", "planish_batched"}:
+        made.append(_compile("products", folder))
+    if heads:
+        lines = []
+        for number, (head, groups) in enumerate((head, groups) for head in sorted(heads) for groups in (1, 2)):
+            (folder / f"attention{number}.fatbin").write_bytes(_attention(codes, head, groups))
+            lines.append(f"BINARY({number}, {head}, {groups})\n")
+        (folder / "binaries.h").write_text("".join(lines))
+        made.append(_compile("attention", folder))
+    return made
+
+
+def _attention(codes: Codes, head: int, groups: int) -> bytes:
+    defines = {"ELEMENT_BF16": 0, "GROUPS": groups, "HEAD": head}
+    if codes == Codes():
+        return binary("attention.cu", tuple(sorted(defines.items())))
+    # Hopper's own instructions are in the code for sm_90a alone.
+    architectures = tuple("sm_90a" if arch == "sm_90" else arch for arch in codes.architectures)
+    return toolchain.fatbin("attention.cu", defines, architectures=architectures, ptx=codes.ptx)
+
+
+def _compile(name: str, folder: Path) -> Path:
+    from tvm_ffi import libinfo
+
+    includes = [folder, _NATIVE, libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
+    output = folder / f"{name}.o"
+    flags = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    assembler = f"-Wa,-I{folder}"  # where it finds the binaries
+    run([*compiler(), *flags, assembler, "-c", str(_NATIVE / f"{name}.c"), "-o", str(output)])
+    return output

@@ -1,0 +1,89 @@
+"""Attention on GPUs: our flash kernel where it takes it, else products around a softmax."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from planish.ir.errors import UnsupportedError
+from planish.runtime.relax.cuda import rows
+
+if TYPE_CHECKING:
+    from planish.runtime.relax.cuda.device import CudaDevice
+    from planish.runtime.relax.translator import Translator
+
+#: Sizes of heads that attention.cu has kernels for.
+FLASH_SIZES = (64, 128)
+
+
+def attention(device: CudaDevice, t: Translator, template: Any, inputs: list[Any], types: list[Any]) -> Any:
+    """softmax(scale · q kᵀ + mask) v by heads, which lie side by side; as of `kernels.attention.FlashAttention`."""
+    q, k, v, *rest = inputs
+    mask = rest.pop(0) if template.mask != "none" else None
+    scale = rest.pop(0)
+    causal = _causal(t, template, q, k, rest)
+    size, dtype = template.head_size, str(q.ty.dtype)
+    if dtype == "float16" and size in FLASH_SIZES and mask is None and causal in ("", "end"):
+        device.heads.add(size)
+        return device.packed(t, "planish_attention", [q, k, v, size, int(causal == "end"), float(scale)], types)
+    return _by_products(device, t, (q, k, v), mask, (size, float(scale), causal), dtype)
+
+
+def _causal(t: Translator, template: Any, q: Any, k: Any, rest: list[Any]) -> str:
+    """How queries and keys are aligned: ``"start"``, ``"end"``, or empty."""
+    if not template.causal:
+        return ""
+    ((past,),) = rest
+    if t.equal(t.plain(t.dim(past) + q.ty.shape[1]), t.plain(k.ty.shape[1])):
+        return "end"
+    if isinstance(past, int) and past == 0:
+        return "start"
+    raise UnsupportedError(f"target tvm-cuda: causal attention with a past of {past} and {k.ty.shape[1]} keys.")
+
+
+def _by_products(
+    device: CudaDevice, t: Translator, qkv: tuple[Any, Any, Any], mask: Any, how: tuple[int, float, str], dtype: str
+) -> Any:
+    """Scores are float32, and written to memory: for masks, float32 and other sizes of heads."""
+    from planish.runtime.relax.cuda.device import TRANSPOSED, plain
+
+    size, scale, causal = how
+    q, k, v = qkv
+    batch, queries, width = plain(q.ty.shape)
+    keys = plain(k.ty.shape)[1]
+    heads = width // size
+    count = t.product([batch, heads])
+    left, right, values = (_apart(t, x, heads, size, dtype) for x in (q, k, v))
+    scores = device.batched(t, left, right, [count, queries, keys], "float32", scale, TRANSPOSED)
+    shape = [batch, heads, queries, keys]
+    masks = [] if mask is None else [mask]
+    function = rows.softmax(
+        shape,
+        "float32",
+        dtype,
+        mask=None if mask is None else plain(mask.ty.shape),
+        mask_dtype="" if mask is None else str(mask.ty.dtype),
+        causal=causal,
+    )
+    shares = device.kernel(t, function, [t.reshape(scores, shape), *masks], [t.type(shape, dtype)])
+    made = device.batched(t, t.reshape(shares, [count, queries, keys]), values, [count, queries, size], dtype, 1.0, 0)
+    four = t.reshape(made, [batch, heads, queries, size])
+    joined = t.compute(
+        "join_heads", [four], lambda i, x: x(i[0], i[2], i[1], i[3]), [batch, queries, heads, size], dtype
+    )
+    return t.reshape(joined, [batch, queries, width])
+
+
+def _apart(t: Translator, x: Any, heads: int, size: int, dtype: str) -> Any:
+    """(batch, length, own heads · size) as (batch · heads, length, size), each of its heads several times."""
+    from planish.runtime.relax.cuda.device import plain
+
+    batch, length, width = plain(x.ty.shape)
+    share = heads * size // width
+    made = t.compute(
+        "split_heads",
+        [x],
+        lambda i, v: v(i[0], i[2], t.tir.floordiv(i[1], share) * size + i[3]),
+        [batch, heads, length, size],
+        dtype,
+    )
+    return t.reshape(made, [t.product([batch, heads]), length, size])
