@@ -16,6 +16,8 @@ import sys
 from collections import OrderedDict
 from typing import Any
 
+from planish.ir.target import Target
+
 _HOME = "planish.frontends.torch"
 _MOST = 64
 _STAGES = ("torch.export", "onnx", "names")
@@ -48,7 +50,7 @@ def _capture(
     progress: Any = None,
 ) -> Any:
     def key() -> bytes | None:
-        return _digest((module, example_inputs, dynamic_shapes, str(target), kwargs)) if _enabled else None
+        return _digest((module, example_inputs, dynamic_shapes, kwargs)) if _enabled else None
 
     before = key()
     if before in _kept:
@@ -58,18 +60,18 @@ def _capture(
             _kept.move_to_end(before)
             for stage in _STAGES if progress else ():
                 progress(stage)
-            return _copy(fresh)
+            return _copy(fresh, target)
         del _kept[before]
     captured = _original(module, example_inputs, dynamic_shapes, target, kwargs=kwargs, progress=progress)
     if before is not None and (after := key()) is not None:
-        _kept[before] = (module, example_inputs, dynamic_shapes, str(target), kwargs), after, _copy(captured)
+        _kept[before] = (module, example_inputs, dynamic_shapes, kwargs), after, _copy(captured, target)
         if len(_kept) > _MOST:
             _kept.popitem(last=False)
     return captured
 
 
-def _copy(captured: Any) -> Any:
-    program = captured.program.clone()
+def _copy(captured: Any, target: Any) -> Any:
+    program = dataclasses.replace(captured.program.clone(), target=Target.parse(target))
     check = dataclasses.replace(captured.check, program=program)
     return dataclasses.replace(
         captured, program=program, check=check, example={name: array.copy() for name, array in captured.example.items()}

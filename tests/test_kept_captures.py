@@ -65,6 +65,12 @@ def test_an_equal_module_is_captured_once(counted: list[int]) -> None:
     assert captured(Scaled()).program.main.graph.outputs[0].name != "changed" and counted == [1]
 
 
+def test_for_another_target(counted: list[int]) -> None:
+    for target in ("ort-cpu", "tvm-cpu:threads=1"):
+        assert str(kept_captures._capture(Scaled(), X, None, target).program.target) == target
+    assert counted == [1]
+
+
 def test_what_differs_is_captured_again(counted: list[int]) -> None:
     for number, (module, example, shapes) in enumerate(
         [
