@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def generate(
     stream: Stream | None,
 ) -> Any:
     """Generates tokens; see :meth:`planish.Executable.generate`."""
-    prefill, decode = _entries(exe)
+    source = _source(exe)
     facts = Facts.from_provenance(exe.provenance)
     as_torch = is_torch(input_ids)
     ids, mask = read_prompts(_array(IDS, input_ids), _array("attention_mask", attention_mask))
@@ -52,12 +52,28 @@ def generate(
     prompts, lengths = pad_right(ids, mask)
     _check_fit(prompts.shape[1], int(max_new_tokens), facts.positions)
     random = np.random.default_rng(seed)
-    _check_tokens(ids, mask, decode)
+    _check_tokens(ids, mask, source.vocabulary)
+    try:
+        found = _tokens(source, ids, prompts, lengths, int(max_new_tokens), (eos, pad), sampling, random, stream)
+    finally:
+        source.close()
+    return to_torch(found) if as_torch else found
 
-    first = prefill.run({IDS: prompts, LENGTHS: lengths})
-    logits = _last(first.pop(LOGITS), lengths)
-    step: _Step | None = None  # made after the first token, which does not have to wait for it
-    result = np.empty((len(ids), ids.shape[1] + int(max_new_tokens)), np.int64)
+
+def _tokens(
+    source: _Source,
+    ids: np.ndarray,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    new: int,
+    ends: tuple[np.ndarray, int],
+    sampling: Sampling,
+    random: np.random.Generator,
+    stream: Stream | None,
+) -> np.ndarray:
+    """The prompts as they were given, and what follows them."""
+    (eos, pad), logits = ends, source.start(prompts, lengths, new)
+    result = np.empty((len(ids), ids.shape[1] + new), np.int64)
     end = ids.shape[1]
     result[:, :end] = ids
     live = np.ones(len(ids), bool)
@@ -70,13 +86,50 @@ def generate(
         live &= ~np.isin(tokens, eos)
         if end == result.shape[1] or not live.any():
             break
-        if step is None:
-            capacity = prompts.shape[1] + int(max_new_tokens) - 1
-            step = _Step(decode, first, lengths, capacity, logits, slots_of(exe.provenance))
-            logits = step.logits
-        step(tokens)
-    found = result[:, :end].copy()
-    return to_torch(found) if as_torch else found
+        logits = source.step(tokens)
+    return result[:, :end].copy()
+
+
+class _Source(Protocol):
+    """What reads prompts, then token after token."""
+
+    @property
+    def vocabulary(self) -> int | None: ...
+    def start(self, prompts: np.ndarray, lengths: np.ndarray, new: int) -> np.ndarray: ...
+    def step(self, tokens: np.ndarray) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+class _Entries:
+    """`prefill` and `decode` of a program, the caches in ordinary memory."""
+
+    def __init__(self, prefill: Any, decode: OrtRunner, slots: Mapping[int, SlotPlan]) -> None:
+        self.prefill, self.decode, self.slots = prefill, decode, slots
+        self._first: dict[str, np.ndarray] = {}
+        self._step: _Step | None = None  # made after the first token, which does not have to wait for it
+
+    @property
+    def vocabulary(self) -> int | None:
+        shape = next(spec.shape for spec in self.decode.outputs if spec.name == LOGITS)
+        last = shape[-1] if shape else None
+        return last if isinstance(last, int) else None
+
+    def start(self, prompts: np.ndarray, lengths: np.ndarray, new: int) -> np.ndarray:
+        self._first = self.prefill.run({IDS: prompts, LENGTHS: lengths})
+        self._logits = _last(self._first.pop(LOGITS), lengths)
+        self._lengths, self._capacity = lengths, prompts.shape[1] + new - 1
+        return self._logits
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        if self._step is None:
+            arguments = self._first, self._lengths, self._capacity, self._logits
+            self._step = _Step(self.decode, *arguments, self.slots)
+        self._step(tokens)
+        return self._step.logits
+
+    def close(self) -> None:
+        self._first.clear()
+        self._step = None
 
 
 class _Step:
@@ -127,7 +180,10 @@ class _Step:
         self._bound()
 
 
-def _entries(exe: Executable) -> tuple[Any, OrtRunner]:
+def _source(exe: Executable) -> _Source:
+    budgeted = exe.runners.get(PREFILL)
+    if hasattr(budgeted, "engine"):  # under a memory budget; what that needs is not imported elsewhere
+        return budgeted  # type: ignore[return-value]
     missing = [name for name in (PREFILL, DECODE) if name not in exe.runners]
     if missing:
         raise InputError(
@@ -137,7 +193,7 @@ def _entries(exe: Executable) -> tuple[Any, OrtRunner]:
     decode = exe.runners[DECODE]
     if not isinstance(decode, OrtRunner):
         raise InputError(f"generate runs on ONNX Runtime; entry '{DECODE}' is a {type(decode).__name__}.")
-    return exe.runners[PREFILL], decode
+    return _Entries(exe.runners[PREFILL], decode, slots_of(exe.provenance))
 
 
 def _array(name: str, value: Any) -> Any:
@@ -180,10 +236,8 @@ def _check_fit(tokens: int, more: int, positions: int | None) -> None:
     )
 
 
-def _check_tokens(ids: np.ndarray, mask: np.ndarray, decode: OrtRunner) -> None:
-    shape = next(spec.shape for spec in decode.outputs if spec.name == LOGITS)
-    vocabulary = shape[-1] if shape else None
-    if not isinstance(vocabulary, int):
+def _check_tokens(ids: np.ndarray, mask: np.ndarray, vocabulary: int | None) -> None:
+    if vocabulary is None:
         return
     wrong = ids[mask & ((ids < 0) | (ids >= vocabulary))]
     if wrong.size:
