@@ -7,7 +7,7 @@ from typing import Any
 
 from planish.runtime.kernels.template import import_tvm
 
-THREADS = 256
+THREADS, WARP = 256, 32
 #: Bytes that one instruction loads.
 WIDEST = 16
 
@@ -25,14 +25,19 @@ def schedule(function: Any) -> Any:
     body = built.get(block).body
     last = built.get(loops[-1]).extent
     width = _width(tvm, last, body)
-    plain = _only_moves(tvm, body, built.get(block).iter_vars[-1].var if len(built.get(block).iter_vars) else None)
-    cached = [] if plain or width == 1 else _in_order(tvm, built.get(block))
+    plain = width > 1 and _only_moves(tvm, built.get(block), width)
+    threads = THREADS
+    if width > 1 and not plain:
+        # What goes through registers has blocks of its own for loads and stores, whose bounds must need no check.
+        threads = _even([built.get(loop).extent for loop in loops], width)
+        width = width if threads else 1
+    cached = [] if plain or width == 1 else _in_order(tvm, built.get(block), width)
     lanes = None
     if width > 1:
         outer, lanes = built.split(loops[-1], [None, width])
         loops = [*loops[:-1], outer]
     flat = built.fuse(*loops) if len(loops) > 1 else loops[0]
-    grid, thread = built.split(flat, [None, THREADS])
+    grid, thread = built.split(flat, [None, threads or THREADS])
     built.bind(grid, "blockIdx.x")
     built.bind(thread, "threadIdx.x")
     if lanes is not None and plain:
@@ -41,6 +46,21 @@ def schedule(function: Any) -> Any:
         _through_registers(built, block, thread, cached)
         built.unroll(lanes)
     return built.mod["main"].with_attr(dict(function.attrs))
+
+
+def _even(extents: list[Any], width: int) -> int:
+    """Threads of a block so that all blocks are full; 0 if there is no such number, or none that is large enough."""
+    from tvm import tirx
+
+    known = [int(extent) if isinstance(extent, tirx.IntImm) else None for extent in extents]
+    assert known[-1] is not None
+    count = known[-1] // width
+    for extent in reversed(known[:-1]):
+        if extent is None:
+            break
+        count *= extent
+    fitting = [number for number in range(WARP, THREADS + 1) if count % number == 0]
+    return max(fitting, key=lambda number: (number % WARP == 0, number), default=0)
 
 
 def _through_registers(built: Any, block: Any, thread: Any, cached: list[int]) -> None:
@@ -80,15 +100,13 @@ def _found(kind: Any, body: Any) -> list[Any]:
     return found
 
 
-def _only_moves(tvm: Any, body: Any, last: Any) -> bool:
-    """Whether elements are moved and nothing is computed of them, neighbours from one row."""
-    value = body.value
-    if not isinstance(value, tvm.ir.TensorLoad):
-        return False
-    return not any(_uses(tvm, load, last) for index in value.indices for load in _loads(tvm, index))
+def _only_moves(tvm: Any, block: Any, width: int) -> bool:
+    """Whether elements are moved and nothing is computed of them, neighbours from neighbours."""
+    value = block.body.value
+    return isinstance(value, tvm.ir.TensorLoad) and _is_vector(tvm, value, block.iter_vars[-1].var, width)
 
 
-def _in_order(tvm: Any, block: Any) -> list[int]:
+def _in_order(tvm: Any, block: Any, width: int) -> list[int]:
     """The inputs that are read at one place, at neighbours for neighbours of the output."""
     import tvm_ffi
 
@@ -98,15 +116,35 @@ def _in_order(tvm: Any, block: Any) -> list[int]:
     found = []
     for index, region in enumerate(block.reads):
         loads = [load for load in _loads(tvm, block.body) if load.source.same_as(region.source)]
-        if not loads or not len(loads[0].indices):
+        if not loads or not all(tvm_ffi.structural_equal(load.indices, loads[0].indices, True) for load in loads[1:]):
             continue
-        if not all(tvm_ffi.structural_equal(load.indices, loads[0].indices, True) for load in loads[1:]):
-            continue
-        *outer, inner = loads[0].indices
-        moving = [_uses(tvm, item, last) or bool(_loads(tvm, item)) for item in outer]
-        if inner.same_as(last) and not any(moving):
+        where = loads[0].indices
+        if len(where) and not any(_loads(tvm, item) for item in where) and _is_vector(tvm, loads[0], last, width):
             found.append(index)
     return found
+
+
+def _is_vector(tvm: Any, load: Any, last: Any, width: int) -> bool:
+    """Whether neighbours along an axis read neighbours, the first of them at a multiple of `width`."""
+    import tvm_ffi
+
+    if not len(load.indices):
+        return False
+    *outer, inner = load.indices
+    row = load.source.ty.shape[-1]
+    if any(_uses(tvm, index, last) for index in outer) or _loads(tvm, inner):
+        return False
+    if outer and not (isinstance(row, tvm.tirx.IntImm) and int(row) % width == 0):
+        return False
+
+    def without(item: Any) -> Any:
+        return tvm.tirx.IntImm(str(item.ty.dtype), 0) if item.same_as(last) else item
+
+    analyzer = tvm.sym.Analyzer()
+    first = analyzer.simplify(tvm_ffi.structural_map(inner, (tvm.ir.Var, without), order="post"))
+    if not tvm_ffi.structural_equal(analyzer.simplify(inner - first), last, True):
+        return False
+    return bool(analyzer.can_prove_equal(tvm.tirx.floormod(first, width), 0))
 
 
 def _uses(tvm: Any, expression: Any, var: Any) -> bool:
