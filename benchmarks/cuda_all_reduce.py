@@ -140,6 +140,12 @@ class Worker:
         dtype = torch.float32 if self.cpu else torch.float16
         return torch.randn(sizes, generator=generator, device=self.device, dtype=dtype)
 
+    def agreed(self, number: float) -> float:
+        """The mean over the ranks, which decide alike by it."""
+        tensor = torch.tensor([number], device=self.device)
+        self.reducer.begin(tensor)()
+        return tensor.item() / RANKS_HERE
+
     def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """The call as a CUDA graph."""
         stream = torch.cuda.Stream()
@@ -269,7 +275,7 @@ def work(rank: int, folder: Path, options: argparse.Namespace) -> None:
     with torch.no_grad():
         for call, rows in ((parts, sizes), (stack, stacks)):
             for row in rows:
-                if time.monotonic() - begun > options.seconds:
+                if worker.agreed(time.monotonic() - begun) > options.seconds:
                     break
                 try:
                     found.append(call(worker, *row, 9 if row[0] > 8192 else 21))  # type: ignore[operator]
@@ -330,7 +336,8 @@ def main() -> None:
         command = [sys.executable, *sys.argv, "--folder", made]
         ranks = [subprocess.Popen([*command, "--rank", str(n)], env=os.environ) for n in range(RANKS_HERE)]
         try:
-            while all(p.poll() is None for p in ranks) or not all(p.poll() is not None for p in ranks):
+            last = time.monotonic() + options.seconds + 30
+            while any(p.poll() is None for p in ranks) and time.monotonic() < last:
                 if any(p.poll() not in (None, 0) for p in ranks):
                     break  # the other would wait for it for ever
                 time.sleep(0.1)

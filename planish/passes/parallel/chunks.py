@@ -43,13 +43,13 @@ class Chunker:
     chunks: int
     first: ir.Node
     _known: dict[object, Bounds] = field(default_factory=dict)
-    _constants: dict[int, ir.Value] = field(default_factory=dict)
+    _constants: dict[tuple[int, ...], ir.Value] = field(default_factory=dict)
 
-    def number(self, value: int) -> ir.Value:
-        """A constant of shape (1,)."""
-        if value not in self._constants:
-            self._constants[value] = self.editor.constant(self.graph, np.array([value], np.int64), f"chunk_{value}")
-        return self._constants[value]
+    def number(self, *values: int) -> ir.Value:
+        """A constant of one axis, the same for all who ask for these numbers."""
+        if values not in self._constants:
+            self._constants[values] = self.editor.constant(self.graph, np.array(values, np.int64), "chunk_sizes")
+        return self._constants[values]
 
     def bounds(self, value: ir.Value, axis: int) -> Bounds:
         """Of the size of `value` along `axis`."""

@@ -73,11 +73,13 @@ def tensor_parallel(program: Program, ranks: int) -> TensorParallel:
 def _share(program: Program, rank: int, ranks: int) -> TensorParallel:
     """The program of one rank."""
     from planish.ir.infer import infer_shapes
+    from planish.ir.names import ensure_names
 
     mine = program.clone()
     mine.calibration = None
     mine.provenance |= {RANK: str(rank), RANKS: str(ranks)}
     for model in mine.entries.values():
+        ensure_names(model)
         infer_shapes(model)
     editor, memo = Editor(mine, _NAME), Memo()
     networks, declined = _networks(mine, ranks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from planish.ir.errors import InputError
@@ -217,7 +216,11 @@ def _chunk(maker: Chunker, site: _Site, bounds: Bounds, index: int, past: tuple[
             domain=node.domain,
             name=maker.editor.names.fresh(f"{node.name}_chunk"),
             version=node.version,
+            # ONNX Runtime's Attention takes no past without giving it back.
+            num_outputs=3 if len(inputs) > 4 and node is site.attention else 1,
         )
+        for value in copy.outputs[1:]:
+            value.name, value.type = maker.editor.names.fresh("unused_present"), node.outputs[0].type
         made, old = copy.outputs[0], node.outputs[0]
         made.name = maker.editor.names.fresh(f"{old.name}_chunk")
         made.type, made.shape = old.type, resized(old, 1, size)
@@ -266,7 +269,7 @@ def _past(maker: Chunker, site: _Site) -> tuple[ir.Value, ...]:
     for value in node.inputs[1:3]:
         dims = dims_of(value)
         assert value is not None and dims is not None and isinstance(dims[-1], int)
-        sizes = maker.editor.constant(maker.graph, np.array([0, 0, heads, dims[-1] // heads], np.int64), "by_head")
+        sizes = maker.number(0, 0, heads, dims[-1] // heads)
         apart = maker.editor.node(site.reduce, "Reshape", [value, sizes])
         apart.type, apart.shape = value.type, ir.Shape([*dims[:2], heads, dims[-1] // heads])
         turned = maker.editor.node(site.reduce, "Transpose", [apart], {"perm": [0, 2, 1, 3]})
