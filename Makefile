@@ -94,7 +94,9 @@ bench-precision: $(STAMP)
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py
 
-# The environment is made again only when the requirements change.
+# The environment is made again only when the requirements change. pip compiles all modules on one core, a minute; here
+# every core does, and the models of transformers wait until one is used.
+unexport PYTHONDONTWRITEBYTECODE
 $(STAMP): pyproject.toml constraints.txt
 	@python=$$(for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
 	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done); \
@@ -103,7 +105,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "$$python has no venv module; on Debian and Ubuntu: apt install python3-venv." >&2; exit 1; fi; \
 	echo "Setting up $(VENV) with $$($$python --version) (once; about 2 GB)"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m compileall -q -j 0 -x '/transformers/models/|/tests?/' $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 clean:
