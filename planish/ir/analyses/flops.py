@@ -25,7 +25,7 @@ Rule = Callable[[ir.Node, Sizes], int]
 _PER_OUTPUT = {
     1: "Add Sub Mul Div Neg Abs Min Max Relu Sqrt Reciprocal Ceil Floor Round Sign Clip Mod Not And Or Xor Equal "
     "Greater GreaterOrEqual Less LessOrEqual Where IsNaN IsInf BitShift BitwiseAnd BitwiseOr BitwiseXor BitwiseNot "
-    "PRelu LeakyRelu ThresholdedRelu Sum Mean CumSum Trilu Shrink",
+    "PRelu LeakyRelu ThresholdedRelu Sum Mean CumSum Trilu Shrink com.microsoft::AllReduce",
     4: "Exp Log Pow HardSigmoid HardSwish BatchNormalization QuantizeLinear DequantizeLinear Sin Cos "
     "DynamicQuantizeLinear FusedConvAdd",
     6: "Sigmoid Softplus Softsign Elu Selu Celu Tan RotaryEmbedding com.microsoft::RotaryEmbedding",

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import planish
 from planish.ir import processor
 from planish.ir.errors import InputError, PlanishError
 from planish.ir.program import Program
@@ -145,6 +146,12 @@ def test_without_instructions_for_it_weights_keep_seven_bits(monkeypatch):
     codes = program.entry(program.default_entry).graph.initializers["w_codes"].const_value.numpy()
     assert np.abs(codes).max() == 63 and "weights keep 7 bits" in result.notes[0]
     assert error(Quantize(), model("y = MatMul(x, w)"), x=normal(2, 5, K)) < 0.03
+
+
+def test_the_report_says_that_weights_keep_seven_bits(monkeypatch):
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2", "fma"}))
+    exe = planish.optimize(model("y = MatMul(x, w)"), approximate="quantize", budget=planish.Budget(gates=False))
+    assert any("weights keep 7 bits" in text for text in exe.report.remarks())
 
 
 @pytest.mark.parametrize(
