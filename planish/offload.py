@@ -1,17 +1,35 @@
-"""The driver of memory budgets: a captured decoder is cut along its layers, and its parts are lowered."""
+"""The driver of memory budgets: a decoder is captured once, cut along its layers, and lowered part by part."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 
+from planish.ir.budget import Budget
+from planish.ir.causal_lm import DECODE, IDS, PREFILL, CausalLM
+from planish.ir.errors import InputError
 from planish.ir.program import Program
 from planish.ir.target import Target
-from planish.passes.base import PassContext
-from planish.passes.defaults import lowering
+from planish.passes.base import ApproximatePass, Pass, PassContext
+from planish.passes.defaults import RECOGNIZE, lowering
 from planish.passes.manager import PassManager
-from planish.passes.pipeline import parse_pipeline
+from planish.passes.pipeline import as_passes, parse_pipeline
+from planish.runtime.executable import Executable
+from planish.runtime.offload.account import size_text
+from planish.runtime.offload.device import Device
+from planish.runtime.offload.engine import Engine
 from planish.runtime.offload.pieces import Lower
+from planish.runtime.offload.plan import Plan, Request
+from planish.runtime.offload.rates import measure_rates
+from planish.runtime.offload.runner import BudgetRunner
 from planish.runtime.offload.split import Split, split_decoder
+
+#: What makes weights smaller, least first: tried in this order if the error budget allows.
+_LOWER_PRECISION = ("float16", "quantize-weights")
 
 
 def lower_for(target: Target) -> Lower:
@@ -33,3 +51,108 @@ def split_for(decode: ir.Model, target: Target) -> Split:
         UnsupportedError: it can not be cut along its layers.
     """
     return split_decoder(decode, lower_for(target))
+
+
+def optimize_budgeted(
+    model: Any,
+    target: Target,
+    *,
+    task: str | CausalLM,
+    passes: str | Sequence[Pass] | None = None,
+    approximate: str | Sequence[Pass] | None = None,
+    budget: Budget | None = None,
+    device: Device | None = None,
+    **options: Any,
+) -> Executable:
+    """`planish.optimize` for a causal language model whose target has ``memory=``.
+
+    The program is captured, recognized and compared on the CPU, where the whole model has room. If its weights do not
+    fit and the budget has an error, float16 and quantized weights are tried, and kept where the error allows. Then it
+    is cut along its layers; what goes where is planned for each generation.
+
+    Args:
+        passes, approximate: as for `optimize`; they run before the program is cut.
+        device: None: the GPU of the target.
+        options: of `optimize`.
+
+    Raises:
+        MemoryBudgetError: even the calibration's prompts do not fit.
+    """
+    from planish.driver import optimize
+
+    wanted = replace(CausalLM.parse(task), chunks=True)
+    pipeline = as_passes(",".join(RECOGNIZE) if passes is None else passes)
+    early = as_passes(approximate or [])
+    if late := [p.name for p in early if not isinstance(p, ApproximatePass) or p.lowered]:
+        raise InputError(f"'{late[0]}' can not run on a program that a memory budget will cut; leave it out.")
+    host = Target("ort", "cpu", threads=target.threads)
+    # Gains on the CPU say nothing of the GPU: nothing is rolled back for them.
+    limits = replace(budget or Budget(), min_gain=0.0)
+    exe = optimize(model, host, task=wanted, passes=[*pipeline, *early], budget=limits, **options)
+    assert exe.program is not None and exe.report is not None
+    program, notes = exe.program, exe.report.ledger.notes
+    own = device or _gpu(target)
+    program, engine = _smaller(program, target, own, limits, notes)
+    runner = BudgetRunner(engine)
+    plan = _check(engine, program)
+    notes += plan.table().splitlines()
+    return Executable(
+        program, {PREFILL: runner}, report=exe.report, pipeline=exe.pipeline, provenance=exe.provenance, target=target
+    )
+
+
+def _gpu(target: Target) -> Device:
+    from planish.runtime.offload.cuda_device import CudaDevice
+
+    return CudaDevice(target.memory, target)
+
+
+def _engine(program: Program, target: Target, device: Device) -> Engine:
+    split = split_for(program.entries[DECODE], target)
+    engine = Engine(split, device, target)
+    engine.rates = measure_rates(engine.parts, device)
+    return engine
+
+
+def _smaller(
+    program: Program, target: Target, device: Device, budget: Budget, notes: list[str]
+) -> tuple[Program, Engine]:
+    """The program in the first precision in which its weights fit, of those that the error budget allows."""
+    engine = _engine(program, target, device)
+    if budget.error is None or budget.metric is not None or not budget.gates:
+        return program, engine
+    for name in _LOWER_PRECISION:
+        size = engine.parts.facts().weights
+        if device.account.limit is None or size <= device.account.limit:
+            break
+        candidate = program.clone()
+        result = PassManager(as_passes(name)).apply(candidate, PassContext(target))
+        if not result.modified:
+            continue
+        error = _error(program, candidate, target)
+        if not error <= budget.error:
+            notes.append(f"{name} was taken back: error {error:.2g} > {budget.error:.2g}")
+            continue
+        program, engine = candidate, _engine(candidate, target, device)
+        now = size_text(engine.parts.facts().weights)
+        notes.append(f"{name} for the memory budget: weights {size_text(size)} → {now}, error {error:.2g}")
+    return program, engine
+
+
+def _error(before: Program, after: Program, target: Target) -> float:
+    """Relative L2 of the logits of the calibration prompts, on the CPU."""
+    from planish.ir.causal_lm import LOGITS
+    from planish.ir.compare import compare_outputs
+    from planish.runtime.bench import Bench
+
+    bench = Bench(Target("ort", "cpu", threads=target.threads), before.calibration)
+    wanted, got = bench.run_entry(before, PREFILL), bench.run_entry(after, PREFILL)
+    pairs = zip(wanted, got, strict=True)
+    return max(compare_outputs({LOGITS: a[LOGITS]}, {LOGITS: b[LOGITS]}).relative_l2 for a, b in pairs)
+
+
+def _check(engine: Engine, program: Program) -> Plan:
+    """The plan for the calibration's first prompts and one token after them."""
+    calibration = program.calibration
+    shape = (1, 1) if calibration is None else np.shape(calibration.batches[0][IDS])
+    return engine.plan(Request(int(shape[0]), int(shape[1]), 2))

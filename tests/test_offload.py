@@ -1,0 +1,70 @@
+"""`optimize` with a memory budget, on a simulated device: the same tokens, in lower precision if the error allows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from planish.ir.budget import Budget
+from planish.ir.errors import InputError, UnsupportedError
+from planish.ir.target import Target
+from planish.offload import optimize_budgeted
+from planish.runtime.executable import Executable
+from planish.runtime.offload.account import MemoryBudgetError
+from planish.runtime.offload.device import HostDevice
+from tests.causal_models import causal_model, greedy, prompts
+
+TARGET = Target.parse("ort-cuda:sm_80,threads=1,memory=1MiB")
+
+
+def budgeted(limit: int, budget: Budget | None = None) -> tuple[Executable, HostDevice]:
+    device = HostDevice(limit)
+    given = budget or Budget(gates=False)
+    return optimize_budgeted(causal_model("Llama"), TARGET, task="causal-lm", budget=given, device=device), device
+
+
+def test_generate_under_a_budget_is_that_of_transformers() -> None:
+    exe, device = budgeted(90_000)
+    ids, mask = prompts(3, 11)
+    tokens = exe.generate(ids, 6, attention_mask=mask)
+    np.testing.assert_array_equal(tokens, greedy(causal_model("Llama"), ids, mask, 6))
+    assert device.account.peak <= 90_000
+    plan = exe.runners["prefill"].plan  # type: ignore[attr-defined]
+    assert plan.streamed()
+    assert exe.report is not None and any("on the device, planned of" in note for note in exe.report.ledger.notes)
+    logits = exe.run({"input_ids": ids[:1], "lengths": np.array([11])})["logits"]
+    assert logits[0].argmax() == tokens[0, 11]
+
+
+def test_what_does_not_fit_is_an_error_in_words() -> None:
+    with pytest.raises(MemoryBudgetError, match=r"take at least .* more than the budget of 20 KiB"):
+        budgeted(20_000)
+    exe, _ = budgeted(90_000)
+    with pytest.raises(MemoryBudgetError, match=r"64 x \(11 \+ 20\) tokens take at least"):
+        exe.generate(np.full((64, 11), 7), 20)
+    ids = np.full((1, 4), 7)
+    assert exe.generate(ids, 2).shape == (1, 6)  # goes on
+
+
+def test_weights_get_a_lower_precision_where_the_error_allows() -> None:
+    limit = 60_000
+    exact, _ = budgeted(limit, Budget(error=1e-9, seconds=0.5))
+    assert exact.report is not None and any("float16 was taken back: error" in n for n in exact.report.ledger.notes)
+    smaller, device = budgeted(limit, Budget(error=0.02, seconds=0.5))
+    assert smaller.report is not None
+    assert any(note.startswith("float16 for the memory budget: weights") for note in smaller.report.ledger.notes)
+    ids, mask = prompts(2, 9)
+    tokens = smaller.generate(ids, 4, attention_mask=mask)
+    plan = smaller.runners["prefill"].plan  # type: ignore[attr-defined]
+    assert not plan.streamed() and device.account.peak <= limit
+    np.testing.assert_array_equal(tokens, greedy(causal_model("Llama"), ids, mask, 4))
+
+
+def test_what_can_not_be_exported_or_cut_says_so() -> None:
+    exe, _ = budgeted(90_000)
+    with pytest.raises(UnsupportedError, match="memory budget"):
+        exe.export("nowhere")
+    with pytest.raises(InputError, match="can not run on a program that a memory budget will cut"):
+        optimize_budgeted(
+            causal_model("Llama"), TARGET, task="causal-lm", approximate="fuse-gelu", device=HostDevice(90_000)
+        )
