@@ -92,6 +92,13 @@ def optimize(
     target, budget = _implemented(Target.parse(target)), budget if budget is not None else Budget()
     if not isinstance(budget, Budget):
         raise InputError(f"budget is a {type(budget).__name__}; give planish.Budget(error=..., seconds=...).")
+    if target.name == "ort-cuda" and target.memory is not None and task is not None:
+        from planish.offload import optimize_budgeted
+
+        return optimize_budgeted(
+            model, target, task=task, passes=passes, approximate=approximate, budget=budget, hooks=hooks,
+            example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration,
+        )  # fmt: skip
     elsewhere = _is_elsewhere(target, budget)
     pipeline = resolve_pipeline(passes, target, approximate)
     hooks.progress("reading the model")
