@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.ir.graphs import constant_array, constant_tensor, is_op
+from planish.ir.graphs import constant_tensor, is_op
 from planish.passes.base import Decline
 from planish.passes.fusion.mask_values import ALMOST_LOWEST
 from planish.passes.fusion.sizes import sizes
+from planish.passes.lowering.known_values import known_array
 from planish.passes.lowering.mask_parts import MaskParts, mask_parts
 from planish.passes.lowering.weights import is_matrix, is_vector
 from planish.passes.registry import register
@@ -86,7 +87,7 @@ def _parts(node: ir.Node) -> MaskParts:
         return MaskParts()
     q, k = (sizes(value) for value in node.inputs[:2])
     assert q is not None and k is not None
-    array = constant_array(mask, _MOST)
+    array = known_array(mask, _MOST)
     if array is not None and array.ndim >= 2:
         seen = array if array.dtype == bool else array == 0
         absorbing = _LOW_HALF if array.dtype == np.float16 else ALMOST_LOWEST
@@ -199,7 +200,7 @@ def _rotation(value: ir.Value) -> _Rotation | None:
     node = value.producer()
     if not is_op(node, "RotaryEmbedding") or node is None or len([v for v in node.inputs if v is not None]) != 3:
         return None
-    tables = [constant_array(table, _MOST) for table in node.inputs[1:3]]
+    tables = [known_array(table, _MOST) for table in node.inputs[1:3]]
     x = node.inputs[0]
     if x is None or node.attributes.get_int("rotary_embedding_dim"):
         return None
