@@ -1,4 +1,4 @@
-"""Values that follow from constants and are too large, or not exact enough, to be folded: masks and tables of angles."""
+"""Values that follow from constants, and are too large or not exact enough to be folded: masks, tables of angles."""
 
 from __future__ import annotations
 
