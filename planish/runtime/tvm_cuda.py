@@ -52,7 +52,8 @@ def compile_tvm_cuda(model: ir.Model, target: Target) -> TvmCudaRunner:
     graph = model.graph
     inputs = [TensorSpec.of(v) for v in graph.inputs if v.name not in graph.initializers]
     outputs = [TensorSpec.of(v) for v in graph.outputs]
-    compiled = build(model, inputs, target.arch)
+    known = all(isinstance(size, int) for spec in inputs for size in spec.shape or (None,))
+    compiled = build(model, inputs, target.arch, graph=known and target.graphs != 0)
     needs = Needs(
         gpus=1,
         code=compiled.codes.names,
@@ -91,7 +92,7 @@ def require(target: Target, machine: Machine | None = None) -> None:
     Raises:
         UnsupportedError: there is none; says why.
     """
-    code = (target.arch,) if target.arch else ()
+    code = (target.arch, target.arch.rstrip("af").replace("sm_", "compute_")) if target.arch else ()
     if reason := lacking(Needs(gpus=1, cuda=CUDA, code=code), machine):
         raise UnsupportedError(f"target '{target}' {reason}.")
 

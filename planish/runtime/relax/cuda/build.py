@@ -61,11 +61,12 @@ class CudaProgram:
                 ) from error
 
 
-def build(model: ir.Model, inputs: Sequence[TensorSpec], arch: str | None) -> CudaProgram:
+def build(model: ir.Model, inputs: Sequence[TensorSpec], arch: str | None, graph: bool = False) -> CudaProgram:
     """Compiles the graph of a model.
 
     Args:
         arch: the only architecture to compile for; None: all of :data:`assemble.ARCHITECTURES`, and PTX.
+        graph: run what does not read the inputs directly as one CUDA graph; needs sizes that are known.
 
     Raises:
         UnsupportedError: an operator, dtype or form that has no code; TVM or nvcc is not installed.
@@ -84,12 +85,15 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], arch: str | None) -> Cu
     module, _ = translator.function(model.graph, inputs)
     plan = _Plan(translator)
     target = device.target()
-    with assembling(codes), tvm.transform.PassContext(opt_level=3), target:
+    config = {"relax.backend.use_cuda_graph": graph}
+    # What lies behind the inputs is the same in each run, as a graph asks of what it reads.
+    module["main"] = module["main"].with_attr("num_input", len(inputs))
+    with assembling(codes), tvm.transform.PassContext(opt_level=3, config=config), target:
         module = relax.transform.DeadCodeElimination()(module)
         module = schedule_module(module, device.schedule)
         module[CHECK] = translator.check()
         try:
-            executable = tvm.compile(module, target=target, relax_pipeline=lowering(plan.pass_()))
+            executable = tvm.compile(module, target=target, relax_pipeline=lowering(plan.pass_(), relax.transform.RewriteCUDAGraph()))
         except tvm.error.InternalError as error:
             raise UnsupportedError(f"TVM {tvm.__version__} does not compile the program: {last_line(error)}") from error
     return CudaProgram(executable, weights_of(translator.parameters), codes, plan.planned, device)
