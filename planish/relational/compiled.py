@@ -170,7 +170,7 @@ class CompiledProgram:
         if self.device == "cuda":
             from planish.runtime.cuda.relational.engine import CudaEngine
 
-            kernels = lower(optimized, scatter=not self.deterministic, canonical=rows.canonical)
+            kernels = lower(optimized, scatter=not self.deterministic, canonical=rows.canonical, recompute=True)
             return CudaEngine(kernels, self.deterministic)
         lowered = choose(
             lower(optimized, scatter=self.threads == 1, canonical=rows.canonical), rows, self.threads, **self.schedule
@@ -243,6 +243,15 @@ class _State:
         self.options = options
         self.graphs = GraphCache()
         self.programs: dict[Program, CompiledProgram] = {}
+        #: By identity, since to hash a program takes as long as to start its kernels; readers keep their programs.
+        self._seen: dict[int, tuple[Program, CompiledProgram]] = {}
+
+    def compiled(self, program: Program) -> CompiledProgram:
+        found = self._seen.get(id(program))
+        if found is None:
+            made = self.programs.setdefault(program, CompiledProgram(program, **self.options))
+            found = self._seen[id(program)] = (program, made)
+        return found[1]
 
     def __deepcopy__(self, memo: Any) -> _State:
         made = _State(self.options)
@@ -257,9 +266,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     state: _State = self.__dict__["_planish_state"]
     call = read_call(self, *args, **kwargs)
     graph = state.graphs.get(call.edge_index, call.edge_type, call.node_counts, call.num_edge_types, call.type_ends)
-    if call.program not in state.programs:
-        state.programs[call.program] = CompiledProgram(call.program, **state.options)
-    return call.result(state.programs[call.program].run(graph, call.operands))
+    return call.result(state.compiled(call.program).run(graph, call.operands))
 
 
 @functools.cache

@@ -98,9 +98,8 @@ def check_plain(module: Any) -> str:
         UnsupportedError: hooks, explanations or a decomposition, which an opaque layer would pass by.
     """
     name = type(module).__name__
-    # PyG keeps those of its own kind in dicts such as _message_forward_pre_hooks.
-    kinds = ("_propagate", "_message", "_aggregate", "_edge_update")
-    if any(hooks for key, hooks in vars(module).items() if key.startswith(kinds) and key.endswith("_hooks")):
+    held = vars(module)
+    if any(held.get(key) for key in _HOOKS):
         raise UnsupportedError(f"{name}: it has hooks on its messages, which a compiled layer would not call.")
     if getattr(module, "explain", None):
         raise UnsupportedError(f"{name}: explanations need PyG's own forward; set module.explain = False.")
@@ -110,6 +109,12 @@ def check_plain(module: Any) -> str:
     return name
 
 
+#: Where PyG keeps hooks of its own kind.
+_HOOKS = tuple(
+    f"_{kind}_forward{when}_hooks"
+    for kind in ("propagate", "message", "aggregate", "message_and_aggregate", "edge_update")
+    for when in ("", "_pre")
+)
 #: Layers whose parameters were looked at; there may be hundreds of them. Dtypes are checked again when they are used.
 _CHECKED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -179,7 +184,13 @@ def aggregation(module: Any, name: str, allowed: Mapping[str, str]) -> str:
 
 def first_rows(count: Any) -> Callable[[Sequence[Tensor]], Tensor]:
     """The first `count` rows of the only output."""
-    return lambda outputs: outputs[0][:count]
+
+    def rows(outputs: Sequence[Tensor]) -> Tensor:
+        y = outputs[0]
+        known = type(count) is int and type(y.shape[0]) is int  # not while sizes are symbols
+        return y if known and y.shape[0] == count else y[:count]  # the gradient of a slice is a copy
+
+    return rows
 
 
 def _differ(a: Any, b: Any) -> bool:

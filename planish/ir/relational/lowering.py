@@ -28,7 +28,7 @@ from planish.ir.relational.prepared import is_product, prepare
 _TRIES = 12
 
 
-def lower(program: Program, *, scatter: bool = True, canonical: bool = True) -> Lowered:
+def lower(program: Program, *, scatter: bool = True, canonical: bool = True, recompute: bool = False) -> Lowered:
     """The kernels of a verified program.
 
     Args:
@@ -36,11 +36,13 @@ def lower(program: Program, *, scatter: bool = True, canonical: bool = True) -> 
         scatter: kernels may add rows to those of other domains as they come. Tiles then run one after the other;
             without it, all kernels but outer products can run on several threads.
         canonical: all edges of a type join nodes of the same two types, in every graph that this is for.
+        recompute: what is made of one long value in memory, such as a scaled row, is made again by each kernel that
+            reads it, and not kept.
 
     Raises:
         UnsupportedError: a reduction that no kernel can do (a maximum over rows that graphs do not list).
     """
-    return _Lowering(prepare(program, canonical), scatter).run()
+    return _Lowering(prepare(program, canonical), scatter, recompute).run()
 
 
 class _Lowering(Placement):

@@ -17,6 +17,8 @@ REDUCTIONS = frozenset(("sum", "mean", "max_rows", "min_rows"))
 ALIASES = frozenset(("reshape", "copy"))
 #: Numbers of a value that is computed again rather than kept in memory.
 CHEAP = 8
+#: Operators on one long value that are computed again rather than kept in memory, where that is asked for.
+_LIGHT = frozenset(("neg", "abs", "relu", "leaky_relu", "step", "add", "sub", "mul", "div"))
 
 
 class Placement(ABC):
@@ -30,8 +32,8 @@ class Placement(ABC):
         given_order: values by edge that are in the order of the given edges.
     """
 
-    def __init__(self, prepared: Prepared, scatter: bool) -> None:
-        self.prepared, self.scatter = prepared, scatter
+    def __init__(self, prepared: Prepared, scatter: bool, recompute: bool = False) -> None:
+        self.prepared, self.scatter, self.recompute = prepared, scatter, recompute
         self.program = prepared.program
         self.variables: dict[str, Variable] = self.program.variables()
         self.defs: dict[str, Op] = self.program.definitions()
@@ -117,7 +119,7 @@ class Placement(ABC):
             return True
         if not self._waits(op) or op.kind in (*REDUCTIONS, "linear", "dot", "exp", "edge_softmax"):
             return False
-        cheap = math.prod(op.result.shape) <= CHEAP or op.kind in ALIASES
+        cheap = math.prod(op.result.shape) <= CHEAP or op.kind in ALIASES or self._light(op)
         return cheap and all(
             name in self.memory
             or name in self.aliases
@@ -125,6 +127,10 @@ class Placement(ABC):
             or self.defs[name].kind == "constant"
             for name in op.reads
         )
+
+    def _light(self, op: Op) -> bool:
+        long = [name for name in op.reads if math.prod(self.variables[name].shape) > CHEAP]
+        return self.recompute and op.kind in _LIGHT and len(long) <= 1
 
     def _local_level(self, kernel: Building, domain: Domain, over: Domain, end: str, level: str) -> str | None:
         """Where the kernel itself could compute a value that is read at `level`: "row", "inner", or not at all."""

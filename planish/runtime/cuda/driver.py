@@ -109,6 +109,23 @@ def device(index: int = 0) -> Device:
     return Device(10 * attribute(_MAJOR) + attribute(_MINOR), attribute(_PROCESSORS), attribute(_SHARED_OPTIN))
 
 
+@functools.cache
+def _primary(index: int) -> ctypes.c_void_p:
+    """The context that torch, and the CUDA runtime, use on a GPU."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    check(library().cuDeviceGet(ctypes.byref(handle), index), f"GPU {index}")
+    check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), f"the context of GPU {index}")
+    return context
+
+
+def enter(index: int) -> None:
+    """Makes a context current in a thread that has none yet, such as those of torch's backward passes."""
+    context = ctypes.c_void_p()
+    check(library().cuCtxGetCurrent(ctypes.byref(context)), "asking for the context")
+    if not context.value:
+        check(library().cuCtxSetCurrent(_primary(index)), f"entering the context of GPU {index}")
+
+
 class Module:
     """Loaded kernels, in the context that is current when this is made (torch makes that of its device current)."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ def plain(inputs: int, outputs: int) -> rel.Program:
 
 
 def engine(program: rel.Program, deterministic: bool = False) -> CudaEngine:
-    return CudaEngine(lower(rel.run_passes(program).program, scatter=not deterministic), deterministic)
+    return CudaEngine(lower(rel.run_passes(program).program, scatter=not deterministic, recompute=True), deterministic)
 
 
 # ---- text
@@ -101,9 +103,9 @@ def test_items_of_work() -> None:
     pointers = np.array([0, 0, 5, 700, 701, 701])
     work, starts = items(pointers, 64, 1, 4)
     assert starts.tolist() == [0, 0, 1, 12, 13, 13]
-    rows = np.concatenate([np.arange(b, e) for _, b, e in work])
-    assert (rows == np.arange(701)).all() and (np.diff(work[:, 1:]) <= 64).all()
-    assert items(np.array([0, 10**6]), 64, 1, 4)[0][0].tolist() == [0, 0, 256]
+    rows = np.concatenate([np.arange(b, e) for _, b, e, _ in work])
+    assert (rows == np.arange(701)).all() and (np.diff(work[:, 1:3]) <= 64).all()
+    assert items(np.array([0, 10**6]), 64, 1, 4)[0][0].tolist() == [0, 0, 256, 0]
     empty, starts = items(np.array([0]), 64, 1, 4)
     assert len(empty) == 0 and starts.tolist() == [0]
 
@@ -199,3 +201,20 @@ def test_a_stream_and_a_graph() -> None:
     x.mul_(2)
     captured.replay()
     torch.testing.assert_close(z, 2 * y, rtol=1e-5, atol=1e-5)
+
+
+@gpu
+def test_the_form_for_turing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its PTX on the GPU at hand: products without tensor cores, vectors that are added number by number."""
+
+    def compiled(name: str, text: str, arch: str) -> bytes:
+        (tmp_path / f"{name}.cu").write_text(text)
+        return toolchain.fatbin(f"{name}.cu", architectures=(), ptx="compute_75", folder=tmp_path)
+
+    monkeypatch.setattr(cache, "_loaded", {})
+    monkeypatch.setattr(cache, "compiled", compiled)
+    for program in (rgcn(64, 64), rgat(9, 7, 3)):
+        both = differentiate(rel.run_passes(program).program, tuple(v.name for v in program.arguments))
+        for part in (both.forward, both.backward):
+            for label in ("typed", "hub"):
+                compare(part, engine(part), GRAPHS[label], f"{program.name} {label}", 5e-5)

@@ -15,7 +15,7 @@ from planish.ir.relational.graph import Graph
 from planish.ir.relational.intra import Kernel, Lowered, View
 from planish.runtime.cuda import cache, driver
 from planish.runtime.cuda.relational.generate import generate
-from planish.runtime.cuda.relational.text import THREADS, Generated, header
+from planish.runtime.cuda.relational.text import LONG, THREADS, Generated, header
 from planish.runtime.cuda.relational.work import items
 from planish.runtime.relational.engine import Memory, full_shape
 from planish.runtime.relational.plan import Place, elements, merged_starts, place_values
@@ -41,6 +41,17 @@ class Call:
         for slot, base, offset in self.bound:
             self.slots[slot] = addresses[base] + offset
         self.function.launch_prepared(self.grid, THREADS, stream, self.pointers)
+
+
+@dataclass
+class _Work:
+    """Items of work on the GPU, how many, of how many segments, and which rows these are if not all."""
+
+    items: torch.Tensor
+    starts: torch.Tensor
+    count: int
+    segments: int
+    listed: torch.Tensor | None = None
 
 
 @dataclass
@@ -122,6 +133,7 @@ class CudaEngine:
 
         device = next(iter(arguments.values())).device
         with torch.cuda.device(device):
+            driver.enter(device.index or 0)
             given = {name: _aligned(tensor.detach()) for name, tensor in arguments.items()}
             plan = self.plan(graph, device)
             made = [name for name in self.lowered.outputs if name not in given]
@@ -223,8 +235,10 @@ class _Planner:
         self.used[name] = found
         return found
 
-    def _work(self, g: Generated) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """The items of a kernel, and how many segments they are of."""
+    def _work(self, g: Generated) -> _Work | None:
+        """The items of a kernel."""
+        if g.long is not None:
+            return self._long(g.long)
         if g.segments is None:
             return None
         rows = self.graph.rows(g.kernel.rows)
@@ -234,29 +248,40 @@ class _Planner:
         unit = g.item_rows if linear else 64
         key = f"{g.segments or g.kernel.rows} by {unit} up to {most}"
         work, starts = items(pointers, unit, self.processors, most)
-        if linear and g.kernel.rows.kind in ("src_pair", "dst_pair"):
-            # Tiles of all types whose rows are of the same nodes run at the same time: these stay in the cache.
+        if g.kernel.rows.kind in ("src_pair", "dst_pair"):
+            # Items of all types whose rows are of the same nodes run at the same time: these stay in the cache.
             node = self.graph.table(f"{g.kernel.rows.kind}_node")
             work = work[np.argsort(node[work[:, 1]], kind="stable")]
             key += " by node"
-        return self._table(f"work {key}", work), self._table(f"items {key}", starts), len(starts) - 1
+        return _Work(self._table(f"work {key}", work), self._table(f"items {key}", starts), len(work), len(starts) - 1)
+
+    def _long(self, table: str) -> _Work | None:
+        """Rows with many inner rows, and the items that these are cut into."""
+        pointers = self.graph.table(table)
+        rows = np.flatnonzero(np.diff(pointers) > LONG)
+        if not len(rows):
+            return None
+        work, starts = items(pointers, 64, self.processors, 4, rows)
+        made = [self._table(f"{name} {table}", a) for name, a in (("long", work), ("parts", starts), ("rows", rows))]
+        return _Work(made[0], made[1], len(work), len(rows), made[2])
 
     def _call(self, g: Generated, module: driver.Module) -> None:
         rows = self.graph.rows(g.kernel.rows)
         work = self._work(g)
-        count, segments = (len(work[0]) // 3, work[2]) if work is not None else (0, 0)
+        count = work.count if work is not None else 0
         self.workspace = max(self.workspace, 4 * count * g.room)
         for launch in g.launches:
             x = {
                 "groups": -(-rows // launch.per),
-                "rows": segments if g.types else rows,
+                "rows": work.segments if work is not None else rows,
+                "listed": work.segments if work is not None else 0,
                 "one": min(rows, 1),
                 "items": count,
             }[launch.grid]
             if not x:
                 continue
             function = module.function(g.symbol + launch.function, launch.shared)
-            slots = (ctypes.c_uint64 * (len(g.values) + len(g.tables) + 4))()
+            slots = (ctypes.c_uint64 * (len(g.values) + len(g.tables) + 5))()
             bound = []
             for slot, name in enumerate(g.values):
                 bound.append((slot, self.places[name].base, self.places[name].offset))
@@ -265,9 +290,10 @@ class _Planner:
                 slots[slot] = self._table(name).data_ptr()
             tail += len(g.tables)
             if work is not None:
-                slots[tail], slots[tail + 1] = work[0].data_ptr(), work[1].data_ptr()
-            bound.append((tail + 2, "", self.arena))
-            slots[tail + 3] = rows
+                slots[tail], slots[tail + 1] = work.items.data_ptr(), work.starts.data_ptr()
+                slots[tail + 2] = work.listed.data_ptr() if work.listed is not None else 0
+            bound.append((tail + 3, "", self.arena))
+            slots[tail + 4] = rows
             pointers = _addresses(slots)
             self.steps.append(Call(function, (x, launch.columns, 1), slots, pointers, bound))
 

@@ -7,7 +7,6 @@ import math
 from planish.ir.errors import UnsupportedError
 from planish.ir.relational.intra import Access, Loop
 from planish.runtime.cuda.relational.group import Group
-from planish.runtime.cuda.relational.rows import Rows
 from planish.runtime.cuda.relational.text import (
     MOST_SHARED,
     THREADS,
@@ -25,6 +24,7 @@ from planish.runtime.cuda.relational.values import Code, Memory
 _WARPS = THREADS // 32
 #: Rows of a step of an outer product, and its most rows and columns in one block.
 _OUTER_ROWS, _OUTER_TILE = 32, 64
+_PREFETCH = "now"
 _MOST_DEPTH, _MOST_COLUMNS = 64, 128
 
 
@@ -59,7 +59,7 @@ def _tile_lines(c: Context, rows: str) -> list[str]:
     return [*lines, "}", "__syncthreads();"]
 
 
-def _prefetch(c: Context, rows: Rows) -> list[str]:
+def _prefetch(c: Context, first: str, rows: str) -> list[str]:
     """Asks for the first of the rows that each row of a tile reads, all at once: what leads there takes as long."""
     lines: list[str] = []
     for item in c.kernel.before:
@@ -73,9 +73,9 @@ def _prefetch(c: Context, rows: Rows) -> list[str]:
         if not wanted:
             continue
         lines += [
-            f"for (int i = threadIdx.x; i < rows_here; i += {THREADS}) {{",
-            f"    const int p = __ldg(t_{item.pointers} + first + i);",
-            f"    if (p < __ldg(t_{item.pointers} + first + i + 1)) {{",
+            f"for (int i = threadIdx.x; i < {rows}; i += {THREADS}) {{",
+            f"    const int p = __ldg(t_{item.pointers} + {first} + i);",
+            f"    if (p < __ldg(t_{item.pointers} + {first} + i + 1)) {{",
             f"        const int e = {f'__ldg(t_{item.rows} + p)' if item.rows else 'p'};",
         ]
         for a in dict.fromkeys(wanted):
@@ -136,7 +136,7 @@ def _linear(c: Context) -> Generated:
     code.add(f"int (*rows_of)[{tile}] = reinterpret_cast<int (*)[{tile}]>(weights + {deep * w_stride});")
     code.add(*prologue(lanes, then, f"weights + {deep * w_stride + len(c.cached) * tile}"))
     code.add(
-        "const int segment = work[blockIdx.x * 3], begin = work[blockIdx.x * 3 + 1], end = work[blockIdx.x * 3 + 2];"
+        "const int segment = work[blockIdx.x * 4], begin = work[blockIdx.x * 4 + 1], end = work[blockIdx.x * 4 + 2];"
     )
     code.add(f"const float* matrix = m_{gemm.weight} + (long long)segment * {math.prod(weight)};")
     code.add(f"const int warp = threadIdx.x / 32, warp_row = warp % {by_rows} * 16, panel = warp / {by_rows};")
@@ -146,10 +146,14 @@ def _linear(c: Context) -> Generated:
         code.add(f"{load}, {depth}, {columns}, 0, 0);")
     with code.block(f"for (int first = begin; first < end; first += {tile})"):
         code.add(f"const int rows_here = min({tile}, end - first);", "__syncthreads();")
-        code.add(*_prefetch(c, rows), *_tile_lines(c, "rows_here"))
+        if _PREFETCH == "now":
+            code.add(*_prefetch(c, "first", "rows_here"))
+        code.add(*_tile_lines(c, "rows_here"))
         with code.block(f"for (int i_row = threadIdx.x / G; i_row < rows_here; i_row += {groups})"):
             code.add("const int r = first + i_row;", "(void)r;")
             code.lines += before.lines
+        if _PREFETCH == "next":
+            code.add(*_prefetch(c, f"first + {tile}", f"min({tile}, end - first - {tile})"))
         code.add("__syncthreads();")
         _multiplication(
             code,
@@ -235,7 +239,7 @@ def _outer(c: Context) -> Generated:
     pool = max(x_size + y_size, tall * (wide + 1))
     code.add("extern __shared__ float4 pool4[];", "float* x_tile = reinterpret_cast<float*>(pool4);")
     code.add(f"float* y_tile = x_tile + {x_size};", *prologue(lanes, group, f"x_tile + {_round(pool, 4)}"))
-    code.add("const int begin = work[blockIdx.x * 3 + 1], end = work[blockIdx.x * 3 + 2];")
+    code.add("const int begin = work[blockIdx.x * 4 + 1], end = work[blockIdx.x * 4 + 2];")
     code.add(f"const int head = blockIdx.y / {blocks[0] * blocks[1]};")
     code.add(f"const int m0 = blockIdx.y / {blocks[1]} % {blocks[0]} * {tall}, n0 = blockIdx.y % {blocks[1]} * {wide};")
     code.add(f"const int warp = threadIdx.x / 32, warp_row = warp % {by_rows} * 16;")
@@ -278,9 +282,7 @@ def _outer(c: Context) -> Generated:
         Launch("_parts", "items", columns=heads * blocks[0] * blocks[1], shared=shared),
         Launch("", "rows", columns=-(-numbers // 32)),
     ]
-    return finish(
-        c, text, values, tables, launches, segments=gemm.segments or "", item_rows=steps, room=numbers, types=True
-    )
+    return finish(c, text, values, tables, launches, segments=gemm.segments or "", item_rows=steps, room=numbers)
 
 
 def _put_part(group: Group, value: object, place: str, most: int, first: str) -> None:
@@ -313,7 +315,7 @@ def _put_outer(code: Code, sizes: tuple[int, int], tile: tuple[int, int], step: 
                 )
                 code.add("*to = s ? *to + sums[t][q] : sums[t][q];")
         code.add("__syncthreads();")
-    code.add(f"float* to = workspace + (long long)blockIdx.x * {numbers} + head * {depth * columns};")
+    code.add(f"float* to = workspace + (long long)work[blockIdx.x * 4 + 3] * {numbers} + head * {depth * columns};")
     with code.block(f"for (int i = threadIdx.x; i < {tall * wide}; i += {THREADS})"):
         code.add(f"const int m = m0 + i / {wide}, n = n0 + i % {wide};")
         code.add(

@@ -19,6 +19,8 @@ from planish.runtime.cuda.relational.values import SMALL, Code
 THREADS = 256
 #: Shared memory of a block that every GPU since Turing has.
 MOST_SHARED = 64 << 10
+#: Inner rows of a row from which on blocks work on it rather than a group of lanes.
+LONG = 512
 _HEADER = Path(__file__).parent.parent / "source" / "relational.cuh"
 
 
@@ -29,14 +31,14 @@ class Launch:
     Attributes:
         function: the end of its name.
         grid: ``"groups"``: `per` rows in a block; ``"rows"``: a block for each row; ``"one"``: one block;
-            ``"items"``: a block for each item of work.
+            ``"items"``: a block for each item of work; ``"listed"``: a block for each listed row.
         per: rows of a block.
         columns: blocks along y.
         shared: bytes of dynamic shared memory.
     """
 
     function: str
-    grid: Literal["groups", "rows", "one", "items"]
+    grid: Literal["groups", "rows", "one", "items", "listed"]
     per: int = 1
     columns: int = 1
     shared: int = 0
@@ -50,12 +52,13 @@ class Generated:
         kernel: what it does.
         symbol: the start of the names of its functions.
         text: of the file, without the header `header()`.
-        values, tables: what it takes, in order; then come ``work``, ``items``, ``workspace`` and the number of rows.
+        values, tables: what it takes, in order; then come ``work``, ``items``, ``listed``, ``workspace`` and the
+            number of rows.
         launches: in order.
         segments: the table whose segments are cut into items of work; ``""``: all rows are one; None: there are none.
         item_rows: rows of an item are a multiple of this.
+        long: the table by which rows are listed, and cut into items, that have many inner rows.
         room: numbers of the workspace for each item.
-        rows: of the launches with ``grid="rows"``, if they are not the kernel's: the types of an outer product.
     """
 
     kernel: Kernel
@@ -65,9 +68,9 @@ class Generated:
     tables: tuple[str, ...]
     launches: tuple[Launch, ...]
     segments: str | None = None
+    long: str | None = None
     item_rows: int = 1
     room: int = 0
-    types: bool = False
 
 
 @cache
@@ -144,7 +147,8 @@ def lanes_for(c: Context) -> int:
 def parameters(c: Context, values: Sequence[str], tables: Sequence[str]) -> str:
     given = [f"float* m_{name}" if name in c.written else f"const float* __restrict__ m_{name}" for name in values]
     given += [f"const int* __restrict__ t_{name}" for name in tables]
-    given += ["const int* __restrict__ work", "const int* __restrict__ items", "float* workspace", "int count"]
+    given += [f"const int* __restrict__ {name}" for name in ("work", "items", "listed")]
+    given += ["float* workspace", "int count"]
     return ", ".join(given)
 
 

@@ -8,7 +8,9 @@ import numpy as np
 _BLOCKS, _ITEMS = 6, 4
 
 
-def items(pointers: np.ndarray, unit: int, processors: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+def items(
+    pointers: np.ndarray, unit: int, processors: int, most: int, chosen: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Cuts segments into items of nearly equal size.
 
     Args:
@@ -16,17 +18,20 @@ def items(pointers: np.ndarray, unit: int, processors: int, most: int) -> tuple[
         unit: rows of an item are a multiple of it, but for the last of a segment.
         processors: of the GPU.
         most: rows of an item, as a multiple of `unit`.
+        chosen: segments to cut; None: all.
 
     Returns:
-        (items, 3) int32: segment, begin, end; and (segments + 1,) int32: pointers to the items of each segment.
+        (items, 4) int32: segment, begin, end, number; and (segments + 1,) int32: pointers to the items of each segment.
     """
     pointers = pointers.astype(np.int64)
-    counts = pointers[1:] - pointers[:-1]
+    chosen = np.arange(len(pointers) - 1) if chosen is None else chosen
+    first, counts = pointers[chosen], pointers[chosen + 1] - pointers[chosen]
     wanted = processors * _BLOCKS * _ITEMS
     rows = unit * int(min(max(-(-int(counts.sum()) // (wanted * unit)), 1), most))
     pieces = -(-counts // rows)
     starts = np.concatenate([[0], np.cumsum(pieces)])
-    segment = np.repeat(np.arange(len(counts)), pieces)
-    begin = pointers[segment] + (np.arange(len(segment)) - starts[segment]) * rows
-    end = np.minimum(begin + rows, pointers[segment + 1])
-    return np.stack([segment, begin, end], 1).astype(np.int32), starts.astype(np.int32)
+    which = np.repeat(np.arange(len(counts)), pieces)
+    number = np.arange(len(which))
+    begin = first[which] + (number - starts[which]) * rows
+    end = np.minimum(begin + rows, (first + counts)[which])
+    return np.stack([chosen[which], begin, end, number], 1).astype(np.int32), starts.astype(np.int32)
