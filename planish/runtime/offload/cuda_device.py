@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from planish.ir.errors import InputError
 from planish.ir.target import Target
 from planish.runtime.cuda.driver import check, library
-from planish.runtime.offload.account import Account
+from planish.runtime.offload.account import Account, MemoryBudgetError, size_text
 from planish.runtime.offload.device import COMPUTE, COPY, Event, Rows
+from planish.runtime.offload.region import Allocator, Region
 
 _HOST_MEMORY, _DEVICE_MEMORY = 1, 2  # CUmemorytype
 _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
@@ -23,8 +25,8 @@ _CUBLAS_SMALL = ":4096:2:16:8"
 _CUBLAS_BYTES = 9 << 20
 #: Sessions of one engine: a layer whole, before and after its attention, and the tail.
 _SESSIONS = 4
-#: What a session takes beside what is live in its model: scratch of kernels, rounding and fragments of the arena.
-_ARENA_SHARE, _ARENA_LEAST = 1.25, 8 << 20
+#: What runs take beside what is live in a model: scratch of kernels, and fragments.
+_RUN_SHARE, _RUN_LEAST = 1.25, 4 << 20
 
 
 class CudaDevice:
@@ -57,6 +59,7 @@ class CudaDevice:
         for stream in self._streams:
             check(self._cuda.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream")
         self._blocks: dict[int, tuple[int, str]] = {}
+        self.allocator = Allocator(lambda nbytes: self.allocate(nbytes, "constants"), self.free)
 
     def memory(self) -> tuple[int, int]:
         """Bytes of the GPU that are free, and all, as the driver has it."""
@@ -116,16 +119,33 @@ class CudaDevice:
         check(self._cuda.cuEventSynchronize(event.handle), "a run on the GPU")
 
     def launch(self, run: Callable[[], None]) -> None:
-        run()
+        try:
+            run()
+        except InputError as error:
+            if not self.allocator.lacking:
+                raise
+            region, lacking = self.allocator.region, self.allocator.lacking
+            self.allocator.lacking = 0
+            raise MemoryBudgetError(
+                f"activations within a layer take more than the {size_text(region.nbytes)} that were planned: "
+                f"{size_text(lacking)} were asked for with {size_text(region.used)} in use."
+            ) from error
 
-    def arena(self, nbytes: int) -> int:
-        return int(nbytes * _ARENA_SHARE) + _ARENA_LEAST
+    def room(self, nbytes: int) -> int:
+        return int(nbytes * _RUN_SHARE) + _RUN_LEAST
+
+    def workspace(self, nbytes: int) -> None:
+        region = self.allocator.region
+        if nbytes > region.nbytes:
+            if region.nbytes:
+                self.free(region.address)
+            self.allocator.region = Region(self.allocate(nbytes, "sessions"), nbytes)
 
     @property
     def reserve(self) -> int:
         return _SESSIONS * _CUBLAS_BYTES
 
-    def session(self, model: bytes, options: Any, workspace: int) -> tuple[Any, Any]:
+    def session(self, model: bytes, options: Any) -> tuple[Any, Any]:
         import onnxruntime as ort
 
         from planish.runtime.ort import create_session
@@ -133,14 +153,17 @@ class CudaDevice:
 
         self._here()
         settings = provider_options(self.target) | {
-            "gpu_mem_limit": str(workspace),
-            "arena_extend_strategy": "kSameAsRequested",
+            **self.allocator.options(),
             "user_compute_stream": str(self._streams[COMPUTE].value),
             "do_copy_in_default_stream": "1",
             "cudnn_conv_use_max_workspace": "0",
         }
-        options.enable_mem_pattern = False  # a pattern is one block more, beside those of the first run
-        session = create_session(model, options, providers=[(PROVIDER, settings), "CPUExecutionProvider"])
+        options.enable_mem_pattern = False  # a pattern is one block for a whole run
+        self.allocator.constants = True
+        try:
+            session = create_session(model, options, providers=[(PROVIDER, settings), "CPUExecutionProvider"])
+        finally:
+            self.allocator.constants = False
         check_provider(session)
         run = ort.RunOptions()
         run.add_run_config_entry("disable_synchronize_execution_providers", "1")

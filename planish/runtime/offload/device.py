@@ -60,11 +60,14 @@ class Device(Protocol):
     def launch(self, run: Callable[[], None]) -> None:
         """Runs something that puts its work into the compute stream."""
 
-    def session(self, model: bytes, options: Any, workspace: int) -> tuple[Any, Any]:
-        """An ONNX Runtime session that computes here in `workspace` bytes beside what is bound, and its run options."""
+    def session(self, model: bytes, options: Any) -> tuple[Any, Any]:
+        """An ONNX Runtime session that computes here, and its run options."""
 
-    def arena(self, nbytes: int) -> int:
-        """What a session that needs so many bytes at once is given: allocators round and fragment."""
+    def room(self, nbytes: int) -> int:
+        """What runs with so many bytes of live values take: kernels have scratch of their own."""
+
+    def workspace(self, nbytes: int) -> None:
+        """Sees to so many bytes for what runs take beside what is bound; all sessions use the same ones in turn."""
 
     @property
     def reserve(self) -> int:
@@ -98,6 +101,7 @@ class HostDevice:
         self.account = Account(limit)
         self._blocks: dict[int, tuple[np.ndarray, str]] = {}
         self._queues: tuple[deque[Any], deque[Any]] = (deque(), deque())
+        self._space = 0
         self._random = np.random.default_rng(seed)
 
     def allocate(self, nbytes: int, what: str) -> int:
@@ -142,13 +146,20 @@ class HostDevice:
     def launch(self, run: Callable[[], None]) -> None:
         self._queues[COMPUTE].append(run)
 
-    def session(self, model: bytes, options: Any, workspace: int) -> tuple[Any, Any]:
+    def session(self, model: bytes, options: Any) -> tuple[Any, Any]:
         from planish.runtime.ort import create_session
 
         return create_session(model, options), None
 
-    def arena(self, nbytes: int) -> int:
+    def room(self, nbytes: int) -> int:
         return nbytes
+
+    def workspace(self, nbytes: int) -> None:
+        if nbytes > self._space:  # counted only: the sessions of the CPU provider have arenas of their own
+            self.account.give(self._space, "sessions")
+            self._space = 0
+            self.account.take(nbytes, "sessions")
+            self._space = nbytes
 
     @property
     def reserve(self) -> int:

@@ -57,7 +57,7 @@ class Engine:
         self.lengths = np.zeros(0, np.int64)
         self._weights: dict[int, int] = {}  # addresses of resident units
         self._slots: list[int] = []
-        self._space = 0  # of sessions, as the account has it
+        self._reserved = 0  # of libraries, as the account has it
         self._ring = Ring(device, ())
         self._caches: Caches | None = None
         self._blocks: list[int] = []  # of the generation that is going on
@@ -221,9 +221,10 @@ class Engine:
         self._ring.begin(plan.streamed())
 
     def _sessions(self, plan: Plan) -> None:
-        self.device.account.give(self._space, "sessions")
-        self._space = plan.workspace + self.device.reserve
-        self.device.account.take(self._space, "sessions")
+        if not self._reserved:
+            self._reserved = self.device.reserve
+            self.device.account.take(self._reserved, "libraries")
+        self.device.workspace(plan.workspace)
         self.parts.prepare(plan)
 
     # --- values ------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Parts:
         self._head = compile_ort(split.head.model, cpu)
         #: Attention on the host by the kernel of this package, where it can be compiled, not by ONNX Runtime's.
         self.own_kernel = True
-        self._sessions: dict[tuple[int, bool], tuple[int, PieceSession]] = {}
+        self._sessions: dict[tuple[int, bool], PieceSession] = {}
 
     def head(self, ids: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
         """What the head gives for ids (batch, tokens) after `lengths` tokens, with ids and lengths, by name."""
@@ -143,27 +143,24 @@ class Parts:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - parts live as long as their engine
     def workspace(self, batch: int, tokens: int, capacity: int, split: bool) -> int:
-        """What all sessions take while they run, by liveness: a prompt goes row by row, a step is one token a row."""
-        return sum(self._arena(*item, batch, tokens, capacity) for item in self._models(split))
+        """What sessions take in turn while they run, by liveness: a prompt goes row by row, a step is a token a row."""
+        most = max(self._live(*item, batch, tokens, capacity) for item in self._models(split))
+        return self.device.room(most)
 
     def prepare(self, plan: Plan) -> None:
-        """Makes the sessions that a plan needs; those that had less room are made again."""
-        ask = plan.request
-        for piece, steps in self._models(bool(plan.kv_host())):
-            needed = self._arena(piece, steps, ask.batch, plan.chunk, ask.capacity)
-            known = self._sessions.get((id(piece.model), False))
-            if known is None or known[0] < needed:
-                self._sessions.pop((id(piece.model), False), None)
-                made = PieceSession(piece, self.device, self.target, needed)
-                self._sessions[id(piece.model), False] = needed, made
+        """Makes the sessions that a plan needs."""
+        for piece, _ in self._models(bool(plan.kv_host())):
+            key = id(piece.model), False
+            if key not in self._sessions:
+                self._sessions[key] = PieceSession(piece, self.device, self.target)
 
     def session(self, part: Part) -> PieceSession:
         """The session of a part; those on the host are made when they are first asked for."""
         key = id(part.piece.model), part.there
         if part.there and key not in self._sessions:
             cpu = Target("ort", "cpu", threads=self.target.threads)
-            self._sessions[key] = 0, PieceSession(part.piece, None, cpu)
-        return self._sessions[key][1]
+            self._sessions[key] = PieceSession(part.piece, None, cpu)
+        return self._sessions[key]
 
     def bind(
         self,
@@ -195,11 +192,11 @@ class Parts:
         except ValueError as error:
             raise UnsupportedError(f"the memory of a layer can not be planned: {error}.") from error
 
-    def _arena(self, piece: Piece, steps: bool, batch: int, tokens: int, capacity: int) -> int:
+    def _live(self, piece: Piece, steps: bool, batch: int, tokens: int, capacity: int) -> int:
         most = self._space(piece.model, batch, 1, capacity)
         if not steps:
             most = max(most, self._space(piece.model, 1, tokens, capacity))
-        return self.device.arena(most)
+        return most
 
 
 def _caches(part: Part) -> slice:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from planish.ir.analyses.liveness import liveness
+from planish.runtime.ort import with_bodies
 
 
 def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
@@ -15,6 +17,7 @@ def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
     Raises:
         ValueError: the size of a value can not be told.
     """
+    model = _inlined(model)
     found = liveness(model, dims=dims)
     if found.unresolved:
         raise ValueError(f"the size of '{found.unresolved[0]}' is not known")
@@ -35,3 +38,11 @@ def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
         live += step
         peak = max(peak, live)
     return peak
+
+
+def _inlined(model: ir.Model) -> ir.Model:
+    """The model with the bodies of its functions in their places, as ONNX Runtime runs what it has no kernel for."""
+    model = with_bodies(model).clone()
+    if model.functions:
+        InlinePass()(model)
+    return model
