@@ -57,9 +57,11 @@ def row(n: int, k: int, rows: int, rate: float) -> dict[str, Any]:
     plain = torch.randn(copies, n, k, device="cuda", dtype=torch.float16) * 0.02
     calls: dict[str, Callable[[], Any]] = {"float16": graph(lambda i: F.linear(x, plain[i]), copies)}
     counts, floors, errors = {"float16": copies}, {"float16": n * k * 2 / rate * 1e6}, {}
+    kept = []  # graphs do not keep what they read
     for name, (bits, block) in KINDS.items():
         number = max(2, (160 << 20) // (n * k * bits // 8) + 1)
         codes, scales = weights(n, k, bits, block, number)
+        kept.append((codes, scales))
         want = x.double() @ dense(codes[0], scales[0], bits).T
         got = quantized_gemv(x, codes[0], scales[0], bits=bits).double()
         errors[name] = float((got - want).norm() / want.norm())

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 #: Who is more similar than whom is found out by comparing all pairs of them, in shared memory.
-MOST_TOKENS, MOST_BY_ENERGY = 3072, 2048
-THREADS = 384  # as in merge.cuh
+MOST_TOKENS, MOST_BY_ENERGY = 2720, 1744
+THREADS = 512  # as in merge.cuh
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -88,11 +88,12 @@ def launch_plan(
         raise UnsupportedError(f"merging tokens in {dtype}; the CUDA kernel takes {', '.join(DTYPES)}.")
     count = merged_count(tokens, r, ratio, protected)
     left, free, half = tokens - count, max(tokens - protected, 0), (tokens + 1) // 2
-    # Two blocks for each multiprocessor, as far as batch and clusters go.
-    wanted = 2 * device.processors // max(batch, 1) if device.arch == 90 else 1
+    # A block for each multiprocessor, as far as batch and clusters go.
+    wanted = device.processors // max(batch, 1) if device.arch == 90 else 1
     cluster = next((n for n in (8, 4, 2) if n <= wanted), 1)
     # As the kernels lay them out: keys to be ranked, and numbers of tokens; directions, and keys.
     shared = 8 * free + 4 * (2 * left + 4 * count + tokens) if energy else 8 * half + 4 * (left + half + 3 * count)
+    shared += 4 * tokens  # sizes
     scratch = tokens * (-(-size // 32) * 32) * 4 + 8 * (free + count if energy else half) if count else 0
     source = "merge_energy.cu" if energy else "merge_tokens.cu"
     defines = {"VALUE": DTYPES.index(dtype)}
@@ -179,7 +180,7 @@ def _check(x: torch.Tensor, keys: torch.Tensor, sizes: Any) -> None:
         raise InputError(f"keys are {keys.dtype} on {keys.device}, and x {x.dtype} on {x.device}.")
     if keys.shape[:2] != x.shape[:2] or 0 in keys.shape[2:]:
         raise InputError(f"x {tuple(x.shape)} and keys {tuple(keys.shape)} do not fit each other.")
-    if x.stride(2) != 1 or keys.stride(3) != 1:
+    if x.numel() and (x.stride(2) != 1 or keys.stride(3) != 1):
         raise InputError("x and keys must have a last stride of 1.")
     if sizes is None:
         return

@@ -19,15 +19,12 @@ typedef __nv_bfloat16 Value;
 typedef float Value;
 #endif
 
-#define THREADS 384
+#define THREADS 512
 #define WARPS (THREADS / 32)
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define BLOCKS 2              // on a multiprocessor
-#else
-#define BLOCKS 1
-#endif
 #define ALL 0xFFFFFFFFu
 #define COLUMNS 16            // of B that a warp compares 16 rows of A with
+#define HEADS 4               // of a token that a lane reads at a time
+#define PIECES 4              // of a row that a lane reads at a time
 #define SCALE 256.f           // keeps both parts of a direction clear of float16's denormals
 #define TINY 1e-12f
 
@@ -69,19 +66,6 @@ struct Cluster {
 template <int N> struct alignas(N * sizeof(Value)) Some { Value at[N]; };
 template <int N> struct alignas(N * 2) Halves { __half at[N]; };
 
-template <int N> __device__ __forceinline__ void read(float (&to)[N], const Value *from) {
-  Some<N> some = *reinterpret_cast<const Some<N> *>(from);
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = static_cast<float>(some.at[i]);
-}
-
-template <int N> __device__ __forceinline__ void write(Value *to, const float (&from)[N]) {
-  Some<N> some;
-#pragma unroll
-  for (int i = 0; i < N; ++i) some.at[i] = Value(from[i]);
-  *reinterpret_cast<Some<N> *>(to) = some;
-}
-
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);
@@ -91,7 +75,7 @@ __device__ __forceinline__ float sum_of_warp(float x) {
 // A direction in scratch: for each 32 columns their high parts, then their low ones.
 __device__ __forceinline__ __half *place(__half *row, int column) { return row + (column / 32) * 64 + column % 32; }
 
-// Lanes by heads and columns: `lanes` of them side by side read a head's columns, N at a time.
+// Lanes by heads and columns: `lanes` of them side by side read a head's columns, N at a time; of two tokens at once.
 template <int N>
 __device__ void directions(const Parameters &p, const Value *keys, __half *units, int padded, int first, int step) {
   const int lane = threadIdx.x % 32, pieces = p.size / N;
@@ -99,53 +83,74 @@ __device__ void directions(const Parameters &p, const Value *keys, __half *units
   while (lanes < pieces && lanes < 32) lanes *= 2;
   const int at = lane & (lanes - 1), group = lane / lanes, groups = 32 / lanes;
   const float share = 1.f / p.heads;
-  for (int token = first; token < p.tokens; token += step) {
-    const Value *row = keys + token * p.keys_row;
-    float mean[N];
+  for (int token = first; token < p.tokens; token += 2 * step) {
+    const int tokens[2] = {token, min(token + step, p.tokens - 1)};
+    float mean[2][N];
     auto average = [&](int piece) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) mean[i] = 0;
-      if (piece < pieces) {
-#pragma unroll 4
-        for (int head = group; head < p.heads; head += groups) {
-          float some[N];
-          read<N>(some, row + head * p.keys_head + piece * N);
+      for (int u = 0; u < 2; ++u)
 #pragma unroll
-          for (int i = 0; i < N; ++i) mean[i] += some[i];
-        }
-      }
+        for (int i = 0; i < N; ++i) mean[u][i] = 0;
+      for (int head = group; head < p.heads; head += HEADS * groups) {
+        Some<N> some[2][HEADS];  // all reads come first
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        for (int step = lanes; step < 32; step *= 2) mean[i] += __shfl_xor_sync(ALL, mean[i], step);
-        mean[i] *= share;
+        for (int h = 0; h < HEADS; ++h)
+#pragma unroll
+          for (int u = 0; u < 2; ++u)
+            if (piece < pieces && head + h * groups < p.heads)
+              some[u][h] = *reinterpret_cast<const Some<N> *>(keys + tokens[u] * p.keys_row +
+                                                              (head + h * groups) * p.keys_head + piece * N);
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h)
+          if (piece < pieces && head + h * groups < p.heads)
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+#pragma unroll
+              for (int i = 0; i < N; ++i) mean[u][i] += static_cast<float>(some[u][h].at[i]);
       }
+      for (int step = lanes; step < 32; step *= 2)
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+#pragma unroll
+          for (int i = 0; i < N; ++i) mean[u][i] += __shfl_xor_sync(ALL, mean[u][i], step);
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int i = 0; i < N; ++i) mean[u][i] *= share;
     };
-    float square = 0;
+    float square[2] = {};
     for (int piece = 0; piece < pieces; piece += lanes) {  // the whole warp takes part
       average(piece + at);
 #pragma unroll
-      for (int i = 0; i < N; ++i) square = fmaf(mean[i], mean[i], square);
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int i = 0; i < N; ++i) square[u] = fmaf(mean[u][i], mean[u][i], square[u]);
     }
-    for (int step = 1; step < lanes; step *= 2) square += __shfl_xor_sync(ALL, square, step);
-    const float factor = SCALE / fmaxf(sqrtf(square), TINY);
-    __half *to = units + static_cast<long long>(token) * 2 * padded;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      for (int step = 1; step < lanes; step *= 2) square[u] += __shfl_xor_sync(ALL, square[u], step);
+      square[u] = SCALE / fmaxf(sqrtf(square[u]), TINY);
+    }
     for (int piece = 0; piece < pieces; piece += lanes) {
       if (pieces > lanes) average(piece + at);
-      if (group == 0 && piece + at < pieces) {
-        Halves<N> high, low;
+      if (group == 0 && piece + at < pieces)
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          float value = mean[i] * factor;
-          high.at[i] = __float2half_rn(value), low.at[i] = __float2half_rn(value - __half2float(high.at[i]));
+        for (int u = 0; u < 2; ++u) {
+          Halves<N> high, low;
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            float value = mean[u][i] * square[u];
+            high.at[i] = __float2half_rn(value), low.at[i] = __float2half_rn(value - __half2float(high.at[i]));
+          }
+          __half *cell = place(units + static_cast<long long>(tokens[u]) * 2 * padded, (piece + at) * N);
+          *reinterpret_cast<Halves<N> *>(cell) = high, *reinterpret_cast<Halves<N> *>(cell + 32) = low;
         }
-        __half *cell = place(to, (piece + at) * N);
-        *reinterpret_cast<Halves<N> *>(cell) = high, *reinterpret_cast<Halves<N> *>(cell + 32) = low;
+    }
+    for (int column = p.size + lane; column < padded; column += 32)
+      for (int u = 0; u < 2; ++u) {
+        __half *cell = place(units + static_cast<long long>(tokens[u]) * 2 * padded, column);
+        cell[0] = cell[32] = __float2half_rn(0.f);
       }
-    }
-    for (int column = p.size + lane; column < padded; column += 32) {
-      __half *cell = place(to, column);
-      cell[0] = cell[32] = __float2half_rn(0.f);
-    }
   }
 }
 
@@ -225,6 +230,7 @@ __device__ void compare(const __half *units, int padded, int a, int b, A a_at, B
 struct Plan {
   int *origin, *first, *next, *source, *target;
   int from, count;
+  const float *weight;  // of each token
 
   // Behind source and target: what goes into one is linked, the most similar first. All threads, which meet in the end.
   __device__ void link() const {
@@ -266,67 +272,111 @@ template <class Stays, class Stay> __device__ __forceinline__ void compact(int n
   }
 }
 
+// Pieces of a row, up to PIECES for each lane; all reads come before what is done with them.
+template <int N> struct Pieces {
+  Some<N> at[PIECES];
+
+  __device__ __forceinline__ void load(const Value *row, int first, int pieces) {
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i)
+      if (first + 32 * i < pieces) at[i] = *reinterpret_cast<const Some<N> *>(row + (first + 32 * i) * N);
+  }
+  __device__ __forceinline__ void store(Value *row, int first, int pieces) const {
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i)
+      if (first + 32 * i < pieces) *reinterpret_cast<Some<N> *>(row + (first + 32 * i) * N) = at[i];
+  }
+  __device__ __forceinline__ void add_to(float (&sum)[PIECES][N], float part) const {
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+      for (int c = 0; c < N; ++c) sum[i][c] = fmaf(static_cast<float>(at[i].at[c]), part, sum[i][c]);
+  }
+  __device__ __forceinline__ float squares(int first, int pieces) const {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i)
+      if (first + 32 * i < pieces)
+#pragma unroll
+        for (int c = 0; c < N; ++c) total = fmaf(static_cast<float>(at[i].at[c]), static_cast<float>(at[i].at[c]), total);
+    return total;
+  }
+};
+
+// What a merged token is scaled by, to the norm of its longest member; `length` of a row of x and `mean` of some pieces.
+template <class Length, class Mean> __device__ float lengthened(const Plan &plan, int token, int first, Length length, Mean mean) {
+  float longest = length(token);
+#pragma unroll 1
+  for (int k = first; k < plan.count; k = plan.next[k]) longest = fmaxf(longest, length(plan.source[k]));
+  return sqrtf(longest) / fmaxf(sqrtf(mean()), TINY);
+}
+
 // One row of y by a warp.
 template <int N>
-__device__ void row_of(const Parameters &p, const Plan &plan, const Value *x, const float *sizes, int row,
-                       Value *y, float *merged, float *logs) {
+__device__ void row_of(const Parameters &p, const Plan &plan, const Value *x, int row, Value *y, float *merged, float *logs) {
   const int lane = threadIdx.x % 32, pieces = p.width / N, token = plan.origin[row];
   const int first = row < plan.from ? p.count : plan.first[row - plan.from];
   const Value *own = x + token * p.x_row;
-  float total = sizes ? sizes[token] : 1.f;
+  float total = plan.weight[token];
+  Pieces<N> some;
   if (first == p.count) {
-    for (int piece = lane; piece < pieces; piece += 128) {  // all reads first: the compiler can not know that they may be
-      Some<N> some[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (piece + 32 * i < pieces) some[i] = *reinterpret_cast<const Some<N> *>(own + (piece + 32 * i) * N);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (piece + 32 * i < pieces) *reinterpret_cast<Some<N> *>(y + (piece + 32 * i) * N) = some[i];
+#pragma unroll 1
+    for (int piece = lane; piece < pieces; piece += 32 * PIECES) {
+      some.load(own, piece, pieces);
+      some.store(y, piece, pieces);
     }
   } else {
     const float weight = total;
-    for (int k = first; k < p.count; k = plan.next[k]) total += sizes ? sizes[plan.source[k]] : 1.f;
-    const float share = weight / total;
-    float sum[N];
+#pragma unroll 1
+    for (int k = first; k < p.count; k = plan.next[k]) total += plan.weight[plan.source[k]];
+    float sum[PIECES][N];
     auto average = [&](int piece) {
-      float some[N];
-      read<N>(some, own + piece * N);
+      some.load(own, piece, pieces);
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] = some[i] * share;
+      for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+        for (int c = 0; c < N; ++c) sum[i][c] = 0;
+      some.add_to(sum, weight / total);
+#pragma unroll 1
       for (int k = first; k < p.count; k = plan.next[k]) {
         int source = plan.source[k];
-        float part = (sizes ? sizes[source] : 1.f) / total;
-        read<N>(some, x + source * p.x_row + piece * N);
-#pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] = fmaf(some[i], part, sum[i]);
+        some.load(x + source * p.x_row, piece, pieces);
+        some.add_to(sum, plan.weight[source] / total);
       }
     };
     float factor = 1;
     if (p.max_norm) {
-      auto square = [&](const Value *from) {
-        float squares = 0, some[N];
-        for (int piece = lane; piece < pieces; piece += 32) {
-          read<N>(some, from + piece * N);
-#pragma unroll
-          for (int i = 0; i < N; ++i) squares = fmaf(some[i], some[i], squares);
+      auto length = [&](int token) {
+        float squares = 0;
+#pragma unroll 1
+        for (int piece = lane; piece < pieces; piece += 32 * PIECES) {
+          some.load(x + token * p.x_row, piece, pieces);
+          squares += some.squares(piece, pieces);
         }
         return sum_of_warp(squares);
       };
-      float longest = square(own), squares = 0;
-      for (int k = first; k < p.count; k = plan.next[k]) longest = fmaxf(longest, square(x + plan.source[k] * p.x_row));
-      for (int piece = lane; piece < pieces; piece += 32) {
-        average(piece);
+      factor = lengthened(plan, token, first, length, [&] {
+        float squares = 0;
+#pragma unroll 1
+        for (int piece = lane; piece < pieces; piece += 32 * PIECES) {
+          average(piece);
 #pragma unroll
-        for (int i = 0; i < N; ++i) squares = fmaf(sum[i], sum[i], squares);
-      }
-      factor = sqrtf(longest) / fmaxf(sqrtf(sum_of_warp(squares)), TINY);
+          for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+            for (int c = 0; c < N; ++c)
+              if (piece + 32 * i < pieces) squares = fmaf(sum[i][c], sum[i][c], squares);
+        }
+        return sum_of_warp(squares);
+      });
     }
-    for (int piece = lane; piece < pieces; piece += 32) {
+#pragma unroll 1
+    for (int piece = lane; piece < pieces; piece += 32 * PIECES) {
       average(piece);
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] *= factor;
-      write<N>(y + piece * N, sum);
+      for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+        for (int c = 0; c < N; ++c) some.at[i].at[c] = Value(sum[i][c] * factor);
+      some.store(y, piece, pieces);
     }
   }
   if (lane == 0) {
@@ -335,15 +385,20 @@ __device__ void row_of(const Parameters &p, const Plan &plan, const Value *x, co
   }
 }
 
-// All rows of y, by the cluster.
+// All rows of y, by the cluster; the last ones first, since what merges is among them and takes longest.
 __device__ void rows(const Parameters &p, const Plan &plan, const Cluster &cluster, int batch, int left) {
   const int warps = cluster.blocks * WARPS, first = threadIdx.x / 32 * cluster.blocks + cluster.rank;
   const Value *x = p.x + batch * p.x_batch;
-  const float *sizes = p.sizes ? p.sizes + static_cast<long long>(batch) * p.tokens : nullptr;
-  for (int row = first; row < left; row += warps) {
+  for (int row = left - 1 - first; row >= 0; row -= warps) {
     long long at = static_cast<long long>(batch) * left + row;
     float *logs = p.logs ? p.logs + at : nullptr;
-    if (p.wide) row_of<16 / sizeof(Value)>(p, plan, x, sizes, row, p.y + at * p.width, p.merged + at, logs);
-    else row_of<1>(p, plan, x, sizes, row, p.y + at * p.width, p.merged + at, logs);
+    if (p.wide) row_of<16 / sizeof(Value)>(p, plan, x, row, p.y + at * p.width, p.merged + at, logs);
+    else row_of<1>(p, plan, x, row, p.y + at * p.width, p.merged + at, logs);
   }
+}
+
+// Sizes to shared memory; whoever reads them has to meet before.
+__device__ __forceinline__ void weigh(const Parameters &p, float *weight, int batch) {
+  const float *sizes = p.sizes ? p.sizes + static_cast<long long>(batch) * p.tokens : nullptr;
+  for (int i = threadIdx.x; i < p.tokens; i += THREADS) weight[i] = sizes ? sizes[i] : 1.f;
 }

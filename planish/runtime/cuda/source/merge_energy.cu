@@ -33,7 +33,7 @@ __device__ void energies(const Parameters &p, const __half *units, int padded, i
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) merge_tokens(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS) merge_tokens(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(16) char memory[];
   const Cluster cluster;
   const int batch = blockIdx.y, thread = threadIdx.x, front = min(p.protect, p.tokens), left = p.tokens - p.count;
@@ -45,7 +45,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) merge_tokens(const
   Key *order = reinterpret_cast<Key *>(memory);
   int *origin = reinterpret_cast<int *>(order + free), *next = origin + 2 * left, *goal = next + 3 * p.count;
   int *position = goal + p.count;
-  const Plan plan = {origin, origin + left, next, next + p.count, next + 2 * p.count, 0, p.count};
+  float *weight = reinterpret_cast<float *>(position + p.tokens);
+  const Plan plan = {origin, origin + left, next, next + p.count, next + 2 * p.count, 0, p.count, weight};
+  weigh(p, weight, batch);
   long long *index = p.index && cluster.rank == 0 ? p.index + static_cast<long long>(batch) * p.tokens : nullptr;
 
   if (p.count > 0) {

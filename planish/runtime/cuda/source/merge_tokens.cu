@@ -42,7 +42,7 @@ __device__ void choose(const Parameters &p, const Plan &plan, Key *order, const 
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) merge_tokens(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS) merge_tokens(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(16) char memory[];
   const int batch = blockIdx.y, odd = p.protect % 2, front = min(p.protect, p.tokens), left = p.tokens - p.count;
   const int first_a = p.protect + odd, first_b = p.protect + 1 - odd;
@@ -69,7 +69,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) merge_tokens(const
   const Cluster cluster;
   Key *order = reinterpret_cast<Key *>(memory);
   int *origin = reinterpret_cast<int *>(order + a), *next = origin + left + b;
-  const Plan plan = {origin, origin + left, next, next + p.count, next + 2 * p.count, front + a - p.count, p.count};
+  float *weight = reinterpret_cast<float *>(next + 3 * p.count);
+  const Plan plan = {origin, origin + left, next, next + p.count, next + 2 * p.count, front + a - p.count, p.count, weight};
+  weigh(p, weight, batch);
   const bool writes = p.index && cluster.rank == 0;
   choose(p, plan, order, best, a, b, front, first_a, first_b,
          writes ? p.index + static_cast<long long>(batch) * p.tokens : nullptr);
