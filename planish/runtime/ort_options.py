@@ -83,7 +83,8 @@ def session_options(target: Target, extra: Mapping[str, str] | None, optimize: b
     options.intra_op_num_threads = target.threads
     options.graph_optimization_level = _LEVELS["all" if optimize else "disable"]
     for key, value in {FLUSH: "1", **dict(target.options), **(extra or {})}.items():
-        _set(options, key, str(value))
+        if not key.startswith("cuda."):  # of a provider
+            _set(options, key, str(value))
     return options
 
 

@@ -25,6 +25,7 @@ _DECODE = ("pattern", "dense")
 _LONGEST = 32768
 #: Generated kernels take blocks of a multiple of so many tokens.
 KERNEL_BLOCK = 16
+_CUDA_BLOCK = 64
 _POSITIONS = "max_positions"
 _PATTERN_OPTIONS = (
     "block", "local", "stride", "step", "offset", "share_kv", "same", "dense_heads", "dense_every", "sinks",
@@ -282,6 +283,8 @@ class ShardAttention(ApproximatePass):
             raise Decline(f"target '{target}' has no form of block-sparse attention")
         if target.name == "ort-cpu" and target.kernels and block % KERNEL_BLOCK:
             raise Decline(f"block is {block}; generated kernels take multiples of {KERNEL_BLOCK}")
+        if target.name == "ort-cuda" and target.kernels and block % _CUDA_BLOCK:
+            raise Decline(f"block is {block}; CUDA kernels take multiples of {_CUDA_BLOCK}")
 
     def _longest(self, program: Program, pattern: Pattern) -> int:
         known = program.provenance.get(_POSITIONS, "")
