@@ -18,6 +18,9 @@ from planish.runtime.offload.device import COMPUTE, COPY, Event, Rows
 from planish.runtime.offload.region import Allocator, Region
 
 _HOST_MEMORY, _DEVICE_MEMORY = 1, 2  # CUmemorytype
+_MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # CUdevice_attribute
+#: Of a T4, in bytes per second, where the driver does not say.
+_LEAST_BANDWIDTH = 3e11
 _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
 #: cuBLAS takes 32 MiB a handle on Hopper, and each session has a handle; this is what it takes before Hopper.
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -144,6 +147,16 @@ class CudaDevice:
     @property
     def reserve(self) -> int:
         return _SESSIONS * _CUBLAS_BYTES
+
+    @property
+    def bandwidth(self) -> float:
+        clock, width = (self._attribute(name) for name in (_MEMORY_CLOCK, _BUS_WIDTH))
+        return 2e3 * clock * width / 8 or _LEAST_BANDWIDTH  # two transfers a clock, which is in kHz; bits
+
+    def _attribute(self, name: int) -> int:
+        value = ctypes.c_int()
+        check(self._cuda.cuDeviceGetAttribute(ctypes.byref(value), name, self.index), f"properties of GPU {self.index}")
+        return value.value
 
     def session(self, model: bytes, options: Any) -> tuple[Any, Any]:
         import onnxruntime as ort

@@ -73,6 +73,10 @@ class Device(Protocol):
     def reserve(self) -> int:
         """Bytes that libraries take for themselves."""
 
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that the device reads from its own memory, at best."""
+
     def close(self) -> None: ...
 
 
@@ -164,6 +168,10 @@ class HostDevice:
     @property
     def reserve(self) -> int:
         return 0
+
+    @property
+    def bandwidth(self) -> float:
+        return 1e10
 
     def close(self) -> None:
         for queue in self._queues:

@@ -28,12 +28,14 @@ class Rates:
         device: bytes per second that the device reads from its own memory.
         host: bytes of cache per second that attention on the host reads.
         latency: seconds that a layer whose attention is on the host waits beside that, for both copies.
+        launch: seconds that it takes to start a layer.
     """
 
     link: float = 20e9
     device: float = 1e12
     host: float = 10e9
     latency: float = 50e-6
+    launch: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,7 @@ def _finish(
     slow_host = sum(size / rates.host + rates.latency for size in moved)
     cooperative = bool(host) and slow_host < sum(moved) / rates.link
     device = (sum(facts.units) + sum(_kv(facts, ask, k) for k in kv_device)) / rates.device
+    device = max(device, len(facts.units) * rates.launch)
     if cooperative:
         seconds = max(link / rates.link, device + slow_host)
     else:
@@ -301,7 +304,7 @@ def _prompt_seconds(plan: Plan, rates: Rates) -> float:
     copies = (
         sum(facts.units[k] for k in plan.streamed()) + sum(_kv(facts, ask, k) for k in plan.kv_host())
     ) / rates.link
-    return max(copies, pieces * facts.weights / rates.device)
+    return max(copies, pieces * (facts.weights / rates.device + len(facts.units) * rates.launch))
 
 
 def _refusal(facts: Facts, request: Request, budget: int, rates: Rates) -> str:

@@ -15,12 +15,10 @@ from planish.runtime.offload.weights import value_bytes
 
 _BLOCK = 64 << 20
 _TOKENS = 8192
-#: What GPUs read of their own memory where nothing measured it: the least of those with tensor cores (T4), bytes/s.
-_DEVICE = 3e11
 
 
 def measure_rates(parts: Parts, device: Device, *, seconds: float = 0.2) -> Rates:
-    """Rates of the machine for one row; those of the host by the attention that will run there.
+    """Rates of the machine for one row; the host's is that of the attention that will run there.
 
     Args:
         seconds: spent on each, at least.
@@ -28,7 +26,7 @@ def measure_rates(parts: Parts, device: Device, *, seconds: float = 0.2) -> Rate
     link, latency = _link(device, seconds)
     host = next((k for k, layer in enumerate(parts.layers) if layer.attention is not None), None)
     rate = _host(parts, host, seconds) if host is not None else Rates.host
-    return Rates(link, max(_DEVICE, link), rate, 2 * latency)
+    return Rates(link, max(device.bandwidth, link), rate, 2 * latency)
 
 
 def _link(device: Device, seconds: float) -> tuple[float, float]:

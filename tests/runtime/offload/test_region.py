@@ -23,7 +23,7 @@ def test_blocks_do_not_overlap_and_all_comes_back() -> None:
         if taken is None:
             refused += 1
             continue
-        assert taken % 256 == 0 and (1 << 20) <= taken and taken + size <= (1 << 20) + (64 << 10)
+        assert taken % 256 == 0 and taken >= (1 << 20) and taken + size <= (1 << 20) + (64 << 10)
         assert all(taken + size <= other or other + n <= taken for other, n in held.items())
         held[taken] = size
     assert refused and region.peak <= region.nbytes

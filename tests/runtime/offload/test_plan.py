@@ -1,0 +1,67 @@
+"""Plans of a made-up decoder: 8 layers of 100 bytes and a tail of 150, caches of 2 bytes a token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from planish.runtime.offload.account import MemoryBudgetError
+from planish.runtime.offload.plan import Facts, Rates, Request, least_bytes, make_plan
+
+FACTS = Facts(
+    units=(100,) * 8 + (150,), kv=(2,) * 8, carried=1, sides=0, logits=10, splits=frozenset(range(8)),
+    workspace=lambda batch, tokens, capacity, split: 3 * max(tokens, batch),
+)  # fmt: skip
+SLOW_HOST, FAST_HOST = Rates(host=1.0), Rates(host=1e15, latency=0.0)
+
+
+def test_everything_stays_where_it_fits() -> None:
+    plan = make_plan(FACTS, Request(1, 64, 8), None)
+    assert len(plan.resident) == 9 and not plan.kv_host() and plan.slots == 0 and plan.chunk == 64
+    assert make_plan(FACTS, Request(1, 64, 8), plan.total).total == plan.total
+    assert plan.total == 950 + 8 * 2 * 71 + 2 * 64 + 10 + 3 * 64
+
+
+@pytest.mark.parametrize("budget", range(700, 2400, 100))
+@pytest.mark.parametrize("rates", [SLOW_HOST, FAST_HOST, Rates()])
+def test_no_plan_is_over_its_budget(budget: int, rates: Rates) -> None:
+    plan = make_plan(FACTS, Request(1, 64, 8), budget, rates)
+    assert plan.total <= budget
+    assert plan.slots >= (1 if plan.streamed() else 0) and plan.kv_slots >= (1 if plan.kv_host() else 0)
+    assert all(FACTS.units[k] <= plan.slot_bytes for k in plan.streamed())
+
+
+def test_more_memory_is_never_slower() -> None:
+    rates = Rates(link=1e3, device=1e6, host=1e9, latency=1e-6, launch=1e-9)
+    seconds = [make_plan(FACTS, Request(1, 64, 64), budget, rates).seconds for budget in range(700, 2600, 100)]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_the_rule_of_fastattention_decides_where_attention_is() -> None:
+    """T_host(kv) + T_link < kv / BW_link, for the caches that are on the host."""
+    request, budget = Request(1, 600, 8), 2300
+    kv = FACTS.kv[0] * request.capacity
+    for host, latency, cooperative in ((1e4, 0.0, True), (1e2, 0.0, False), (1e4, 2 * kv / 1e3, False)):
+        plan = make_plan(FACTS, request, budget, Rates(link=1e3, device=1e9, host=host, latency=latency))
+        assert plan.kv_host() and plan.cooperative is cooperative
+
+
+def test_layers_that_can_not_be_cut_keep_their_caches() -> None:
+    facts = replace(FACTS, splits=frozenset())
+    plan = make_plan(facts, Request(1, 64, 8), 1900)
+    assert not plan.kv_host() and plan.streamed()
+    with pytest.raises(MemoryBudgetError):
+        make_plan(facts, Request(1, 600, 8), 2300)
+
+
+def test_the_refusal_names_a_prompt_that_fits() -> None:
+    request = Request(2, 5000, 8)
+    with pytest.raises(MemoryBudgetError) as raised:
+        make_plan(FACTS, request, 20_000)
+    text = str(raised.value)
+    fits = int(text.split("A prompt of ")[1].split()[0])
+    assert make_plan(FACTS, replace(request, prompt=fits), 20_000).total <= 20_000
+    assert least_bytes(FACTS, replace(request, prompt=fits + fits // 32)) > 20_000
+    least = least_bytes(FACTS, request)
+    assert make_plan(FACTS, request, least).total <= least
