@@ -23,7 +23,7 @@ from planish.ir.ops.base import (
 )
 from planish.ir.ops.bf16_attention import BF16_ATTENTION
 from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
-from planish.ir.ops.cache_attention import CACHE_ATTENTION, QUANTIZE_CACHE
+from planish.ir.ops.cache_attention import CACHE_STEPS, QUANTIZE_CACHE
 from planish.ir.ops.feed_forward import FEED_FORWARD
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
 from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
@@ -157,7 +157,7 @@ for _op in (
     *BF16_ATTENTION.values(),
     *BLOCK_SPARSE.values(),
     QUANTIZE_CACHE,
-    CACHE_ATTENTION,
+    *CACHE_STEPS.values(),
     *WINDOW_ATTENTION.values(),
     *MERGE_TOKENS.values(),
     UNMERGE_TOKENS,

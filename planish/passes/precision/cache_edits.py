@@ -67,9 +67,20 @@ def fixed(splicer: Splicer, site: CacheSite, key: Floats, value: Floats) -> None
         _replace_prompt(splicer, name, prompt, _INT8)
 
 
-def half(splicer: Splicer, site: CacheSite) -> None:
-    """float16, which has no scales."""
-    _replace_step(splicer, site, lambda op: _group_query(op, site, list(site.node.inputs), {}), _FLOAT16)
+def half(splicer: Splicer, site: CacheSite, kernels: bool) -> None:
+    """float16, which has no scales; `kernels`: by a generated one, for steps of one token."""
+    more = {} if site.window is None else {"window": site.window}
+
+    def step(op: Any) -> Sequence[ir.Value]:
+        if not kernels or site.tokens != 1:
+            return _group_query(op, site, list(site.node.inputs), {})
+        made: Sequence[ir.Value] = op.CacheAttentionFloat16(
+            *site.node.inputs[:6], _domain=DIALECT_DOMAIN, _outputs=3,
+            q_num_heads=site.heads, kv_num_heads=site.kv_heads, scale=site.scale, **more,
+        )  # fmt: skip
+        return made
+
+    _replace_step(splicer, site, step, _FLOAT16)
     for name in site.presents:
 
         def prompt(op: Any, whole: ir.Value) -> Sequence[ir.Value]:

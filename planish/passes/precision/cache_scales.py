@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from planish.ir.program import Program
 from planish.passes.base import PassContext
 
 Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
 #: What may lie between a rotary embedding and the cache.
 _VIEWS = ("Reshape", "Transpose", "Pad", "Squeeze", "Unsqueeze", "Identity")
 #: A channel counts as at least this much of the root mean square of its head: what calibration did not see may come.
@@ -27,22 +29,6 @@ class Ranges:
 
     rms: Floats
     largest: Floats
-
-    def paired(self, partners: npt.NDArray[np.int64] | None) -> Ranges:
-        """Channels that a rotary embedding turns into each other range over the same; None: so do all of a head.
-
-        Args:
-            partners: (size,) the channel that each is turned into; itself for those that stay.
-        """
-        if partners is None:
-            shape = self.rms.shape
-            rms = np.sqrt(np.square(self.rms).mean(1, keepdims=True))
-            return Ranges(*(np.broadcast_to(x, shape).copy() for x in (rms, self.largest.max(1, keepdims=True))))
-        # Two coordinates of a vector that turns: each can become as long as the vector.
-        turned = partners != np.arange(len(partners))
-        length = np.hypot(self.largest, self.largest[:, partners])
-        rms = np.sqrt((np.square(self.rms) + np.square(self.rms[:, partners])) / 2)
-        return Ranges(rms, np.where(turned, length, self.largest).astype(np.float32))
 
     def channels(self) -> Floats:
         """What keys are divided by, (heads, size): 1 in the mean square."""
@@ -66,32 +52,49 @@ class Ranges:
         return np.ascontiguousarray(found[None, :, None], np.float32)
 
 
-def measure(program: Program, ctx: PassContext, names: list[str]) -> dict[str, Ranges]:
-    """The ranges of caches that `prefill` gives, by name; empty where there is nothing to run with."""
+#: Cache → the channel that each of its channels is turned into, or None: any of the head.
+Partners = Mapping[str, Integers | None]
+
+
+def measure(program: Program, ctx: PassContext, caches: Partners) -> dict[str, Ranges]:
+    """The ranges of caches that `prefill` gives, by name; empty where there is nothing to run with.
+
+    Channels that a rotary embedding turns into each other are coordinates of a vector: at other positions than those of
+    the calibration inputs each of them can become as large as the vector is long.
+    """
     if ctx.run is None:
         return {}
     parts = program.calibration.parts if program.calibration is not None else []
     lengths = [batch.get(LENGTHS) for part in parts if part.entry == PREFILL for batch in part.batches]
-    squares: dict[str, Any] = {}
-    largest: dict[str, Any] = {}
-    counts: dict[str, int] = {}
+    squares: dict[str, Any] = dict.fromkeys(caches, 0.0)
+    largest: dict[str, Any] = dict.fromkeys(caches, 0.0)
+    counts = dict.fromkeys(caches, 0)
     for number, batch in enumerate(ctx.run(program, PREFILL)):
         held = lengths[number] if number < len(lengths) else None
-        for name in names:
+        for name, pairs in caches.items():
             cache = np.asarray(batch[name], np.float64)
             at = np.arange(cache.shape[2])
             seen = np.ones(cache.shape[::2], bool) if held is None else at < np.asarray(held)[:, None]
-            rows = cache.transpose(0, 2, 1, 3)[seen]  # (tokens, heads, size), without padding
-            squares[name] = squares.get(name, 0.0) + np.square(rows).sum(0)
-            largest[name] = np.maximum(largest.get(name, 0.0), np.abs(rows).max(0, initial=0))
-            counts[name] = counts.get(name, 0) + len(rows)
-    return {
-        name: Ranges(np.sqrt(squares[name] / max(counts[name], 1)).astype("f4"), largest[name].astype("f4"))
-        for name in counts
-    }
+            square = np.square(cache.transpose(0, 2, 1, 3)[seen])  # (tokens, heads, size), without padding
+            mean, peak = _turned(square, pairs)
+            squares[name] = squares[name] + mean.sum(0)
+            largest[name] = np.maximum(largest[name], np.sqrt(peak.max(0, initial=0)))
+            counts[name] += len(square)
+    rms = {name: np.sqrt(total / max(counts[name], 1)) for name, total in squares.items()}
+    return {name: Ranges(rms[name].astype("f4"), largest[name].astype("f4")) for name in caches}
 
 
-def partners(keys: ir.Value, size: int) -> npt.NDArray[np.int64] | None:
+def _turned(square: Any, pairs: Integers | None) -> tuple[Any, Any]:
+    """Squares in the mean over what turns them into each other, and at most."""
+    if pairs is None:
+        mean, peak = square.mean(-1, keepdims=True), 2 * square.max(-1, keepdims=True)
+        return np.broadcast_to(mean, square.shape), np.broadcast_to(peak, square.shape)
+    other = square[..., pairs]
+    alone = pairs == np.arange(len(pairs))
+    return (square + other) / 2, np.where(alone, square, square + other)
+
+
+def partners(keys: ir.Value, size: int) -> Integers | None:
     """The channel that each channel of a step's keys is turned into, by a rotary embedding before the cache.
 
     None where positions are applied in a way that is not recognised: then any two channels may be a pair.

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from planish.ir.block_sparsity import SLOTS
 from planish.ir.causal_lm import DECODE, PREFILL, TASK, cache_layer, past_name, present_name
 from planish.ir.graphs import dims_of
-from planish.ir.ops.cache_attention import CACHE_ATTENTION
+from planish.ir.ops.cache_attention import CACHE_STEPS
 from planish.ir.program import Program
 from planish.passes.base import Decline
 
@@ -79,14 +79,14 @@ def site_of(program: Program, layer: int) -> CacheSite:
     graphs = {name: program.entry(name).graph for name in (PREFILL, DECODE)}
     inputs = {value.name: value for value in graphs[DECODE].inputs}
     past = [inputs.get(past_name(layer, part)) for part in ("key", "value")]
+    if any(value is not None and SLOTS in value.metadata_props for value in past):
+        raise Decline("its cache keeps some tokens only, in an order of its own (shard-attention{evict=True})")
     if any(value is None or len(value.uses()) != 1 for value in past):
         raise Decline("its keys and values are not read once each")
     if len(nodes := {use.node for value in past if value is not None for use in value.uses()}) != 1:
         raise Decline("its keys and values are not read by one attention")
     node = nodes.pop()
-    if any(value is not None and SLOTS in value.metadata_props for value in past):
-        raise Decline("its cache keeps some tokens only, in an order of its own (shard-attention{evict=True})")
-    if node.op_type == CACHE_ATTENTION.name or any(v.dtype != ir.DataType.FLOAT for v in past if v is not None):
+    if node.op_type in CACHE_STEPS or any(v.dtype != ir.DataType.FLOAT for v in past if v is not None):
         kind = past[0].dtype if past[0] is not None else None
         raise Decline(f"its cache is {kind.name.lower() if kind is not None else 'of unknown type'} already")
     if (node.domain, node.op_type) != (MICROSOFT, GROUP_QUERY):

@@ -29,6 +29,7 @@ class _Run:
     """What one run of the pass gathers."""
 
     splicer: Splicer
+    kernels: bool
     scales: str
     ranges: dict[str, Ranges]
     #: Bytes of a token in all caches, before and after.
@@ -64,7 +65,7 @@ class QuantizeCache(ApproximatePass):
 
     format: str = "int8"
     scales: str | None = None
-    margin: float = 1.2
+    margin: float = 1.5
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class QuantizeCache(ApproximatePass):
             except Decline as decline:
                 declined.append(Declined(self.name, f"layer {layer}", decline.reason))
         chosen = self._scales(ctx.target, sites)
-        run = _Run(Splicer(program, self.name), chosen, self._measure(program, ctx, sites, chosen))
+        run = _Run(Splicer(program, self.name), ctx.target.kernels, chosen, self._measure(program, ctx, sites, chosen))
         for site in sites:
             self._site(run, site)
         notes = [self._note(run, len(sites))] if sites else sorted({d.reason for d in declined})
@@ -121,19 +122,14 @@ class QuantizeCache(ApproximatePass):
     def _measure(self, program: Program, ctx: PassContext, sites: list[CacheSite], scales: str) -> dict[str, Ranges]:
         if self.format != "int8" or not sites:
             return {}
-        names = [name for site in sites for name in site.presents]
-        found = measure(program, ctx, names)
+        itself = {site.presents[1]: np.arange(site.size) for site in sites}
+        found = measure(program, ctx, {site.presents[0]: partners(site.keys, site.size) for site in sites} | itself)
         if not found and scales != "token":
             raise InputError(
                 f"scales by {scales} are fixed by calibration inputs, and there is nothing to run them with; give "
                 "calibration=, or scales='token'."
             )
-        return {
-            name: ranges.paired(partners(site.keys, site.size)) if name == site.presents[0] else ranges
-            for site in sites
-            for name in site.presents
-            if (ranges := found.get(name)) is not None
-        }
+        return found
 
     def _site(self, run: _Run, site: CacheSite) -> None:
         numbers = 2 * site.kv_heads * site.size
@@ -141,7 +137,7 @@ class QuantizeCache(ApproximatePass):
         key, value = (run.ranges.get(name) for name in site.presents)
         if self.format == "float16":
             run.after += numbers * 2
-            half(run.splicer, site)
+            half(run.splicer, site, run.kernels)
         elif run.scales == "token":
             run.after += numbers + 2 * site.kv_heads * _FLOAT_BYTES
             ones = np.ones((site.kv_heads, site.size), np.float32)

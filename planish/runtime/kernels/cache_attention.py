@@ -1,6 +1,6 @@
-"""One step of decoding over a cache of 8-bit keys and values, for CPUs; see :mod:`planish.ir.ops.cache_attention`.
+"""One step of decoding over a cache in 8 bits or float16, for CPUs; see :mod:`planish.ir.ops.cache_attention`.
 
-Codes become float32 in registers, so that the products are exact in them and memory is read in 8 bits. A task is a
+Codes become float32 in registers, so that the products are exact in them and memory is read as it is. A task is a
 key-value head of a row: all its query heads read each key once. The softmax is online (Milakov & Gimelshein 2018,
 arXiv:1805.02867).
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from planish.ir.ops.cache_attention import append, step_over
+from planish.ir.ops.cache_attention import append, append_half, step_over
 from planish.runtime.kernels.attention_task import LOG2E, LOWEST, exp2, fixed
 from planish.runtime.kernels.cpu import Cpu
 from planish.runtime.kernels.loops import Lanes, argument, const, local, prim_func, script, size, store, sweep
@@ -23,39 +23,46 @@ from planish.runtime.kernels.template import Template
 _KEYS = 128
 #: Head sizes are multiples of this.
 MULTIPLE = 8
+CACHES = {"int8": "i8", "float16": "f16"}
+#: The largest number of float16.
+_MOST = 65504.0
 #: Added to a number between -127 and 127, leaves its nearest integer (even ones win) in the lowest bits.
 _ROUND, _ROUND_BITS = 1.5 * 2.0**23, 0x4B400000
 
 
 @dataclass(frozen=True)
 class CacheAttention(Template):
-    """Writes a token into a cache of 8 bits and attends over it. Arguments, compact:
+    """Writes a token into a cache and attends over it. Arguments, compact:
 
     - ``q`` (batch, kv heads, group, head_size), ``k``, ``v`` (batch, kv heads, head_size), float32: the new token;
-    - ``keys``, ``values`` (batch, kv heads, capacity, head_size), int8, and ``key_scale``, ``value_scale`` (batch, kv
-      heads, capacity), float32: the cache, which is changed in place;
+    - ``keys``, ``values`` (batch, kv heads, capacity, head_size), int8 or float16, and of int8 ``key_scale``,
+      ``value_scale`` (batch, kv heads, capacity), float32: the cache, which is changed in place;
     - ``lengths`` (batch,), int32: the tokens that it holds of each row, below the capacity;
-    - ``channels`` (kv heads, head_size), float32: what keys are divided by before they are rounded;
+    - ``channels`` (kv heads, head_size), float32, of int8: what keys are divided by before they are rounded;
     - ``scale`` (1,), float32, of the scores; ``window`` (1,), int64: how many of the last tokens are seen;
     - ``y`` as q, out.
 
     Attributes:
         head_size: of a head; a multiple of 8.
         group: query heads of each key-value head.
+        cache: ``"int8"`` or ``"float16"``.
     """
 
     head_size: int
     group: int
+    cache: str = "int8"
 
     def __post_init__(self) -> None:
         if self.head_size < MULTIPLE or self.head_size % MULTIPLE:
             raise ValueError(f"head_size is {self.head_size}; it must be a multiple of {MULTIPLE}")
         if self.group < 1:
             raise ValueError(f"group is {self.group}; it must be 1 or more")
+        if self.cache not in CACHES:
+            raise ValueError(f"cache is '{self.cache}'; it must be one of {', '.join(CACHES)}")
 
     @property
     def symbol(self) -> str:
-        return f"cache_attention_i8_d{self.head_size}_g{self.group}"
+        return f"cache_attention_{CACHES[self.cache]}_d{self.head_size}_g{self.group}"
 
     def build(self, cpu: Cpu) -> Any:
         T = script()
@@ -64,18 +71,24 @@ class CacheAttention(Template):
             d, group = self.head_size, self.group
             q = argument("q", (batch, heads, group, d))
             new = [argument(name, (batch, heads, d)) for name in "kv"]
-            codes = [argument(name, (batch, heads, capacity, d), "int8") for name in ("keys", "values")]
-            scales = [argument(f"{name}_scale", (batch, heads, capacity)) for name in ("key", "value")]
+            codes = [argument(name, (batch, heads, capacity, d), self.cache) for name in ("keys", "values")]
+            scales, channels = None, None
+            if self.cache == "int8":
+                scales = [argument(f"{name}_scale", (batch, heads, capacity)) for name in ("key", "value")]
             lengths = argument("lengths", (batch,), "int32")
-            channels = argument("channels", (heads, d))
+            if self.cache == "int8":
+                channels = argument("channels", (heads, d))
             scale, window = argument("scale", (1,)), argument("window", (1,), "int64")
             y = argument("y", (batch, heads, group, d))
             with T.parallel(batch * heads) as t:
                 b, h = fixed(t // heads), fixed(t % heads)
                 at = fixed(T.Cast("int64", lengths[b]))
                 task = _Task(cpu, self, b, h)
-                for x, into, factors, divided in zip(new, codes, scales, (True, False), strict=True):
-                    task.append(x, channels if divided else None, into, factors, at)
+                for i, (x, into) in enumerate(zip(new, codes, strict=True)):
+                    if scales is None:
+                        task.append_half(x, into, at)
+                    else:
+                        task.append(x, None if i else channels, into, scales[i], at)
                 task.start(q, channels, scale)
                 task.attend(codes, scales, T.max(at + 1 - window[0], 0), fixed(at + 1))
                 task.finish(y)
@@ -83,7 +96,13 @@ class CacheAttention(Template):
 
     def reference(self, *arguments: np.ndarray) -> tuple[np.ndarray, ...]:
         """The cache after it (as in float32), and y in float64."""
-        q, k, v, keys, values, key_scale, value_scale, lengths, channels, scale, window = arguments
+        q, k, v, keys, values, *rest, scale, window = arguments
+        if self.cache == "float16":
+            held = append_half((k, v), (keys, values), rest[0])
+            ones = np.ones((keys.shape[1], self.head_size))
+            y = step_over(q, (*held, ones[:1, :1], ones[:1, :1]), rest[0], ones, float(scale[0]), int(window[0]))
+            return (*held, y)
+        key_scale, value_scale, lengths, channels = rest
         cache = append((k, v), (keys, values), (key_scale[..., None], value_scale[..., None]), lengths, channels)
         y = step_over(q, cache, lengths, channels, float(scale[0]), int(window[0]))
         return (*cache[:2], *(factor[..., 0] for factor in cache[2:]), y)
@@ -136,6 +155,17 @@ class _Task:
 
         sweep(self.cpu, T.int64(self.d), 1, write)
 
+    def append_half(self, x: Any, cache: Any, at: Any) -> None:
+        """Rounds a token's keys or values to float16; what is larger than its largest number becomes that."""
+        T, b, h = script(), self.b, self.h
+
+        def write(column: Any, update: Any) -> None:
+            value = T.max(const(-_MOST), T.min(const(_MOST), x[b, h, column]))  # in this order NaN stays
+            lanes = str(value.ty.dtype).removeprefix("float32")
+            store(cache, T.Cast(f"float16{lanes}", value), b, h, at, column)
+
+        sweep(self.cpu, T.int64(self.d), 1, write)
+
     def start(self, q: Any, channels: Any, scale: Any) -> None:
         """Queries, times all that scores are multiplied with; a vector that overlaps counts nothing twice."""
         from tvm import tirx
@@ -147,7 +177,8 @@ class _Task:
             for c, first in enumerate(self.starts):
                 seen = c * self.lanes - first
                 with T.vectorized(self.lanes) as j:
-                    value = q[b, h, g, first + j] * channels[h, first + j] * factor[0]
+                    value = q[b, h, g, first + j] * factor[0]
+                    value = value if channels is None else value * channels[h, first + j]
                     store(self.q, value if not seen else tirx.Select(j >= seen, value, const(0.0)), g, c, j)
                     store(self.out, const(0.0), g, c, j)
             store(self.max, const(LOWEST), g)
@@ -209,7 +240,8 @@ class _Task:
         tops, top = Lanes(self.cpu, 2, LOWEST), local()
 
         def scale(column: Any, update: Any) -> None:
-            store(self.scores, self.scores[g, column] * scales[0][b, h, at + column], g, column)
+            if scales is not None:
+                store(self.scores, self.scores[g, column] * scales[0][b, h, at + column], g, column)
             update(tops, lambda t: T.max(t, self.scores[g, column]))
 
         sweep(self.cpu, count, 2, scale)
@@ -222,7 +254,8 @@ class _Task:
         def weigh(column: Any, update: Any) -> None:
             store(self.scores, exp2(self.scores[g, column] - top[0]), g, column)
             update(totals, lambda t: t + self.scores[g, column])
-            store(self.scores, self.scores[g, column] * scales[1][b, h, at + column], g, column)
+            if scales is not None:
+                store(self.scores, self.scores[g, column] * scales[1][b, h, at + column], g, column)
 
         sweep(self.cpu, count, 2, weigh)
         totals.reduce(lambda x, y: x + y, total)

@@ -1,4 +1,4 @@
-"""The kernel of planish::CacheAttention."""
+"""The kernels of planish::CacheAttention and CacheAttentionFloat16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 
 from planish.ir.graphs import dims_of
-from planish.ir.ops.cache_attention import CACHE_ATTENTION
+from planish.ir.ops.cache_attention import CACHE_ATTENTION, CACHE_STEPS
 from planish.ir.ops.flash_attention import KV_HEADS, Q_HEADS
 from planish.runtime.kernels.op_kernels import OpKernel, types_declaration
 
@@ -42,10 +42,14 @@ class CacheAttentionKernel(OpKernel):
     def templates(self) -> list[Template]:
         from planish.runtime.kernels.cache_attention import CacheAttention
 
-        return [CacheAttention(*form) for form in self.forms]
+        return [CacheAttention(*form, "int8" if self._scales else "float16") for form in self.forms]
+
+    @property
+    def _scales(self) -> bool:
+        return self.op == CACHE_ATTENTION.name
 
     def declaration(self) -> str:
-        schema = CACHE_ATTENTION.schema
+        schema = CACHE_STEPS[self.op].schema
         types = [int(next(iter(operand.dtypes))) for operand in (*schema.inputs, *schema.outputs)]
         forms = ", ".join(
             f"{{{size}, {group}, __tvm_ffi_{template.symbol}}}"
@@ -56,7 +60,7 @@ class CacheAttentionKernel(OpKernel):
             [
                 types_declaration(self.op, types),
                 f"static const cache_attention_form forms_{self.op}[] = {{{forms}, {{0}}}};",
-                f"static cache_attention_op op_{self.op} = {{{name}, forms_{self.op}}};",
+                f"static cache_attention_op op_{self.op} = {{{name}, {int(self._scales)}, forms_{self.op}}};",
             ]
         )
 

@@ -71,7 +71,7 @@ def _families() -> dict[str, type[OpKernel]]:
     """Operator → the class of its kernels."""
     from planish.ir.ops.bf16_attention import BF16_ATTENTION
     from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
-    from planish.ir.ops.cache_attention import CACHE_ATTENTION
+    from planish.ir.ops.cache_attention import CACHE_STEPS
     from planish.ir.ops.feed_forward import FEED_FORWARD
     from planish.ir.ops.flash_attention import FLASH_ATTENTION
     from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
@@ -93,6 +93,6 @@ def _families() -> dict[str, type[OpKernel]]:
         **dict.fromkeys(attention, AttentionKernel),
         **dict.fromkeys(BF16_ATTENTION, Bf16AttentionKernel),
         **dict.fromkeys(FEED_FORWARD, FeedForwardKernel),
-        CACHE_ATTENTION.name: CacheAttentionKernel,
+        **dict.fromkeys(CACHE_STEPS, CacheAttentionKernel),
         "MergeTokens": MergeKernel,  # its relatives run as their functions
     }

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planish.ir.infer import infer_shapes
-from planish.ir.ops import CACHE_ATTENTION, QUANTIZE_CACHE, InferenceError, TensorInfo, import_functions
-from planish.ir.ops.cache_attention import UNLIMITED, quantize, step_over
+from planish.ir.ops import QUANTIZE_CACHE, InferenceError, TensorInfo, import_functions
+from planish.ir.ops.cache_attention import CACHE_ATTENTION, CACHE_ATTENTION_FLOAT16, UNLIMITED, quantize, step_over
 from planish.ir.printer import parse_model
 from planish.ir.verify import verify_model
 
@@ -83,6 +83,11 @@ def infer(**changed: tuple[int | str, ...]) -> list[tuple[object, ...] | None]:
 def test_shapes() -> None:
     cache, scales = ("B", 2, "C", 8), ("B", 2, "C", 1)
     assert infer() == [("B", 1, 32), cache, cache, scales, scales]
+    half = [TensorInfo(None, d) for d in (("B", 1, 32), ("B", 1, 16), None, None, ("B", 2, "C", 8), ("B",))]
+    attributes = {"q_num_heads": 4, "kv_num_heads": 2, "scale": 1.0, "window": 5}
+    assert [info.dims for info in CACHE_ATTENTION_FLOAT16.infer(half, attributes)] == [("B", 1, 32), cache, cache]
+    with pytest.raises(InferenceError, match="window is 0"):
+        CACHE_ATTENTION_FLOAT16.infer(half, attributes | {"window": 0})
     for changed, message in (
         ({"q": ("B", 2, 32)}, "q: tokens"),
         ({"q": ("B", 1, 40)}, "its last axis, 4 heads of size 8"),

@@ -10,7 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from planish.ir.errors import UnsupportedError
-from planish.ir.ops import CACHE_ATTENTION, import_functions
+from planish.ir.ops import import_functions
+from planish.ir.ops.cache_attention import CACHE_STEPS
 from planish.ir.printer import parse_model
 from planish.runtime.kernels.cache_attention_ops import CacheAttentionKernel
 from planish.runtime.kernels.library import Library, library_for
@@ -40,6 +41,23 @@ def model_of(window: int | None = None, size: int | str = SIZE) -> ir.Model:
     return model
 
 
+def half_model(window: int | None = None) -> ir.Model:
+    cache, more = f"B, {KV_HEADS}, C, {SIZE}", "" if window is None else f", window = {window}"
+    model = parse_model(
+        f"""
+        <ir_version: 10, opset_import: ["" : 23, "planish" : 1]>
+        g (float[B, 1, {SIZE * HEADS}] q, float[B, 1, {SIZE * KV_HEADS}] k, float[B, 1, {SIZE * KV_HEADS}] v,
+           float16[{cache}] pk, float16[{cache}] pv, int32[B] n)
+          => (float[B, 1, {SIZE * HEADS}] y, float16[{cache}] nk, float16[{cache}] nv) {{
+          y, nk, nv = planish.CacheAttentionFloat16
+            <q_num_heads = {HEADS}, kv_num_heads = {KV_HEADS}, scale = 0.3{more}> (q, k, v, pk, pv, n)
+        }}
+        """
+    )
+    import_functions(model)
+    return model
+
+
 def arrays(lengths: list[int], capacity: int, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, capacity])
     batch = len(lengths)
@@ -50,6 +68,12 @@ def arrays(lengths: list[int], capacity: int, seed: int = 0) -> dict[str, np.nda
     return {**new, **codes, **scales, "n": np.array(lengths, np.int32), "c": channels}
 
 
+def half_arrays(lengths: list[int], capacity: int) -> dict[str, np.ndarray]:
+    given = arrays(lengths, capacity)
+    caches = {name: (given[name] * 0.02).astype(np.float16) for name in ("pk", "pv")}
+    return {name: given[name] for name in "qkv"} | caches | {"n": given["n"]}
+
+
 def session(model: ir.Model, library: Library | None, threads: int = 1) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -58,18 +82,20 @@ def session(model: ir.Model, library: Library | None, threads: int = 1) -> ort.I
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def wanted(given: dict[str, np.ndarray], **more: Any) -> tuple[np.ndarray, ...]:
+def wanted(given: dict[str, np.ndarray], name: str = "CacheAttention", **more: Any) -> tuple[np.ndarray, ...]:
     settings = {"q_num_heads": HEADS, "kv_num_heads": KV_HEADS, "scale": 0.3}
-    return CACHE_ATTENTION.reference(*given.values(), **settings, **more)
+    return CACHE_STEPS[name].reference(*given.values(), **settings, **more)
 
 
 @pytest.fixture(scope="module")
 def library() -> Library:
     try:
-        found = library_for([model_of()])
+        found = library_for([model_of(), half_model()])
     except UnsupportedError as error:
         pytest.skip(str(error))
-    assert found is not None and found.kernels == (CacheAttentionKernel("CacheAttention", ((SIZE, 3),)),)
+    assert found is not None and found.kernels == tuple(
+        CacheAttentionKernel(name, ((SIZE, 3),)) for name in ("CacheAttention", "CacheAttentionFloat16")
+    )
     return found
 
 
@@ -80,6 +106,19 @@ def test_operator_body_and_reference_agree(window: int | None, library: Library)
     for lengths, capacity in (([0], 1), ([5, 0, 11], 12), ([200, 127], 201), ([128], 300)):
         given = arrays(lengths, capacity)
         want = wanted(given, **more)
+        for found in (session(model, library).run(None, given), session(model, None).run(None, given)):
+            np.testing.assert_allclose(found[0], want[0], rtol=1e-5, atol=2e-6)
+            for have, expected in zip(found[1:], want[1:], strict=True):
+                np.testing.assert_array_equal(have, expected)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_float16(window: int | None, library: Library) -> None:
+    model = half_model(window)
+    more = {} if window is None else {"window": window}
+    for lengths, capacity in (([0], 1), ([200, 127], 201)):
+        given = half_arrays(lengths, capacity)
+        want = wanted(given, "CacheAttentionFloat16", **more)
         for found in (session(model, library).run(None, given), session(model, None).run(None, given)):
             np.testing.assert_allclose(found[0], want[0], rtol=1e-5, atol=2e-6)
             for have, expected in zip(found[1:], want[1:], strict=True):

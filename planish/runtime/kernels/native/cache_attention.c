@@ -1,4 +1,4 @@
-/* planish::CacheAttention: one token a row over a cache of 8 bits.
+/* planish::CacheAttention and CacheAttentionFloat16: one token a row over a cache of 8 bits, or of float16.
  *
  * Caches are used where they lie. Where an output has the memory of its input, as in generation, the token is written
  * and nothing else is touched; where it has not, the cache is copied first. */
@@ -53,6 +53,12 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
 /* The inputs, in order; then y and the caches that come out. */
 enum { Q, K, V, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, LENGTHS, CHANNELS, Y, OUT, TENSORS = OUT + 4 };
 static const size_t widths[] = {4, 4, 4, 1, 1, 4, 4, 4, 4};
+static int absent(const cache_attention *kernel, int i) {
+  return !kernel->op->scales && (i == KEY_SCALES || i == VALUE_SCALES || i == CHANNELS);
+}
+static size_t width(const cache_attention *kernel, int i) {
+  return !kernel->op->scales && (i == KEYS || i == VALUES) ? 2 : widths[i];
+}
 static const size_t ranks[] = {3, 3, 3, 4, 4, 4, 4, 1, 2};
 static const char *const names[] = {
     "q", "k", "v", "past_key", "past_value", "past_key_scale", "past_value_scale", "lengths", "channels"};
@@ -67,7 +73,7 @@ static ort_status *check(const cache_attention *kernel, const tensor *all) {
       {batch, kv, capacity, 1},         {batch, kv, capacity, 1},
       {batch},                          {kv, size}};
   for (int i = Q; i <= CHANNELS; ++i)
-    for (size_t axis = 0; axis < ranks[i]; ++axis)
+    for (size_t axis = 0; axis < ranks[i] && !absent(kernel, i); ++axis)
       if (all[i].shape[axis] != wanted[i][axis])
         return planish_error(
             "%s: axis %zu of %s has size %ld; it must be %ld", name, axis, names[i], (long)all[i].shape[axis],
@@ -89,16 +95,19 @@ static const cache_attention_form *form_of(const cache_attention *kernel, int64_
 
 static ort_status *run(const cache_attention *kernel, ort_context *context, tensor *all) {
   const char *name = kernel->op->base.name;
+  size_t next = 0;
   for (int i = Q; i <= CHANNELS; ++i) {
-    CHECK(planish_input_there(context, (size_t)i, widths[i], &all[i]));
+    if (absent(kernel, i)) continue;
+    CHECK(planish_input_there(context, next++, width(kernel, i), &all[i]));
     if (all[i].rank != ranks[i])
       return planish_error("%s: %s has rank %zu; it must have %zu", name, names[i], all[i].rank, ranks[i]);
   }
   CHECK(check(kernel, all));
   CHECK(planish_output_there(context, 0, sizeof(float), all[Q].shape, 3, &all[Y]));
-  for (int i = 0; i < 4; ++i) {
+  const int caches = kernel->op->scales ? 4 : 2;
+  for (int i = 0; i < caches; ++i) {
     const tensor *past = &all[KEYS + i];
-    CHECK(planish_output_there(context, (size_t)i + 1, widths[KEYS + i], past->shape, 4, &all[OUT + i]));
+    CHECK(planish_output_there(context, (size_t)i + 1, width(kernel, KEYS + i), past->shape, 4, &all[OUT + i]));
     if (past->bytes && all[OUT + i].data != past->data) memcpy(all[OUT + i].data, past->data, past->bytes);
   }
   int64_t batch = all[Q].shape[0], kv = kernel->kv_heads, size = all[KEYS].shape[3], longest = 0;
@@ -113,10 +122,11 @@ static ort_status *run(const cache_attention *kernel, ort_context *context, tens
 #define ARGUMENT(...) arguments[count] = planish_argument(&tensors[count], __VA_ARGS__), ++count
   ARGUMENT(all[Q].data, DL_FLOAT, 32, 4, q);
   for (int i = K; i <= V; ++i) ARGUMENT(all[i].data, DL_FLOAT, 32, 3, new);
-  for (int i = 0; i < 2; ++i) ARGUMENT(all[OUT + i].data, DL_INT, 8, 4, all[KEYS].shape);
-  for (int i = 2; i < 4; ++i) ARGUMENT(all[OUT + i].data, DL_FLOAT, 32, 3, all[KEYS].shape);
+  const int code = kernel->op->scales ? DL_INT : DL_FLOAT, bits = kernel->op->scales ? 8 : 16;
+  for (int i = 0; i < 2; ++i) ARGUMENT(all[OUT + i].data, code, bits, 4, all[KEYS].shape);
+  for (int i = 2; i < caches; ++i) ARGUMENT(all[OUT + i].data, DL_FLOAT, 32, 3, all[KEYS].shape);
   ARGUMENT(all[LENGTHS].data, DL_INT, 32, 1, all[LENGTHS].shape);
-  ARGUMENT(all[CHANNELS].data, DL_FLOAT, 32, 2, all[CHANNELS].shape);
+  if (kernel->op->scales) ARGUMENT(all[CHANNELS].data, DL_FLOAT, 32, 2, all[CHANNELS].shape);
   ARGUMENT(kernel->scale, DL_FLOAT, 32, 1, one);
   ARGUMENT(kernel->window, DL_INT, 64, 1, one);
   ARGUMENT(all[Y].data, DL_FLOAT, 32, 4, q);

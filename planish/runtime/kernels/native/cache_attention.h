@@ -1,4 +1,4 @@
-/* What the generated table says of planish::CacheAttention. */
+/* What the generated table says of planish::CacheAttention and CacheAttentionFloat16. */
 #ifndef PLANISH_CACHE_ATTENTION_H
 #define PLANISH_CACHE_ATTENTION_H
 
@@ -12,6 +12,7 @@ typedef struct {
 
 typedef struct {
   planish_op base;
+  int scales; /* the cache is int8 with scales, and `channels` are divided out of its keys; else it is float16 */
   const cache_attention_form *forms; /* up to one without `call` */
 } cache_attention_op;
 
