@@ -13,6 +13,7 @@
 #   make bench-relational      relational graph networks against PyG, torch.compile and torch by hand
 #   make bench-sparse          block-sparse attention against dense, by itself and in whole models
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
+#   make bench-cuda            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
@@ -27,7 +28,8 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
-  bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision clean
+  bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision \
+  bench-cuda clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -90,6 +92,10 @@ bench-precision: $(STAMP)
 	@$(BIN)/python -c 'import openvino, tvm' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,tvm]' || true
 	@$(BIN)/python benchmarks/precision.py
+
+# PYTHON is one with torch for CUDA, transformers, and onnxruntime-gpu in the place of onnxruntime.
+bench-cuda:
+	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/ort_cuda.py --json benchmarks/ort_cuda.json
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py

@@ -5,7 +5,7 @@
 Peers: the module of transformers, eager and by torch.compile in a CUDA graph; onnxscript's `ort_fusions` on
 torch.onnx.export, in ONNX Runtime with a CUDA graph. Every output is compared with the float32 module first (relative
 L2). Times are of a call until its result is there, inputs and outputs on the GPU, medians of interleaved rounds.
-Models are prepared in processes of their own, side by side; random weights, with biases and scales that are not trivial.
+Models are prepared in processes of their own, side by side; weights are random, biases and scales not trivial.
 """
 
 from __future__ import annotations
@@ -76,6 +76,16 @@ def build(name: str, tiny: bool) -> tuple[First, torch.Tensor]:
     return model.eval(), x
 
 
+def halved(model: First) -> First:
+    """The module in float16, but for the angles of its positions: as transformers loads it."""
+    angles = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    model.half()
+    for name, buffer in angles.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer)
+    return model
+
+
 def prepare(name: str, folder: Path, targets: list[str], tiny: bool) -> None:
     """Writes reference, artifacts and the peer's model of one row."""
     import planish
@@ -97,7 +107,7 @@ def prepare(name: str, folder: Path, targets: list[str], tiny: bool) -> None:
             traceback.print_exc()
     started = time.perf_counter()
     try:
-        _fused(model.half(), x.half() if x.is_floating_point() else x, folder / f"{name}.peer.onnx")
+        _fused(halved(model), x.half() if x.is_floating_point() else x, folder / f"{name}.peer.onnx")
         print(f"{name} ort_fusions: {time.perf_counter() - started:.1f} s", flush=True)
     except Exception:
         traceback.print_exc()
@@ -162,7 +172,7 @@ def calls_of(name: str, folder: Path, targets: list[str], tiny: bool) -> dict[st
 
     model, x = build(name, tiny)
     reference = torch.load(folder / f"{name}.reference.pt")
-    half = model.half().cuda()
+    half = halved(model).cuda()
     given = x.cuda()
     narrow = given.half() if x.is_floating_point() else given
     found: dict[str, tuple[Callable[[], Any], Any]] = {}

@@ -81,7 +81,8 @@ class Bench:
             self.runner(program, part.entry).prepared(self._fitting(program, part.batches[0], part.entry))
             for program in (baseline, candidate)
         ]
-        clock = "process" if self.target.threads == 1 else "wall"
+        # Processor time says nothing of what a GPU does.
+        clock = "process" if self.target.threads == 1 and self.target.device == "cpu" else "wall"
         return speedup(*steps, seconds=seconds, threshold=threshold, clock=clock)
 
     def _fitting(self, program: Program, batch: dict[str, np.ndarray], entry: str) -> dict[str, np.ndarray]:

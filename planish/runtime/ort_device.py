@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class DeviceRunner:
         self._types = {spec.name: spec.dtype for spec in (*self.inputs, *self.outputs)}
         self._kept: OrderedDict[tuple[Any, ...], Buffers] = OrderedDict()
         self._made = 0
+        self._lock = threading.Lock()
         self._on_device = all(spec.dtype in NATIVE for spec in (*self.inputs, *self.outputs))
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +96,8 @@ class DeviceRunner:
         else:
             _settle(given.values())
             if self.graphs and self._on_device:
-                outputs = self._replayed(given, seen).outputs(on_device)
+                with self._lock:  # of several threads, one at a time has the memory of a graph
+                    outputs = self._replayed(given, seen).outputs(on_device)
             else:
                 outputs = self._bound(given, seen, on_device)
         if not torch_in:
