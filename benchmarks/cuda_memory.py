@@ -1,7 +1,7 @@
 """Decoding under a memory budget on a GPU: weights that stream, caches on the host; against accelerate's offloading.
 
     python benchmarks/cuda_memory.py --capture decoder.gz     # anywhere: a Llama shape without its weights
-    python benchmarks/cuda_memory.py --model decoder.gz       # on a GPU: the table, and cuda_memory.json
+    python benchmarks/cuda_memory.py [--model decoder.gz]     # on a GPU: the table, and cuda_memory.json
 
 Each row is a process of its own. Weights are random by a seed. Peaks are what the driver counts (cuMemGetInfo, looked
 at every 2 ms and after each step) less what it counted when there was a CUDA context and no session yet: the arenas of
@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -184,9 +185,11 @@ def ours(options: argparse.Namespace) -> Row:
     generate(engine, [rows[0][:64]], 3, replace(plan, request=request), lambda: None)  # warm
     found, first, step = generate(engine, rows, options.new, plan, peak.look)
     most = peak.stop()
+    region = device.allocator.region
     row = {
         "weights": total, "limit": limit, "peak": most, "account": device.account.peak, "planned": plan.total,
-        "prompt_seconds": first, "tokens_per_second": 1 / step, "plan": plan.to_dict(), "after_rates": measured,
+        "region": region.nbytes, "region_used": region.peak, "after_rates": measured,
+        "prompt_seconds": first, "tokens_per_second": 1 / step, "plan": plan.to_dict(),
         "rates": {"link": rates.link, "host": rates.host, "latency": rates.latency},
     }  # fmt: skip
     if options.compare:
@@ -249,7 +252,7 @@ def theirs(options: argparse.Namespace) -> Row:
     return row | {"weights": total, "limit": limit, "peak": most, "prompt_seconds": one, "tokens_per_second": 1 / step}
 
 
-def worker(arguments: list[str], seconds: float = 120) -> Row:
+def worker(arguments: list[str], seconds: float = 90) -> Row:
     """One row in a process of its own."""
     command = [sys.executable, __file__, "--worker", *arguments]
     try:
@@ -315,9 +318,12 @@ def main() -> None:
     if options.worker:
         print(json.dumps((ours if options.worker == "ours" else theirs)(options)))
         return
+    if not options.model:
+        options.model = str(Path(tempfile.mkdtemp()) / "decoder.gz")
+        subprocess.run([sys.executable, __file__, f"--capture={options.model}"], check=True)
     found: dict[str, Row] = {}
     for name, arguments in ROWS.items():
-        if options.only and options.only not in name:
+        if options.only and not any(part in name for part in options.only.split("|")):
             continue
         started = time.perf_counter()
         found[name] = worker([*arguments, f"--model={options.model}"])

@@ -85,13 +85,13 @@ def optimize_budgeted(
     early = as_passes(approximate or [])
     if late := [p.name for p in early if not isinstance(p, ApproximatePass) or p.lowered]:
         raise InputError(f"'{late[0]}' can not run on a program that a memory budget will cut; leave it out.")
+    own = device or _gpu(target)
     host = Target("ort", "cpu", threads=target.threads)
     # Gains on the CPU say nothing of the GPU: nothing is rolled back for them.
     limits = replace(budget or Budget(), min_gain=0.0)
     exe = optimize(model, host, task=wanted, passes=[*pipeline, *early], budget=limits, **options)
     assert exe.program is not None and exe.report is not None
     program, notes = exe.program, exe.report.ledger.notes
-    own = device or _gpu(target)
     program, engine = _smaller(program, target, own, limits, notes)
     runner = BudgetRunner(engine)
     plan = _check(engine, program)
@@ -103,7 +103,9 @@ def optimize_budgeted(
 
 def _gpu(target: Target) -> Device:
     from planish.runtime.offload.cuda_device import CudaDevice
+    from planish.runtime.ort_cuda import require
 
+    require(target)
     return CudaDevice(target.memory, target)
 
 
