@@ -80,7 +80,7 @@ _LOWERINGS = {
     "ort-cuda:kernels": _CUDA,
     "tvm-cpu": ("lower-linear", "lower-normalization", "eliminate-dead-code"),
     # Products take what is added behind them along when they are translated, in any dtype.
-    "tvm-cuda": (),
+    "tvm-cuda": ("narrow-attention-mask", "eliminate-dead-code"),
 }
 
 

@@ -80,7 +80,7 @@ def assembling(codes: Codes) -> Iterator[None]:
                 tvm_ffi.register_global_func(_CALLBACK, before, override=True)
 
 
-def native_objects(folder: Path, codes: Codes, calls: set[str], heads: set[int]) -> list[Path]:
+def native_objects(folder: Path, codes: Codes, calls: set[str], heads: set[tuple[int, int]]) -> list[Path]:
     """Compiles the packed functions that a program calls; attention with its kernels inside.
 
     Raises:
@@ -91,16 +91,18 @@ def native_objects(folder: Path, codes: Codes, calls: set[str], heads: set[int])
         made.append(_compile("products", folder))
     if heads:
         lines = []
-        for number, (head, groups) in enumerate((head, groups) for head in sorted(heads) for groups in (1, 2)):
-            (folder / f"attention{number}.fatbin").write_bytes(_attention(codes, head, groups))
-            lines.append(f"BINARY({number}, {head}, {groups})\n")
+        forms = [(head, groups, bias) for head, bias in sorted(heads) for groups in (1, 2)]
+        for number, (head, groups, bias) in enumerate(forms):
+            (folder / f"attention{number}.fatbin").write_bytes(_attention(codes, head, groups, bias))
+            lines.append(f"BINARY({number}, {head}, {groups}, {bias})\n")
         (folder / "binaries.h").write_text("".join(lines))
         made.append(_compile("attention", folder))
     return made
 
 
-def _attention(codes: Codes, head: int, groups: int) -> bytes:
-    defines = {"ELEMENT_BF16": 0, "GROUPS": groups, "HEAD": head}
+def _attention(codes: Codes, head: int, groups: int, bias: int) -> bytes:
+    # As `cuda.attention` asks for them, so that both find them in the cache.
+    defines = {"BIAS": bias, "ELEMENT_BF16": 0, "GROUPS": groups, "HEAD": head}
     if codes == Codes():
         return binary("attention.cu", tuple(sorted(defines.items())))
     # Hopper's own instructions are in the code for sm_90a alone.

@@ -22,10 +22,35 @@ def attention(device: CudaDevice, t: Translator, template: Any, inputs: list[Any
     scale = rest.pop(0)
     causal = _causal(t, template, q, k, rest)
     size, dtype = template.head_size, str(q.ty.dtype)
-    if dtype == "float16" and size in FLASH_SIZES and mask is None and causal in ("", "end"):
-        device.heads.add(size)
-        return device.packed(t, "planish_attention", [q, k, v, size, int(causal == "end"), float(scale)], types)
+    flash = dtype == "float16" and size in FLASH_SIZES and causal in ("", "end")
+    if flash and (mask is None or _is_padding(mask)):
+        biases = [] if mask is None else [_bias(t, mask)]
+        device.heads.add((size, len(biases)))
+        inputs = [q, k, v, *biases, size, int(causal == "end"), float(scale)]
+        return device.packed(t, "planish_attention", inputs, types)
     return _by_products(device, t, (q, k, v), mask, (size, float(scale), causal), dtype)
+
+
+def _is_padding(mask: Any) -> bool:
+    """Whether a mask is the same for all heads and queries."""
+    from planish.runtime.relax.cuda.device import plain
+
+    return plain(mask.ty.shape)[1:3] == [1, 1]
+
+
+def _bias(t: Translator, mask: Any) -> Any:
+    """The variable of what is added to the scores of keys, (batch or 1, keys) float32; one for all layers."""
+    key = ("key_bias", id(mask))
+    if key not in t.derived:
+        batch, _, _, keys = list(mask.ty.shape)
+        zero, hidden = t.tir.const(0.0, "float32"), t.tir.const(float("-inf"), "float32")
+
+        def bias(i: Any, m: Any) -> Any:
+            seen = m(i[0], 0, 0, i[1])
+            return t.tir.Select(seen, zero, hidden) if str(mask.ty.dtype) == "bool" else seen.astype("float32")
+
+        t.derived[key] = (mask, t.force(t.compute("key_bias", [mask], bias, [batch, keys], "float32")))
+    return t.derived[key][1]
 
 
 def _causal(t: Translator, template: Any, q: Any, k: Any, rest: list[Any]) -> str:

@@ -93,7 +93,8 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], arch: str | None, graph
         module = schedule_module(module, device.schedule)
         module[CHECK] = translator.check()
         try:
-            executable = tvm.compile(module, target=target, relax_pipeline=lowering(plan.pass_(), relax.transform.RewriteCUDAGraph()))
+            pipeline = lowering(plan.pass_(), relax.transform.RewriteCUDAGraph())
+            executable = tvm.compile(module, target=target, relax_pipeline=pipeline)
         except tvm.error.InternalError as error:
             raise UnsupportedError(f"TVM {tvm.__version__} does not compile the program: {last_line(error)}") from error
     return CudaProgram(executable, weights_of(translator.parameters), codes, plan.planned, device)

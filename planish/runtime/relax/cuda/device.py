@@ -36,13 +36,13 @@ class CudaDevice(Device):
 
     Attributes:
         calls: names of the packed functions that the program calls.
-        heads: sizes of heads for which it calls our attention.
+        heads: (size of heads, whether keys have a bias) of calls of our attention.
         bad: variables that are not 0 where an index of a gather was outside of its tensor.
     """
 
     arch: str = "sm_75"
     calls: set[str] = field(default_factory=set)
-    heads: set[int] = field(default_factory=set)
+    heads: set[tuple[int, int]] = field(default_factory=set)
     bad: list[Any] = field(default_factory=list)
     name = "tvm-cuda"
     floats = ("float32", "float16")
