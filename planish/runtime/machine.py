@@ -78,6 +78,9 @@ def needs_of_target(target: Target) -> Needs:
     software |= {"C compiler": ""} if generated else {}
     if target.device == "cuda":
         code = (target.arch,) if target.arch else ()
+        if target.runtime == "tvm":  # compiled there too; what is compiled has PTX beside machine code
+            software |= {"nvcc": "", "C compiler": ""}
+            code += tuple(arch.rstrip("af").replace("sm_", "compute_") for arch in code)
         providers = ("CUDAExecutionProvider",) if target.runtime == "ort" else ()
         return Needs(software=software, providers=providers, gpus=1, code=code, memory=target.memory or 0)
     level = LEVELS.get(target.arch or "")
