@@ -59,7 +59,15 @@ def test_needs_are_in_the_manifest_only_where_there_are_any() -> None:
         ("ort-cpu", Needs(software={"onnxruntime": ""})),
         ("ort-cpu:kernels", Needs(software={"tvm": "", "onnxruntime": "", "C compiler": ""})),
         ("ort-cpu:memory=1GiB", Needs(software={"onnxruntime": ""}, host_memory=1 << 30)),
-        ("tvm-cuda:sm_75,memory=1GiB", Needs(software={"tvm": ""}, gpus=1, code=("sm_75",), memory=1 << 30)),
+        (
+            "tvm-cuda:sm_75,memory=1GiB",
+            Needs(
+                software={"tvm": "", "nvcc": "", "C compiler": ""},
+                gpus=1,
+                code=("sm_75", "compute_75"),
+                memory=1 << 30,
+            ),
+        ),
     ],
 )
 def test_what_targets_need(target: str, needs: Needs) -> None:
