@@ -24,7 +24,7 @@ from cuda_attention import graph, times
 
 from planish.ir.ops.merge_reference import merged_count
 from planish.runtime.cuda.attention import attention
-from planish.runtime.cuda.token_merge import merge_tokens
+from planish.runtime.cuda.token_merge import Norm, add_norm, merge_tokens
 
 Tensor = torch.Tensor
 SIZE, TOKENS, PATCH = 64, 197, 16
@@ -140,13 +140,38 @@ def run(
             if how == "torch":
                 x, sizes = torch_merge(x, k, sizes, count)
             else:
-                x, sizes, index, bias = merge_tokens(
+                made = merge_tokens(
                     x, k, sizes, r=r, protected=1, index=seen is not None, logs=how == "ours" and proportional
                 )
+                x, sizes, bias = made.tokens, made.sizes, made.logs
                 if seen is not None:
-                    seen.append(index)
+                    seen.append(made.where)
         x = x + F.linear(F.gelu(F.linear(normal(x, layer.norm2), *layer.up)), *layer.down)
     return normal(x, net.norm)
+
+
+def run_fused(net: Net, images: Tensor, r: int, proportional: bool = True, seen: list[Tensor] | None = None) -> Tensor:
+    """The same with residual sums and norms in one kernel each, which merges too; without a bias torch's attention."""
+    x = begin(net, images)
+    sizes = bias = None
+    normed = normal(x, net.layers[0].norm1)
+    for number, layer in enumerate(net.layers):
+        q, k, v = F.linear(normed, *layer.qkv).view(*x.shape[:2], 3, -1, SIZE).unbind(2)
+        mixed = attention(q, k, v, causal=False, bias=bias) if bias is not None else torch_attention(q, k, v, None)
+        out = F.linear(mixed.reshape(x.shape), *layer.out)
+        norm = Norm(*layer.norm2, 1e-6)
+        if merged_count(x.shape[1], r, 0, 1):
+            wanted = {"index": seen is not None, "logs": proportional}
+            made = merge_tokens(x, k, sizes, r=r, protected=1, added=out, norm=norm, **wanted)
+            x, sizes, bias, normed = made.tokens, made.sizes, made.logs, made.normed
+            if seen is not None:
+                seen.append(made.where)
+        else:
+            x, normed = add_norm(x, out, norm)
+        down = F.linear(F.gelu(F.linear(normed, *layer.up)), *layer.down)
+        after = net.layers[number + 1].norm1 if number + 1 < len(net.layers) else net.norm
+        x, normed = add_norm(x, down, Norm(*after, 1e-6))
+    return normed
 
 
 def exact(net: Net, images: Tensor, indices: list[Tensor]) -> Tensor:
@@ -185,6 +210,8 @@ def model_rows(name: str, batch: int, compiled: bool) -> list[dict[str, Any]]:
     calls["plain"] = graph(lambda i: run(net, images, 0, "torch"), 1)
     calls["plain, our attention"] = graph(lambda i: run(net, images, 0, "ours"), 1)
     plain = exact(wide, few.double(), [])
+    calls["plain, sums with norms"] = graph(lambda i: run_fused(net, images, 0), 1)
+    errors["plain, sums with norms"] = relative(run_fused(net, few, 0), plain)
     errors["plain"] = relative(run(net, few, 0, "torch"), plain)
     errors["plain, our attention"] = relative(run(net, few, 0, "ours"), plain)
     for r in rs:
@@ -194,6 +221,11 @@ def model_rows(name: str, batch: int, compiled: bool) -> list[dict[str, Any]]:
             got = run(net, few, r, how, proportional, seen)
             return relative(got, exact(wide, few.double(), seen))
 
+        seen: list[Tensor] = []
+        got = run_fused(net, few, r, True, seen)
+        errors[f"r={r} ours, sums with norms"] = relative(got, exact(wide, few.double(), seen))
+        calls[f"r={r} ours, sums with norms"] = graph(lambda i, r=r: run_fused(net, images, r), 1)
+        calls[f"r={r} ours, sums with norms, no bias"] = graph(lambda i, r=r: run_fused(net, images, r, False), 1)
         errors[f"r={r} ours"] = forced("ours")
         calls[f"r={r} ours"] = graph(lambda i, r=r: run(net, images, r, "ours"), 1)
         calls[f"r={r} ours, no bias"] = graph(lambda i, r=r: run(net, images, r, "ours", False), 1)
@@ -214,10 +246,10 @@ def model_rows(name: str, batch: int, compiled: bool) -> list[dict[str, Any]]:
                 traceback.print_exc(limit=3)
     with torch.inference_mode():
         found = times(calls, 15)
-    base = min(found["plain"], found["plain, our attention"])
+    base, best = min(found["plain"], found["plain, our attention"]), found["plain, sums with norms"]
     return [
         {"model": f"ViT-{name}/16", "batch": batch, "how": how, "ms": ms, "images_s": batch / ms * 1000,
-         "ratio": base / ms, "error": errors.get(how)}
+         "ratio": base / ms, "ratio_fused": best / ms, "error": errors.get(how)}
         for how, ms in found.items()
     ]  # fmt: skip
 
@@ -249,10 +281,21 @@ def kernel_row(tokens: int, r: int, batch: int, heads: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> str:
-    lines = ["| model | | ms | images/s | times as fast | error |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | | ms | images/s | times as fast | as with sums and norms | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         error = f"{row['error']:.1e}" if row["error"] is not None else ""
-        cells = (row["model"], row["how"], f"{row['ms']:.3f}", f"{row['images_s']:.0f}", f"{row['ratio']:.2f}", error)
+        cells = (
+            row["model"],
+            row["how"],
+            f"{row['ms']:.3f}",
+            f"{row['images_s']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_fused']:.2f}",
+            error,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     if kernels:
         names = [n for n in kernels[0] if n not in ("r", "batch")]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.ops.merge_reference import merged_count
@@ -37,6 +37,8 @@ class Parameters(ctypes.Structure):
         *((n, ctypes.c_int) for n in ("tokens", "width", "heads", "size", "count", "protect", "max_norm", "wide")),
         ("margin", ctypes.c_float),
         ("alpha", ctypes.c_float),
+        *((n, ctypes.c_void_p) for n in ("added", "gain", "shift", "normed")),
+        ("epsilon", ctypes.c_float),
     ]
 
 
@@ -65,7 +67,7 @@ class LaunchPlan:
 
 def launch_plan(
     batch: int, tokens: int, size: int, dtype: str, device: driver.Device,
-    *, r: int = 0, ratio: float = 0.0, protected: int = 0, energy: bool = False,
+    *, r: int = 0, ratio: float = 0.0, protected: int = 0, energy: bool = False, fused: bool = False,
 ) -> LaunchPlan:  # fmt: skip
     """How a merge is launched.
 
@@ -74,6 +76,7 @@ def launch_plan(
         dtype: of tokens and keys: float16, bfloat16 or float32.
         r, ratio, protected: as the operator has them.
         energy: of planish::MergeTokensEnergy or MergeTokensEnergyMaxNorm.
+        fused: with a sum before and a layer norm behind, for which a warp has a row in registers (:func:`widest`).
 
     Raises:
         InputError: a number that is negative.
@@ -96,8 +99,40 @@ def launch_plan(
     shared += 4 * tokens  # sizes
     scratch = tokens * (-(-size // 32) * 32) * 4 + 8 * (free + count if energy else half) if count else 0
     source = "merge_energy.cu" if energy else "merge_tokens.cu"
-    defines = {"VALUE": DTYPES.index(dtype)}
+    defines = {"VALUE": DTYPES.index(dtype), "FUSED": int(fused)}
     return LaunchPlan(source, defines, THREADS, shared, cluster, -(-scratch // 16) * 16, count, left)
+
+
+def widest(dtype: str, wide: bool) -> int:
+    """The widest tokens for a launch with a layer norm; `wide`: everything can be read 16 bytes at a time."""
+    return 128 * (1 if not wide else 4 if dtype == "float32" else 8)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm of what is merged: weights (width) of the tokens' dtype, compact."""
+
+    gain: torch.Tensor
+    shift: torch.Tensor | None = None
+    epsilon: float = 1e-5
+
+
+class Merged(NamedTuple):
+    """What merging gives, compact.
+
+    Attributes:
+        tokens: (batch, left, width).
+        sizes: (batch, left) float32.
+        where: (batch, tokens) int64, the index of where each token went; None if it was not wanted, as those behind it.
+        logs: (batch, left) float32, logarithms of the sizes, which are the bias of later attention.
+        normed: (batch, left, width), the layer norm of `tokens`.
+    """
+
+    tokens: torch.Tensor
+    sizes: torch.Tensor
+    where: torch.Tensor | None
+    logs: torch.Tensor | None
+    normed: torch.Tensor | None
 
 
 def merge_tokens(
@@ -113,7 +148,9 @@ def merge_tokens(
     alpha: float = 1.0,
     index: bool = True,
     logs: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    added: torch.Tensor | None = None,
+    norm: Norm | None = None,
+) -> Merged:
     """Merges r + floor(ratio · tokens) tokens of each image into similar ones (planish::MergeTokens).
 
     Args:
@@ -123,47 +160,72 @@ def merge_tokens(
         sizes: (batch, tokens) float32, compact; None: ones.
         max_norm: scale a merged token to the norm of its longest member (planish::MergeTokensMaxNorm).
         margin, alpha: if `margin` is given, merge by energy (planish::MergeTokensEnergy and MergeTokensEnergyMaxNorm).
-        index: give where each token went.
-        logs: give the logarithms of the merged sizes, which are the bias of later attention.
-
-    Returns:
-        (tokens (batch, left, width), sizes (batch, left) float32, index (batch, tokens) int64 or None, logarithms
-        (batch, left) float32 or None), compact.
+        index, logs: give these too.
+        added: (batch, tokens, width), compact: tokens are x + added, as behind a residual branch; with `norm`.
+        norm: give the layer norm of the merged tokens too; not with `max_norm`.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit each other.
         UnsupportedError: more tokens than the kernel takes, another dtype, or no nvcc to compile it.
     """
+    _check(x, keys, sizes)
+    settings = {"r": r, "ratio": ratio, "protected": protected}
+    return _launch(x, keys, sizes, (max_norm, margin, alpha), (index, True, logs), added, norm, settings)
+
+
+def add_norm(x: torch.Tensor, added: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + added, and the layer norm of that, (batch, tokens, width) each: the same kernel, which merges nothing."""
+    keys = x[:, :, None]
+    _check(x, keys, None)
+    settings = {"protected": x.shape[1]}
+    made = _launch(x, keys, None, (False, None, 1.0), (False, False, False), added, norm, settings)
+    assert made.normed is not None
+    return made.tokens, made.normed
+
+
+def _launch(
+    x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, how: tuple[bool, float | None, float],
+    wanted: tuple[bool, bool, bool], added: torch.Tensor | None, norm: Norm | None, settings: dict[str, Any],
+) -> Merged:  # fmt: skip
     import torch
 
-    _check(x, keys, sizes)
     batch, tokens, width = x.shape
-    number = x.device.index or 0
+    number, dtype = x.device.index or 0, str(x.dtype)[6:]
+    max_norm, margin, alpha = how
     plan = launch_plan(
-        batch, tokens, keys.shape[3], str(x.dtype)[6:], driver.device(number),
-        r=r, ratio=ratio, protected=protected, energy=margin is not None,
+        batch, tokens, keys.shape[3], dtype, driver.device(number),
+        energy=margin is not None, fused=norm is not None, **settings,
     )  # fmt: skip
-    y = x.new_empty((batch, plan.left, width))
-    merged = torch.empty((batch, plan.left), dtype=torch.float32, device=x.device)
-    where = torch.empty((batch, tokens), dtype=torch.int64, device=x.device) if index else None
-    logarithms = torch.empty_like(merged) if logs else None
-    if merged.numel() == 0:
-        return y, merged, where, logarithms
-    scratch = torch.empty(batch * plan.scratch_batch, dtype=torch.uint8, device=x.device)
+    shape = (batch, plan.left)
+    kinds = (((batch, tokens), torch.int64), (shape, torch.float32), (shape, torch.float32))
+    where, merged, logs = (
+        torch.empty(size, dtype=kind, device=x.device) if want else None
+        for want, (size, kind) in zip(wanted, kinds, strict=True)
+    )
+    y = x.new_empty((*shape, width))
+    normed = x.new_empty(y.shape) if norm is not None else None
     strides = (x.stride(0), x.stride(1), keys.stride(0), keys.stride(1), keys.stride(2))
     each = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == keys.data_ptr() % 16 == 0
+    weights = (added, norm.gain, norm.shift) if norm is not None else (None,) * 3
+    aligned = all(item is None or item.data_ptr() % 16 == 0 for item in (x, keys, *weights))
     wide = aligned and not any(n % each for n in (*strides, width, keys.shape[3]))
-    outputs = (item.data_ptr() if item is not None else None for item in (y, merged, logarithms, where, scratch))
-    parameters = Parameters(
-        x.data_ptr(), keys.data_ptr(), sizes.data_ptr() if sizes is not None else None, *outputs,
-        *strides, plan.scratch_batch, tokens, width, keys.shape[2], keys.shape[3], plan.count, protected,
-        int(max_norm), int(wide), margin or 0.0, alpha,
-    )  # fmt: skip
-    kernel = _kernel(plan.source, number, plan.shared, **plan.defines)
-    stream = int(torch.cuda.current_stream(x.device).cuda_stream)
-    kernel.launch((plan.cluster, batch, 1), plan.threads, stream, parameters, cluster=plan.cluster)
-    return y, merged, where, logarithms
+    _check_norm(x, added, norm, max_norm, wide)
+    if y.numel():
+        scratch = torch.empty(batch * plan.scratch_batch, dtype=torch.uint8, device=x.device)
+        parameters = Parameters(
+            *_pointers(x, keys, sizes, y, merged, logs, where, scratch),
+            *strides, plan.scratch_batch, tokens, width, keys.shape[2], keys.shape[3], plan.count,
+            settings["protected"], int(max_norm), int(wide), margin or 0.0, alpha,
+            *_pointers(*weights, normed), norm.epsilon if norm is not None else 0.0,
+        )  # fmt: skip
+        kernel = _kernel(plan.source, number, plan.shared, **plan.defines)
+        stream = int(torch.cuda.current_stream(x.device).cuda_stream)
+        kernel.launch((plan.cluster, batch, 1), plan.threads, stream, parameters, cluster=plan.cluster)
+    return Merged(y, merged, where, logs, normed)  # type: ignore[arg-type]
+
+
+def _pointers(*items: torch.Tensor | None) -> tuple[int | None, ...]:
+    return tuple(item.data_ptr() if item is not None else None for item in items)
 
 
 @functools.cache
@@ -188,3 +250,24 @@ def _check(x: torch.Tensor, keys: torch.Tensor, sizes: Any) -> None:
         raise InputError(f"sizes are {sizes.dtype} {tuple(sizes.shape)}; they must be float32 {tuple(x.shape[:2])}.")
     if not sizes.is_contiguous():
         raise InputError("sizes must be compact.")
+
+
+def _check_norm(x: torch.Tensor, added: torch.Tensor | None, norm: Norm | None, max_norm: bool, wide: bool) -> None:
+    if norm is None:
+        if added is not None:
+            raise InputError("`added` is given without `norm`.")
+        return
+    if max_norm:
+        raise UnsupportedError("a layer norm of tokens that are scaled to the norm of the longest.")
+    width, most = x.shape[2], widest(str(x.dtype)[6:], wide)
+    if width > most:
+        raise UnsupportedError(f"merging tokens of width {width} with a layer norm; the CUDA kernel takes {most}.")
+    for name, item, shape in (
+        ("added", added, x.shape),
+        ("gain", norm.gain, (width,)),
+        ("shift", norm.shift, (width,)),
+    ):
+        if item is not None and (item.shape != shape or item.dtype != x.dtype or not item.is_contiguous()):
+            raise InputError(
+                f"{name} is {item.dtype} {tuple(item.shape)}; it must be {x.dtype} {tuple(shape)}, compact."
+            )

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from planish.runtime.cuda import token_merge as kernels  # noqa: E402
 from planish.runtime.cuda.attention import attention  # noqa: E402
-from planish.runtime.cuda.token_merge import launch_plan, merge_tokens  # noqa: E402
+from planish.runtime.cuda.token_merge import Norm, add_norm, launch_plan, merge_tokens  # noqa: E402
 
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 LIMITS = {"float16": 6e-4, "bfloat16": 5e-3, "float32": 1e-6}
@@ -48,7 +48,7 @@ def expected(x, keys, sizes, max_norm=False, **attributes):
 
 
 def compare(got, want, limit):
-    y, merged, index, logs = (item.cpu().double().numpy() for item in got)
+    y, merged, index, logs = (item.cpu().double().numpy() for item in got[:4])
     assert y.shape == want[0].shape and merged.shape == want[1].shape
     assert np.array_equal(index, want[2])
     np.testing.assert_allclose(merged, want[1], rtol=1e-6)
@@ -119,7 +119,7 @@ def test_views_of_a_fused_product_and_no_sizes():
     got = merge_tokens(x, keys, ratio=0.13, r=2, protected=1, logs=True)
     ones = torch.ones(4, 197, device="cuda")
     compare(got, expected(x, keys, ones, ratio=0.13, r=2, protected=1), 6e-4)
-    assert merge_tokens(x, keys, r=1, index=False)[2:] == (None, None)
+    assert merge_tokens(x, keys, r=1, index=False)[2:] == (None, None, None)
 
 
 @gpu
@@ -156,6 +156,44 @@ def test_equal_keys_have_equal_energies():
 
 
 @gpu
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("case", [case for case in CASES if case[0]] + [(2, 70, 16, 64, 512, 30, 1)])
+def test_sum_and_norm(case, dtype):
+    *shape, r, protected = case
+    tokens, width = shape[1], shape[4]
+    if width == 768 and dtype == "float32":
+        pytest.skip("wider than a warp has registers for")
+    x, keys, sizes = tensors(*shape, dtype, seed=sum(case))
+    added, gain, shift = (torch.randn(s, device="cuda").to(x.dtype) for s in (x.shape, width, width))
+    for margin in (None, 0.1) if tokens < 200 else (None,):
+        got = merge_tokens(
+            x,
+            keys,
+            sizes,
+            r=r,
+            protected=protected,
+            logs=True,
+            added=added,
+            norm=Norm(gain, shift, 1e-6),
+            margin=margin,
+        )
+        arrays = (
+            item.cpu().numpy() for item in (x.double() + added.double(), keys.flatten(2).double(), sizes.double())
+        )
+        settings = {"r": r, "protected": protected, "heads": keys.shape[2]} | ({"margin": margin} if margin else {})
+        want = reference(margin is not None, False)(*arrays, **settings)
+        compare(got, want, LIMITS[dtype])
+        normal = torch.nn.functional.layer_norm(
+            torch.tensor(want[0]).cuda(), (width,), gain.double(), shift.double(), 1e-6
+        )
+        assert (got.normed.double() - normal).norm() <= 2 * LIMITS[dtype] * normal.norm()
+    y, normed = add_norm(x, added, Norm(gain, None))
+    normal = torch.nn.functional.layer_norm(x.double() + added.double(), (width,), gain.double())
+    assert (y.double() - x.double() - added.double()).norm() <= LIMITS[dtype] * y.double().norm()
+    assert (normed.double() - normal).norm() <= 2 * LIMITS[dtype] * normal.norm()
+
+
+@gpu
 def test_net():
     """Layers with merging and proportional attention, in float16, against float64 that merges the same tokens."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -172,7 +210,7 @@ def test_net():
     for qkv, out, up, down in layers:
         q, k, v = (norm(x, (128,)) @ qkv).view(*x.shape[:2], 3, 2, 64).unbind(2)
         x = x + attention(q, k, v, causal=False, bias=bias).flatten(2) @ out
-        x, sizes, index, bias = merge_tokens(x, k, sizes, r=13, protected=1, logs=True)
+        x, sizes, index, bias, _ = merge_tokens(x, k, sizes, r=13, protected=1, logs=True)
         x = x + torch.relu(norm(x, (128,)) @ up) @ down
 
         q, k, v = (norm(exact, (128,)) @ qkv.double()).view(*exact.shape[:2], 3, 2, 64).unbind(2)
@@ -199,7 +237,7 @@ def test_graph():
     with torch.cuda.graph(graph):
         got = merge_tokens(x, keys, sizes, r=20, logs=True)
     graph.replay()
-    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(got[:4], want[:4], strict=True))
 
 
 @pytest.fixture
@@ -234,7 +272,7 @@ def test_turing(turing):
 def test_launch_plan():
     hopper, ampere = driver.Device(90, 132, 227 << 10), driver.Device(80, 108, 163 << 10)
     plan = launch_plan(64, 197, 64, "float16", hopper, r=16, protected=1)
-    assert (plan.cluster, plan.count, plan.left, plan.defines) == (2, 16, 181, {"VALUE": 0})
+    assert (plan.cluster, plan.count, plan.left, plan.defines) == (2, 16, 181, {"VALUE": 0, "FUSED": 0})
     assert plan.scratch_batch >= 197 * 64 * 4 + 98 * 8 and plan.scratch_batch % 16 == 0
     assert launch_plan(64, 197, 64, "bfloat16", ampere, r=16).cluster == 1
     assert [launch_plan(n, 50, 64, "float32", hopper, r=1).cluster for n in (1, 16, 33, 66, 67)] == [8, 8, 4, 2, 1]
@@ -256,3 +294,6 @@ def test_what_does_not_fit_is_refused():
         launch_plan(1, 40, 64, "float64", device, r=1)
     with pytest.raises(InputError, match="r is -1"):
         launch_plan(1, 40, 64, "float16", device, r=-1)
+    with pytest.raises(UnsupportedError, match="tokens of width 2048 with a layer norm; the CUDA kernel takes 1024"):
+        wide = torch.zeros(1, 8, 2048, dtype=torch.float16)
+        kernels._check_norm(wide, None, Norm(wide[0, 0]), False, True)

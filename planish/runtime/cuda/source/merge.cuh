@@ -4,12 +4,15 @@
 // Similarities are decided in float32: a direction is the sum of two float16 numbers, of which all products count but
 // that of both low parts. Equal rows of keys give equal similarities to the last bit, and of those the lower index wins.
 //
-// Compiled with -D VALUE=0|1|2: float16, bfloat16, float32.
+// Compiled with -D VALUE=0|1|2: float16, bfloat16, float32; FUSED=0|1: tokens are x + added, and there is a layer norm of y.
 #pragma once
 #include "tiles.cuh"
 
 #ifndef VALUE
 #define VALUE 0
+#endif
+#ifndef FUSED
+#define FUSED 0
 #endif
 #if VALUE == 0
 typedef __half Value;
@@ -34,12 +37,16 @@ struct Parameters {
   const Value *x, *keys;
   const float *sizes;         // (batch, tokens), or null: ones
   Value *y;                   // (batch, left, width)
-  float *merged, *logs;       // (batch, left): sizes, and their logarithms (or null)
+  float *merged, *logs;       // (batch, left): sizes, and their logarithms; or null
   long long *index;           // (batch, tokens): where each token went; or null
   char *scratch;
   long long x_batch, x_row, keys_batch, keys_row, keys_head, scratch_batch;
   int tokens, width, heads, size, count, protect, max_norm, wide;  // wide: everything can be read 16 bytes at a time
   float margin, alpha;        // of energies
+  const Value *added;         // for FUSED: (batch, tokens, width), compact, or null
+  const Value *gain, *shift;  // (width) of the norm; shift may be null
+  Value *normed;              // (batch, left, width)
+  float epsilon;
 };
 
 struct Cluster {
@@ -77,7 +84,7 @@ __device__ __forceinline__ __half *place(__half *row, int column) { return row +
 
 // Lanes by heads and columns: `lanes` of them side by side read a head's columns, N at a time; of two tokens at once.
 template <int N>
-__device__ void directions(const Parameters &p, const Value *keys, __half *units, int padded, int first, int step) {
+__device__ __noinline__ void directions(const Parameters &p, const Value *keys, __half *units, int padded, int first, int step) {
   const int lane = threadIdx.x % 32, pieces = p.size / N;
   int lanes = 1;
   while (lanes < pieces && lanes < 32) lanes *= 2;
@@ -380,10 +387,70 @@ __device__ void row_of(const Parameters &p, const Plan &plan, const Value *x, in
     }
   }
   if (lane == 0) {
-    *merged = total;
+    if (merged) *merged = total;
     if (logs) *logs = logf(total);
   }
 }
+
+#if FUSED
+// The same of x + added, and the norm of it. A warp has a whole row in registers: pieces <= 32 PIECES.
+template <int N>
+__device__ void fused_row_of(const Parameters &p, const Plan &plan, const Value *x, const Value *added, int row, long long at) {
+  const int lane = threadIdx.x % 32, pieces = p.width / N;
+  int token = plan.origin[row], next = row < plan.from ? p.count : plan.first[row - plan.from];
+  const float weight = plan.weight[token];
+  float total = weight, sum[PIECES][N];
+#pragma unroll 1
+  for (int k = next; k < p.count; k = plan.next[k]) total += plan.weight[plan.source[k]];
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+    for (int c = 0; c < N; ++c) sum[i][c] = 0;
+  float part = weight / total;
+  Pieces<N> some, other;
+#pragma unroll 1
+  while (true) {
+    some.load(x + token * p.x_row, lane, pieces);
+    if (added) other.load(added + static_cast<long long>(token) * p.width, lane, pieces);
+    some.add_to(sum, part);
+    if (added) other.add_to(sum, part);
+    if (next >= p.count) break;
+    token = plan.source[next], part = plan.weight[token] / total, next = plan.next[next];
+  }
+  float mean = 0, variance = 0;
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      some.at[i].at[c] = Value(sum[i][c]);
+      if (lane + 32 * i < pieces) mean += sum[i][c];
+    }
+  some.store(p.y + at * p.width, lane, pieces);
+  mean = sum_of_warp(mean) / p.width;
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      sum[i][c] -= mean;
+      if (lane + 32 * i < pieces) variance = fmaf(sum[i][c], sum[i][c], variance);
+    }
+  const float inverse = rsqrtf(sum_of_warp(variance) / p.width + p.epsilon);
+  some.load(p.gain, lane, pieces);
+  if (p.shift) other.load(p.shift, lane, pieces);
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i)
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      float shift = p.shift ? static_cast<float>(other.at[i].at[c]) : 0.f;
+      some.at[i].at[c] = Value(fmaf(sum[i][c] * inverse, static_cast<float>(some.at[i].at[c]), shift));
+    }
+  some.store(p.normed + at * p.width, lane, pieces);
+  if (lane == 0) {
+    if (p.merged) p.merged[at] = total;
+    if (p.logs) p.logs[at] = logf(total);
+  }
+}
+#endif
 
 // All rows of y, by the cluster; the last ones first, since what merges is among them and takes longest.
 __device__ void rows(const Parameters &p, const Plan &plan, const Cluster &cluster, int batch, int left) {
@@ -391,9 +458,15 @@ __device__ void rows(const Parameters &p, const Plan &plan, const Cluster &clust
   const Value *x = p.x + batch * p.x_batch;
   for (int row = left - 1 - first; row >= 0; row -= warps) {
     long long at = static_cast<long long>(batch) * left + row;
-    float *logs = p.logs ? p.logs + at : nullptr;
-    if (p.wide) row_of<16 / sizeof(Value)>(p, plan, x, row, p.y + at * p.width, p.merged + at, logs);
-    else row_of<1>(p, plan, x, row, p.y + at * p.width, p.merged + at, logs);
+#if FUSED
+    const Value *added = p.added ? p.added + static_cast<long long>(batch) * p.tokens * p.width : nullptr;
+    if (p.wide) fused_row_of<16 / sizeof(Value)>(p, plan, x, added, row, at);
+    else fused_row_of<1>(p, plan, x, added, row, at);
+#else
+    float *merged = p.merged ? p.merged + at : nullptr, *logs = p.logs ? p.logs + at : nullptr;
+    if (p.wide) row_of<16 / sizeof(Value)>(p, plan, x, row, p.y + at * p.width, merged, logs);
+    else row_of<1>(p, plan, x, row, p.y + at * p.width, merged, logs);
+#endif
   }
 }
 
