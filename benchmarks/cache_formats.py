@@ -2,13 +2,13 @@
 
     python benchmarks/cache_formats.py [--rows GPT-2 Llama] [--past 512 2048 8192] [--seconds 6] [--small] [--json FILE]
 
-A GPT-2 (hidden 768, 12 heads of 64) and a Llama shape (hidden 1024, 16 heads of 64 on 4 of keys), four layers each, with
-random weights and a vocabulary that has the share of the whole model's time that theirs has in twelve layers. Every form
-is an executable of planish's, its decode entry bound to its caches as `generate` binds it; one thread, processor time,
-interleaved, 95 % bootstrap intervals.
+A GPT-2 (hidden 768, 12 heads of 64) and a Llama shape (hidden 1024, 16 heads of 64 on 4 of keys), four layers each,
+with random weights and a vocabulary that has the share of the whole model's time that a GPT-2's has in twelve layers.
+Every form is an executable of planish's, its decode entry bound to its caches as `generate` binds it; one thread,
+processor time, interleaved, 95 % bootstrap intervals.
 
-The caches hold what `prefill` makes of a random prompt, rounded. The error is relative L2 of the logits against those of
-the float32 cache, the worst of some next tokens. Bytes are those of a token in all caches.
+The caches hold what `prefill` makes of a random prompt, rounded. The error is relative L2 of the logits against those
+of the float32 cache, the worst of some next tokens. Bytes are those of a token in all caches.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def measure(name: str, past: list[int], seconds: float, small: bool) -> list[dic
                 }
             )
             print(
-                "{model:>6} {past:>6} {form:>22} {speed:7.2f} [{low:.2f}, {high:.2f}] {ms:9.2f} {error:9.1e} {bytes:>7} "
-                "{share:6.3f}".format(**rows[-1]),
+                "{model:>6} {past:>6} {form:>22} {speed:7.2f} [{low:.2f}, {high:.2f}] {ms:9.2f} {error:9.1e} "
+                "{bytes:>7} {share:6.3f}".format(**rows[-1]),
                 flush=True,
             )
     return rows

@@ -7,8 +7,9 @@ arXiv:1805.02867).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,30 +131,10 @@ class _Task:
         self.max, self.sum, self.factor = (new(self.group) for _ in range(3))
 
     def append(self, x: Any, channels: Any, codes: Any, scales: Any, at: Any) -> None:
-        """Rounds a token's keys or values to 127 steps of their largest one."""
-        from tvm import tirx
-
-        T, b, h = script(), self.b, self.h
-        largest, top = Lanes(self.cpu, 1), local()
-
-        def read(column: Any, update: Any) -> None:
-            value = x[b, h, column]
-            store(self.row, value if channels is None else value / channels[h, column], column)
-            update(largest, lambda t: T.max(t, tirx.abs(self.row[column])))
-
-        sweep(self.cpu, T.int64(self.d), 1, read)
-        largest.reduce(T.max, top)
-        store(scales, top[0] * const(1 / 127), b, h, at)
-        steps = local()
-        store(steps, const(127.0) / T.max(top[0], const(1e-30)), 0)
-
-        def write(column: Any, update: Any) -> None:
-            shifted = self.row[column] * steps[0] + const(_ROUND)
-            lanes = str(shifted.ty.dtype).removeprefix("float32")
-            bits = tirx.reinterpret(f"int32{lanes}", shifted) - tirx.const(_ROUND_BITS, f"int32{lanes}")
-            store(codes, T.Cast(f"int8{lanes}", bits), b, h, at, column)
-
-        sweep(self.cpu, T.int64(self.d), 1, write)
+        """Rounds a token's keys or values."""
+        b, h = self.b, self.h
+        read = partial(_divided, x, channels, (b, h), h)
+        round_row(self.cpu, self.row, read, (codes, b, h, at), (scales, b, h, at))
 
     def append_half(self, x: Any, cache: Any, at: Any) -> None:
         """Rounds a token's keys or values to float16; what is larger than its largest number becomes that."""
@@ -290,6 +271,42 @@ class _Task:
             for c, first in enumerate(self.starts):
                 with T.vectorized(self.lanes) as j:
                     store(y, self.out[g, c, j] * factor[0], self.b, self.h, g, first + j)
+
+
+def _divided(x: Any, channels: Any, place: tuple[Any, ...], h: Any, column: Any) -> Any:
+    value = x[(*place, column)]
+    return value if channels is None else value / channels[h, column]
+
+
+def round_row(cpu: Cpu, row: Any, read: Callable[[Any], Any], codes: tuple[Any, ...], scale: tuple[Any, ...]) -> None:
+    """Emits the rounding of a row to 127 steps of its largest number.
+
+    Args:
+        row: buffer for it, of its length.
+        read: column → number.
+        codes, scale: buffer, and where in it a row of codes, or the scale, goes.
+    """
+    from tvm import tirx
+
+    T, width = script(), script().int64(int(row.shape[0]))
+    largest, top, steps = Lanes(cpu, 1), local(), local()
+
+    def keep(column: Any, update: Any) -> None:
+        store(row, read(column), column)
+        update(largest, lambda t: T.max(t, tirx.abs(row[column])))
+
+    sweep(cpu, width, 1, keep)
+    largest.reduce(T.max, top)
+    store(scale[0], top[0] * const(1 / 127), *scale[1:])
+    store(steps, const(127.0) / T.max(top[0], const(1e-30)), 0)
+
+    def write(column: Any, update: Any) -> None:
+        shifted = row[column] * steps[0] + const(_ROUND)
+        lanes = str(shifted.ty.dtype).removeprefix("float32")
+        bits = tirx.reinterpret(f"int32{lanes}", shifted) - tirx.const(_ROUND_BITS, f"int32{lanes}")
+        store(codes[0], T.Cast(f"int8{lanes}", bits), *codes[1:], column)
+
+    sweep(cpu, width, 1, write)
 
 
 def _totals(vectors: list[Any], lanes: int) -> Any:

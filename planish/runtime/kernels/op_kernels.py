@@ -71,7 +71,7 @@ def _families() -> dict[str, type[OpKernel]]:
     """Operator → the class of its kernels."""
     from planish.ir.ops.bf16_attention import BF16_ATTENTION
     from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
-    from planish.ir.ops.cache_attention import CACHE_STEPS
+    from planish.ir.ops.cache_attention import CACHE_STEPS, QUANTIZE_CACHE
     from planish.ir.ops.feed_forward import FEED_FORWARD
     from planish.ir.ops.flash_attention import FLASH_ATTENTION
     from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
@@ -80,7 +80,7 @@ def _families() -> dict[str, type[OpKernel]]:
     from planish.ir.ops.window_attention import WINDOW_ATTENTION
     from planish.runtime.kernels.attention_ops import AttentionKernel
     from planish.runtime.kernels.bf16_attention_ops import Bf16AttentionKernel
-    from planish.runtime.kernels.cache_attention_ops import CacheAttentionKernel
+    from planish.runtime.kernels.cache_attention_ops import CacheAttentionKernel, QuantizeCacheKernel
     from planish.runtime.kernels.feed_forward_ops import FeedForwardKernel
     from planish.runtime.kernels.linear import LinearKernel
     from planish.runtime.kernels.merge_ops import MergeKernel
@@ -94,5 +94,6 @@ def _families() -> dict[str, type[OpKernel]]:
         **dict.fromkeys(BF16_ATTENTION, Bf16AttentionKernel),
         **dict.fromkeys(FEED_FORWARD, FeedForwardKernel),
         **dict.fromkeys(CACHE_STEPS, CacheAttentionKernel),
+        QUANTIZE_CACHE.name: QuantizeCacheKernel,
         "MergeTokens": MergeKernel,  # its relatives run as their functions
     }
