@@ -240,7 +240,7 @@ def theirs(options: argparse.Namespace) -> Row:
         torch.cuda.synchronize()
         started = time.perf_counter()
         with torch.no_grad():
-            model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **extra)
+            model.generate(ids, max_new_tokens=new, do_sample=False, **extra)
         torch.cuda.synchronize()
         return time.perf_counter() - started
 

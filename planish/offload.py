@@ -28,8 +28,8 @@ from planish.runtime.offload.rates import measure_rates
 from planish.runtime.offload.runner import BudgetRunner
 from planish.runtime.offload.split import Split, split_decoder
 
-#: What makes weights smaller, least first: tried in this order if the error budget allows.
-_LOWER_PRECISION = ("float16", "quantize-weights")
+#: What makes weights smaller, tried in this order if the error budget allows.
+_LOWER_PRECISION = ("float16", "quantize-weights,float16", "quantize-weights{bits=4},float16")
 
 
 def lower_for(target: Target) -> Lower:
@@ -120,24 +120,28 @@ def _smaller(
     program: Program, target: Target, device: Device, budget: Budget, notes: list[str]
 ) -> tuple[Program, Engine]:
     """The program in the first precision in which its weights fit, of those that the error budget allows."""
-    engine = _engine(program, target, device)
+    original, engine = program, _engine(program, target, device)
     if budget.error is None or budget.metric is not None or not budget.gates:
         return program, engine
-    for name in _LOWER_PRECISION:
+    before = engine.parts.facts().weights
+    for passes in _LOWER_PRECISION:
         size = engine.parts.facts().weights
         if device.account.limit is None or size <= device.account.limit:
             break
-        candidate = program.clone()
-        result = PassManager(as_passes(name)).apply(candidate, PassContext(target))
-        if not result.modified:
+        candidate = original.clone()
+        if not PassManager(as_passes(passes)).apply(candidate, PassContext(target)).modified:
             continue
-        error = _error(program, candidate, target)
+        error = _error(original, candidate, target)
         if not error <= budget.error:
-            notes.append(f"{name} was taken back: error {error:.2g} > {budget.error:.2g}")
+            notes.append(f"{passes} was taken back: error {error:.2g} > {budget.error:.2g}")
             continue
-        program, engine = candidate, _engine(candidate, target, device)
-        now = size_text(engine.parts.facts().weights)
-        notes.append(f"{name} for the memory budget: weights {size_text(size)} → {now}, error {error:.2g}")
+        made = _engine(candidate, target, device)
+        now = made.parts.facts().weights
+        if now < size:
+            program, engine = candidate, made
+            notes.append(
+                f"{passes} for the memory budget: weights {size_text(before)} → {size_text(now)}, error {error:.2g}"
+            )
     return program, engine
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from planish.ir.budget import Budget
 from planish.ir.errors import InputError, UnsupportedError
@@ -12,6 +13,7 @@ from planish.offload import optimize_budgeted
 from planish.runtime.executable import Executable
 from planish.runtime.offload.account import MemoryBudgetError
 from planish.runtime.offload.device import HostDevice
+from planish.runtime.offload.plan import Request
 from tests.causal_models import causal_model, greedy, prompts
 
 TARGET = Target.parse("ort-cuda:sm_80,threads=1,memory=1MiB")
@@ -58,6 +60,32 @@ def test_weights_get_a_lower_precision_where_the_error_allows() -> None:
     plan = smaller.runners["prefill"].plan  # type: ignore[attr-defined]
     assert not plan.streamed() and device.account.peak <= limit
     np.testing.assert_array_equal(tokens, greedy(causal_model("Llama"), ids, mask, 4))
+
+
+def test_weights_in_few_bits_where_half_precision_is_not_enough() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(**shape, num_hidden_layers=2, vocab_size=256, max_position_embeddings=64)
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name and "lm_head" not in name:
+                parameter.mul_(5.0)
+    device = HostDevice(560 << 10)
+    limits = Budget(error=0.2, seconds=0.5)
+    exe = optimize_budgeted(model, TARGET, task="causal-lm", budget=limits, device=device)
+    assert exe.report is not None
+    text = "\n".join(exe.report.ledger.notes)
+    assert "quantize-weights,float16 for the memory budget: weights 1.3 MiB → 330 KiB" in text
+    assert not exe.runners["prefill"].engine.plan(Request(2, 16, 2)).streamed()  # type: ignore[attr-defined]
+    ids = np.random.default_rng(0).integers(3, 256, (2, 12))
+    first = exe.run({"input_ids": ids, "lengths": np.array([12, 12])})["logits"]
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).logits[:, -1].numpy()
+    assert np.linalg.norm(first - wanted) < 0.2 * np.linalg.norm(wanted)
 
 
 def test_what_can_not_be_exported_or_cut_says_so() -> None:

@@ -169,6 +169,19 @@ def test_too_small_a_budget_says_by_how_much_and_what_fits() -> None:
     assert engine_of("Llama", limit).plan(fitting).total <= limit
 
 
+def test_what_has_no_layers_can_not_be_cut() -> None:
+    from planish.ir.errors import UnsupportedError
+    from planish.ir.printer import parse_model
+    from planish.runtime.offload.split import split_decoder
+
+    model = parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> one (int64[batch,1] input_ids) => (float[batch,1] logits) {'
+        "logits = Cast<to=1>(input_ids)}"
+    )
+    with pytest.raises(UnsupportedError, match="no layers with a cache of their own"):
+        split_decoder(model)
+
+
 def test_an_account_that_is_passed_raises() -> None:
     device = HostDevice(1000)
     device.allocate(600, "caches")
