@@ -143,7 +143,7 @@ class DeviceRunner:
         for spec in self.outputs:
             where = (self.device, self.index) if on_device else ("cpu", 0)
             binding.bind_output(spec.name, *where)
-        self._call(binding)
+        self.call(binding)
         del held
         values = dict(zip([spec.name for spec in self.outputs], binding.get_outputs(), strict=True))
         if on_device:
@@ -165,7 +165,12 @@ class DeviceRunner:
         binding.bind_ortvalue_input(name, known)
         return known
 
-    def _call(self, binding: ort.IOBinding, options: ort.RunOptions | None = None) -> None:
+    def call(self, binding: ort.IOBinding, options: ort.RunOptions | None = None) -> None:
+        """Runs what is bound, without a graph unless `options` name one, and waits.
+
+        Raises:
+            InputError: a node failed.
+        """
         if options is None and self.graphs:
             options = _options(_NO_GRAPH)
         try:
@@ -229,7 +234,7 @@ class DeviceRunner:
         held = [self._bind_input(binding, name, value, seen[name]) for name, value in given.items()]
         for spec in self.outputs:
             binding.bind_output(spec.name, self.device, self.index)
-        self._call(binding)
+        self.call(binding)
         del held
         values = zip(self.outputs, binding.get_outputs(), strict=True)
         return {spec.name: (_element_of(value.element_type()), tuple(value.shape())) for spec, value in values}
@@ -279,7 +284,7 @@ class Buffers:
 
     def run(self) -> None:
         """Reads the inputs, writes the outputs, and waits for them."""
-        self.runner._call(self.binding, self.options)
+        self.runner.call(self.binding, self.options)
 
     def fill(self, feeds: Mapping[str, Any]) -> None:
         """Copies inputs into their memory."""

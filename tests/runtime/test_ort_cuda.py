@@ -192,6 +192,33 @@ def test_wrong_inputs():
     assert runner.run(feeds(0))["y"].shape == (0, 4)
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_generation_with_caches_on_the_device(name):
+    from planish.runtime.executable import Executable
+    from tests.causal_models import causal_executable, prompts
+
+    exe = causal_executable(name)
+    runners = {
+        entry: DeviceRunner(runner.session, runner.inputs, runner.outputs, device="cpu")
+        for entry, runner in exe.runners.items()
+    }
+    there = Executable(None, runners, provenance=exe.provenance, target=exe.target)
+    ids, mask = prompts(3, 7)
+    np.testing.assert_array_equal(
+        there.generate(ids, 9, attention_mask=mask), exe.generate(ids, 9, attention_mask=mask)
+    )
+
+
+@gpu
+def test_generation_on_a_gpu():
+    from tests.causal_models import causal_model, greedy, prompts
+
+    model = causal_model("Llama")
+    exe = planish.optimize(model, "ort-cuda", task="causal-lm", budget=OFF)
+    ids, mask = prompts(3, 7)
+    np.testing.assert_array_equal(exe.generate(ids, 9, attention_mask=mask), greedy(model, ids, mask, 9))
+
+
 def relative(got, want) -> float:
     got, want = (np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, np.float64) for v in (got, want))
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
