@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,35 @@ def test_training_through_autograd() -> None:
             gradients, torch.autograd.grad((wanted * wanted).sum(), [x, w], retain_graph=True), strict=True
         ):
             assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@gpu
+def test_a_thread_that_has_no_context() -> None:
+    """As those of torch's backward passes, before torch has done anything there."""
+    layer, graph = rel.compile(plain(8, 8), device="cuda"), GRAPHS["typed"]
+    x, w = torch.randn(graph.num_nodes, 8, device="cuda"), torch.randn(graph.num_edge_types, 8, 8, device="cuda")
+    wanted = layer(graph, x=x, W=w)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(layer, graph, x=x, W=w).result()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@gpu
+def test_modules_of_pyg() -> None:
+    pytest.importorskip("torch_geometric")
+    from torch_geometric.nn import RGCNConv
+
+    graph = GRAPHS["hub"]
+    conv = RGCNConv(16, 12, 8).cuda()
+    compiled = rel.compile(conv, device="cuda")
+    index, types = (torch.tensor(a, device="cuda") for a in (graph.edge_index, graph.edge_type))
+    x, given = torch.randn(37, 16, device="cuda", requires_grad=True), torch.randn(37, 12, device="cuda")
+    results = []
+    for net in (conv, compiled):
+        y = net(x, index, types)
+        results.append([y, *torch.autograd.grad(y, [x, *net.parameters()], given)])
+    for wanted, found in zip(*results, strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @gpu

@@ -259,11 +259,15 @@ def _outer(c: Context) -> Generated:
             code.depth -= 1
             code.add("}")
         code.add("__syncthreads();")
+        # Tensor cores cut off what float32 would round; sums over many rows are made by additions that round.
+        code.add(f"float some[{wide // 8 // step}][4] = {{}};")
         code.add(
-            f"multiply<{steps // deep}, {wide // 8 // step}, {step}, 1, {x_stride}, {y_stride}>(sums, "
+            f"multiply<{steps // deep}, {wide // 8 // step}, {step}, 1, {x_stride}, {y_stride}>(some, "
             f"x_tile + share * {steps // deep * x_stride} + warp_row, "
             f"y_tile + share * {steps // deep * y_stride} + panel * 8, "
-            f"{wide // 8} - panel, {steps});"
+            f"{wide // 8} - panel, {steps});",
+            "#pragma unroll",
+            f"for (int t = 0; t < {4 * (wide // 8 // step)}; ++t) sums[t / 4][t % 4] += some[t / 4][t % 4];",
         )
     _put_outer(code, (depth, columns), (tall, wide), step, deep, math.prod(shape))
     values = tuple(kernel.reads() | dict.fromkeys(kernel.writes()))
