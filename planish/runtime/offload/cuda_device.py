@@ -171,6 +171,7 @@ class CudaDevice:
             "do_copy_in_default_stream": "1",
             "cudnn_conv_use_max_workspace": "0",
         }
+        options.intra_op_num_threads = 1  # the host only launches
         options.enable_mem_pattern = False  # a pattern is one block for a whole run
         self.allocator.constants = True
         try:

@@ -89,7 +89,8 @@ class Parts:
         if last is None or not isinstance(last[-1], int):
             raise UnsupportedError("the size of the vocabulary is not known.")
         self.vocabulary = int(last[-1])
-        cpu = Target("ort", "cpu", threads=target.threads)
+        # Its threads would spin where those of attention on the host want to run.
+        cpu = Target("ort", "cpu", threads=target.threads, options=(("session.intra_op.allow_spinning", "0"),))
         self._head = compile_ort(split.head.model, cpu)
         #: Attention on the host by the kernel of this package, where it can be compiled, not by ONNX Runtime's.
         self.own_kernel = True
