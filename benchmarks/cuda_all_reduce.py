@@ -14,6 +14,7 @@ no times.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.parallel.split import tensor_parallel
 from planish.passes.parallel.tile_all_reduce import TileAllReduce
+from planish.runtime.cuda import driver
 from planish.runtime.parallel.rank import GlooReducer, NcclReducer, Rank
 from planish.runtime.parallel.torch_ops import contiguous_attention
 
@@ -111,6 +113,23 @@ def length_of(program: Program) -> int:
 # --- one rank ------------------------------------------------------------------------------------------------------
 
 
+class Replay:
+    """A captured graph whose nodes keep the priorities of their streams, so that the blocks of a sum may go before
+    those of the computation that was begun with it.
+    """
+
+    def __init__(self, graph: Any, kept: Any) -> None:
+        self.kept, self.handle = (graph, kept), ctypes.c_void_p()
+        by_node_priority = ctypes.c_ulonglong(8)  # CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY
+        source = ctypes.c_void_p(graph.raw_cuda_graph())
+        code = driver.library().cuGraphInstantiateWithFlags(ctypes.byref(self.handle), source, by_node_priority)
+        driver.check(code, "making a graph")
+
+    def __call__(self) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        driver.check(driver.library().cuGraphLaunch(self.handle, stream), "launching a graph")
+
+
 class Worker:
     """What one process does."""
 
@@ -132,8 +151,9 @@ class Worker:
         if ours:
             self.attend = lambda q, k, v, mask, causal, scale: kernels.attention(q, k, v, causal=causal, scale=scale)
 
-    def make(self, program: Program) -> Rank:
-        return Rank(program, self.reducer, device=self.device, dtype=self.dtype, attend=self.attend)
+    def make(self, program: Program, attend: Any = None, sums: Any = None) -> Rank:
+        given = {"attend": attend or self.attend, "device": self.device, "dtype": self.dtype}
+        return Rank(program, sums or self.reducer, **given)
 
     def random(self, seed: int, *sizes: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -153,11 +173,15 @@ class Worker:
             for _ in range(2):
                 call()
         torch.cuda.synchronize()
-        made = torch.cuda.CUDAGraph()
+        made = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(made, stream=stream, capture_error_mode="relaxed"):
             kept = call()
-        made.kept = kept  # type: ignore[attr-defined]
-        return made.replay
+        try:
+            return Replay(made, kept)
+        except Exception as reason:
+            print(f"without priorities: {reason}", flush=True)
+            made.instantiate()
+            return made.replay
 
     def times(self, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
         """Milliseconds of each round; both ranks begin a call together."""
@@ -201,39 +225,72 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Te
     return torch.stack(found)
 
 
+def runs_of(worker: Worker, whole: Program) -> dict[str, Rank]:
+    """Variants by name: attention by our kernels, and by cuDNN; in one piece, and in chunks."""
+    programs = {"one": whole} | {f"k={n}": tiled(whole, n) for n in CHUNKS}
+    found = {name: worker.make(program) for name, program in programs.items() if program is not None}
+    if not worker.cpu:
+        for name, program in programs.items():
+            if program is not None and name != "k=8":
+                found[f"cuDNN {name}"] = worker.make(program, cudnn)
+        found["compute"] = worker.make(whole, sums=_Nothing())
+        found["cuDNN compute"] = worker.make(whole, cudnn, _Nothing())
+    return found
+
+
+def checked(runs: dict[str, Rank], feeds: dict[str, Any], rows: Any, want: torch.Tensor) -> dict[str, float]:
+    """Relative errors of all that sum; a variant that does not run is left out, with a line that says why."""
+    errors = {}
+    for name, run in list(runs.items()):
+        try:
+            got = run.run(feeds)["y"][0, rows]
+        except RuntimeError as reason:
+            print(f"{name}: {reason}", flush=True)
+            del runs[name]
+            continue
+        if "compute" not in name:
+            errors[name] = error(got, want)
+    return errors
+
+
 def parts(worker: Worker, length: int, width: int, rounds: int) -> dict[str, Any]:
     """Attention, projection and sum alone."""
     mine = slice(worker.rank * width // RANKS_HERE, (worker.rank + 1) * width // RANKS_HERE)
     q, k, v = (worker.random(i, 1, length, width) for i in range(3))
     weight = worker.random(3, width, width) / width**0.5
     feeds = {name: x[..., mine].contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
-    whole = part(length, width, worker.rank, weight[mine].float().cpu().numpy())
-    variants = {"one": whole} | {f"k={n}": tiled(whole, n) for n in CHUNKS}
-    runs = {name: worker.make(program) for name, program in variants.items() if program is not None}
+    runs = runs_of(worker, part(length, width, worker.rank, weight[mine].float().cpu().numpy()))
     rows = [0, 1, length // 3, length // 2, length - 1]
-    want = expected(q, k, v, weight, rows)
-    errors = {name: error(run.run(feeds)["y"][0, rows], want) for name, run in runs.items()}
+    errors = checked(runs, feeds, rows, expected(q, k, v, weight, rows))
     del q, k, v
     found: dict[str, Any] = {"what": "attention", "length": length, "width": width, "errors": errors}
     if worker.cpu:
         return found
     calls = {name: worker.graph(lambda run=run: run.run(feeds)) for name, run in runs.items()}  # type: ignore[misc]
-    alone = Rank(whole, _Nothing(), device=worker.device, dtype=worker.dtype, attend=worker.attend)
-    calls["compute"] = worker.graph(lambda: alone.run(feeds))
-    dense = Rank(whole, worker.reducer, device=worker.device, dtype=worker.dtype, attend=cudnn)
-    errors["cuDNN"] = error(dense.run(feeds)["y"][0, rows], want)
-    calls["cuDNN"] = worker.graph(lambda: dense.run(feeds))
     total = torch.zeros(1, length, width, device=worker.device, dtype=torch.float16)
     calls["sum"] = worker.graph(lambda: worker.reducer.begin(total)())
     return found | {"ms": worker.times(calls, rounds)}
 
 
 def cudnn(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float | None) -> Any:
-    """The fastest attention of a whole sequence that torch has."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    """Attention by cuDNN, the fastest that torch has. It takes causal squares only: what is before one is attended to
+    apart, and both are joined by their log-sum-exps.
+    """
+    assert causal and mask is None
+    rows, past = q.shape[1], k.shape[1] - q.shape[1]
+    own, own_sum = _dense(q, k[:, past:], v[:, past:], True, scale)
+    if not past:
+        return own
+    other, other_sum = _dense(q, k[:, :past], v[:, :past], False, scale)
+    share = torch.sigmoid(other_sum.reshape(1, -1, rows) - own_sum.reshape(1, -1, rows)).transpose(1, 2)[..., None]
+    return torch.lerp(own, other, share.to(own.dtype))
 
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return contiguous_attention(q, k, v, mask, causal, scale)
+
+def _dense(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> tuple[Any, Any]:
+    """(output as q, log-sum-exp by head and row)."""
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads, None, True, 0.0, causal, False, scale=scale)
+    return found[0].transpose(1, 2), found[1]
 
 
 class _Nothing:
@@ -246,19 +303,16 @@ class _Nothing:
 def stack(worker: Worker, length: int, width: int, hidden: int, rounds: int) -> dict[str, Any]:
     """Two layers, shared out."""
     program = layers(length, width, hidden)
-    made = tensor_parallel(program, RANKS_HERE)
-    mine = made.programs[worker.rank]
     feeds = {"x": worker.random(9, 1, length, width)}
-    variants = {"one": mine} | {f"k={n}": tiled(mine, n) for n in CHUNKS}
-    whole = Rank(program, _Nothing(), device=worker.device, dtype=worker.dtype, attend=worker.attend)
-    want = whole.run(feeds)["y"]
-    runs = {name: worker.make(p) for name, p in variants.items() if p is not None}
-    errors = {name: error(run.run(feeds)["y"], want) for name, run in runs.items()}
+    whole = worker.make(program, None if worker.cpu else cudnn, _Nothing())
+    want = whole.run(feeds)["y"][0]
+    runs = runs_of(worker, tensor_parallel(program, RANKS_HERE).programs[worker.rank])
+    errors = checked(runs, feeds, slice(None), want)
     found: dict[str, Any] = {"what": "layers", "length": length, "width": width, "errors": errors}
     if worker.cpu:
         return found
     calls = {name: worker.graph(lambda run=run: run.run(feeds)) for name, run in runs.items()}  # type: ignore[misc]
-    calls["one GPU"] = worker.graph(lambda: whole.run(feeds))
+    calls["cuDNN one GPU"] = worker.graph(lambda: whole.run(feeds))
     return found | {"ms": worker.times(calls, rounds)}
 
 
@@ -271,6 +325,8 @@ def work(rank: int, folder: Path, options: argparse.Namespace) -> None:
     else:
         sizes = [(n, width) for width in (4096, 8192) for n in (2048, 4096, 8192, 16384, 32768)]
         stacks = [(n, 4096, 8192) for n in (2048, 4096, 8192, 16384)]
+    if options.lengths:
+        sizes, stacks = ([row for row in rows if row[0] in options.lengths] for rows in (sizes, stacks))
     begun, found = time.monotonic(), []
     with torch.no_grad():
         for call, rows in ((parts, sizes), (stack, stacks)):
@@ -306,14 +362,23 @@ def merged(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each row and each kind of attention: times, the best chunks, how much of the sum they hide."""
     lines = []
     for row in rows:
-        ms = row.get("ms", {})
-        best = min((n for n in ms if n.startswith("k=")), key=ms.__getitem__, default=None)
-        text = "  ".join(f"{name} {value:.3f}" for name, value in ms.items())
-        gain = f"  best {best} {ms['one'] / ms[best]:.3f}x" if best else ""
-        worst = max(row["errors"].values())
-        lines.append(f"{row['what']:9} {row['length']:6} x {row['width']:5}  {text}{gain}  error {worst:.1e}")
+        ms, name = row.get("ms", {}), f"{row['what']:9} {row['length']:6} x {row['width']:5}"
+        if not ms:
+            lines.append(f"{name}  error {max(row['errors'].values()):.1e} ({', '.join(row['errors'])})")
+        for kind in ("", "cuDNN ") if ms else ():
+            mine = {n.removeprefix(kind): t for n, t in ms.items() if n.startswith("cuDNN") == bool(kind)}
+            chunked = {n: t for n, t in mine.items() if n.startswith("k=")}
+            if not chunked or "one" not in mine:
+                continue
+            best = min(chunked, key=chunked.__getitem__)
+            hidden = (mine["one"] - chunked[best]) / (mine["one"] - mine["compute"])
+            text = "  ".join(f"{n} {t:.3f}" for n, t in mine.items())
+            gain = f"{best} {mine['one'] / chunked[best]:.3f}x, hides {hidden:.0%}"
+            worst = max(e for n, e in row["errors"].items() if n.startswith("cuDNN") == bool(kind))
+            lines.append(f"{name} {kind or 'ours  '} {text} | {gain} | error {worst:.1e}")
     return "\n".join(lines)
 
 
@@ -323,6 +388,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--torch", action="store_true", help="attention by torch's kernels, not ours")
+    parser.add_argument("--lengths", type=int, nargs="*", help="only these")
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -50,15 +50,16 @@ class TileAllReduce(ExactPass):
 
     Options:
         chunks: how many, at most.
-        least: rows that a chunk has at least: shorter sums do not reach the bandwidth of the link. Where the length is
-            symbolic it is that of the calibration inputs, and any length remains right.
+        least: rows that a chunk has at least: what shorter ones lose to launches and unfilled multiprocessors is more
+            than they hide. Where the length is symbolic it is that of the calibration inputs, and any length remains
+            right.
         feed_forward: sums behind feed-forward networks too.
     """
 
     name: ClassVar[str] = "tile-all-reduce"
 
-    chunks: int = 4
-    least: int = 256
+    chunks: int = 2
+    least: int = 4096
     feed_forward: bool = True
 
     def __post_init__(self) -> None:

@@ -85,7 +85,7 @@ def test_a_length_that_is_known_is_cut_at_full_tiles() -> None:
     whole = transformer(length=1000)
     made = tensor_parallel(whole, 2)
     for program in made.programs:
-        assert apply_pass(TileAllReduce(chunks=3), program).fired == 4
+        assert apply_pass(TileAllReduce(chunks=3, least=256), program).fired == 4
         graph = program.main.graph
         rows = {v.shape[1] for n in graph if is_all_reduce(n) for v in n.outputs}
         assert rows == {320, 360} and not any(n.op_type == "Shape" for n in graph)  # cut at 320 and 640
@@ -109,7 +109,7 @@ def test_an_additive_mask_beside_causal_attention() -> None:
 
 def test_networks_may_be_left_whole() -> None:
     program = tensor_parallel(transformer(length=512), 2).programs[0]
-    result = apply_pass(TileAllReduce(feed_forward=False), program)
+    result = apply_pass(TileAllReduce(least=256, feed_forward=False), program)
     assert result.fired == 2
     assert [d.reason for d in result.declined] == ["it sums a feed-forward network, and feed_forward is off"] * 2
 
@@ -145,17 +145,17 @@ def test_what_is_left_alone_and_why(text: str, reason: str) -> None:
         sizes |= {"a": (1, length, 8), "p": (1, length, 16)}
     elif sizes:
         sizes |= {"p": (512, 16)}
-    check_declines(TileAllReduce(), rank_program(text, **sizes), reason, count=1)
+    check_declines(TileAllReduce(least=256), rank_program(text, **sizes), reason, count=1)
 
 
 def test_a_calibrated_length_that_is_too_short() -> None:
     program = tensor_parallel(transformer(), 2).programs[0]
     program.calibration = Calibration([feeds(length=300)])
-    check_declines(TileAllReduce(), program, "has 300 rows, and two chunks of at least 256 take more", count=4)
+    check_declines(TileAllReduce(least=256), program, "has 300 rows, and two chunks of at least 256 take more", count=4)
 
 
 def test_a_program_without_sums_is_left_alone() -> None:
-    check_untouched(TileAllReduce(), transformer(length=2048))
+    check_untouched(TileAllReduce(least=256), transformer(length=2048))
 
 
 def test_options() -> None:

@@ -34,7 +34,7 @@ def test_all_ranks_in_order_or_none() -> None:
 
 def test_the_same_passes_on_all() -> None:
     first, second = tensor_parallel(transformer(length=512), 2).programs
-    apply_pass(TileAllReduce(), first)
+    apply_pass(TileAllReduce(least=256), first)
     with pytest.raises(InputError, match="run the same passes on all of them"):
         LockStep([first, second])
 
