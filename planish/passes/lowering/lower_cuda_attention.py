@@ -34,7 +34,7 @@ class LowerCudaAttention(RewritePass):
     GroupQueryAttention for causal attention in half precision where key heads are shared or positions are rotated: it
     takes the packed projection and rotates inside. Else com.microsoft's Attention, where queries, keys and values are
     products of one value with weights: one product, and the bias and the split into heads in one pass. Else
-    MultiHeadAttention. A mask of padding becomes a bias, which has a kernel that never holds all scores.
+    MultiHeadAttention. A mask of padding, or one that is added, becomes a bias, whose kernel never holds all scores.
     """
 
     name: ClassVar[str] = "lower-cuda-attention"
@@ -61,7 +61,7 @@ class LowerCudaAttention(RewritePass):
 
     def rewrite(self, op: Any, match: Match, q: ir.Value, k: ir.Value, v: ir.Value) -> Any:
         node = match.root
-        parts = _parts(node)
+        parts, bias = _mask_of(match)
         causal = parts.causal or bool(node.attributes.get_int("is_causal", 0))
         heads, kv_heads = (node.attributes.get_int(f"{name}_num_heads", 0) for name in ("q", "kv"))
         width = (match.shape("q") or (None,) * 3)[2]
@@ -71,14 +71,36 @@ class LowerCudaAttention(RewritePass):
             raise Decline("it is causal, and its queries and keys are not known to be as many")
         made = None
         rotations = [_rotation(value) for value in (q, k)]
-        if causal and not parts.keys and match.dtype("q") in _HALF and (kv_heads < heads or all(rotations)):
+        if (
+            causal
+            and not parts.keys
+            and bias is None
+            and match.dtype("q") in _HALF
+            and (kv_heads < heads or all(rotations))
+        ):
             made = _grouped(op, match, settings | {"kv_num_heads": kv_heads}, rotations)
         if made is None and kv_heads < heads:
             raise Decline(f"{heads} heads share {kv_heads} of keys: only causal attention in half precision has a form")
         if made is None:
-            made = _multi_head(op, match, parts, settings | {"unidirectional": int(causal)})
+            bias = _bias_of(op, match, parts) if parts.keys else bias
+            made = _multi_head(op, match, bias, settings | {"unidirectional": int(causal)})
         made.type, made.shape = match.output.type, match.output.shape
         return made
+
+
+def _mask_of(match: Match) -> tuple[MaskParts, ir.Value | None]:
+    """The parts of the mask; or, where it has others, the mask itself if it is one to add, of full size."""
+    node = match.root
+    try:
+        return _parts(node), None
+    except Decline:
+        mask = node.inputs[3]
+        dims, q, k = (sizes(value) for value in (mask, *node.inputs[:2]))
+        if mask is None or mask.dtype != match.dtype("q") or dims is None or q is None or k is None:
+            raise
+        if len(dims) != 4 or dims[2:] != (q[1], k[1]):
+            raise
+        return MaskParts(), mask
 
 
 def _parts(node: ir.Node) -> MaskParts:
@@ -103,8 +125,7 @@ def _parts(node: ir.Node) -> MaskParts:
 # --- heads of queries that each have their own keys -----------------------------------------------------------------
 
 
-def _multi_head(op: Any, match: Match, parts: MaskParts, settings: dict[str, Any]) -> Any:
-    bias = _bias_of(op, match, parts) if parts.keys else None
+def _multi_head(op: Any, match: Match, bias: Any, settings: dict[str, Any]) -> Any:
     projections = [_Projection.of(match[name]) for name in "qkv"]
     packed = _packed(projections) if match.shape("q") == match.shape("k") == match.shape("v") else None
     settings["_domain"] = _MICROSOFT

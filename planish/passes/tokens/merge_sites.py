@@ -115,13 +115,19 @@ def _checked(layer: Layer, node: ir.Node, at: ir.Value) -> Site:
     operands = [*node.inputs, *[None] * 6]
     if any(v is not None for v in operands[4:]) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         raise Decline(f"the attention of '{layer.name}' has a cache, or its scores are read")
-    keys, mask = dims_of(operands[1]), operands[3]
+    keys, mask = dims_of(operands[1]), None if _hides_nothing(operands[3]) else operands[3]
     if node.attributes.get_int("is_causal", 0) or (mask is not None and mask_allows(mask) is not None):
         raise Decline(f"the attention of '{layer.name}' is causal: a token must not learn of later ones by merging")
     heads = node.attributes.get_int("kv_num_heads", 0) if keys is not None and len(keys) == 3 else 0
     if keys is None or (len(keys) == 3 and not heads):
         raise Decline(f"the shape of the keys of '{layer.name}' is not known")
     return Site(layer, node, at, heads, None if mask is None else _bias(layer, node, mask))
+
+
+def _hides_nothing(mask: ir.Value | None) -> bool:
+    """Whether a mask is a constant that lets every query see every key, as exporters of fixed shapes write."""
+    array = constant_array(mask, 1 << 24)
+    return array is not None and bool(array.all() if array.dtype == bool else not array.any())
 
 
 def _bias(layer: Layer, node: ir.Node, mask: ir.Value) -> ir.Value | None:

@@ -97,6 +97,13 @@ def test_padding_becomes_a_bias():
     numerics(model, {"x": X, "m": mask})
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 6, 6), (1, 4, 6, 6)])
+def test_a_mask_to_add(shape):
+    model = source(f"float[2, 6, 8] x, float[{', '.join(map(str, shape))}] m", mask=", m")
+    assert lowered(model)[1] == {"Attention": 1}
+    numerics(model, {"x": X, "m": np.random.default_rng(3).standard_normal(shape).astype("f4")})
+
+
 GROUPED = "q_num_heads = 4, kv_num_heads = 2, scale = 0.4, is_causal = 1"
 
 
