@@ -77,7 +77,7 @@ def needs_of_target(target: Target) -> Needs:
     software |= {"onnxruntime": ""} if target.runtime == "ort" else {}
     software |= {"C compiler": ""} if generated else {}
     if target.device == "cuda":
-        code = (target.arch,) if target.arch else ()
+        code: tuple[str, ...] = (target.arch,) if target.arch else ()
         if target.runtime == "tvm":  # compiled there too; what is compiled has PTX beside machine code
             software |= {"nvcc": "", "C compiler": ""}
             code += tuple(arch.rstrip("af").replace("sm_", "compute_") for arch in code)

@@ -51,7 +51,11 @@ def test_a_target_that_does_not_run_here_is_said_to_and_is_no_failure(call: Any)
     code, out, _ = call("inspect", "-t", "ort-cuda")
     assert code == 0 and "Target ort-cuda does NOT run on this machine" in out and "this build has CPU" in out
     found = as_json(call("inspect", "-t", "tvm-cuda:sm_80,memory=4GiB", "--json")[1])
-    assert [line.split(";")[0] for line in found["unmet"]] == ["needs tvm", "needs a GPU"] and found["precision"] == []
+    assert [line.split(";")[0] for line in found["unmet"]] == [
+        "needs tvm",
+        "needs C compiler",
+        "needs a GPU",
+    ] and found["precision"] == []
 
 
 def test_a_gpu_is_shown_with_what_it_has(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
