@@ -50,9 +50,11 @@ class NarrowAttentionMask(RewritePass):
     def rewrite(self, op: Any, match: Match, q: ir.Value, k: ir.Value, v: ir.Value) -> Any:
         node = match.root
         parts = _parts(node)
-        attributes = {name: node.attributes.get_int(name, 0) for name in _KEPT if name in node.attributes}
+        attributes: dict[str, Any] = {
+            name: node.attributes.get_int(name, 0) for name in _KEPT if name in node.attributes
+        }
         if "scale" in node.attributes:
-            attributes["scale"] = node.attributes.get_float("scale", 0.0)  # type: ignore[assignment]
+            attributes["scale"] = node.attributes["scale"].as_float()
         causal = parts.causal or bool(node.attributes.get_int("is_causal", 0))
         mask = _padding(op, match, node.inputs[3], parts)
         inputs = [q, k, v] if mask is None else [q, k, v, mask]

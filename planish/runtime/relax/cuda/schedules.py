@@ -29,8 +29,9 @@ def schedule(function: Any) -> Any:
     threads = THREADS
     if width > 1 and not plain:
         # What goes through registers has blocks of its own for loads and stores, whose bounds must need no check.
-        threads = _even([built.get(loop).extent for loop in loops], width)
-        width = width if threads else 1
+        extents = [built.get(loop).extent for loop in loops]
+        while width > 1 and not (threads := _even(extents, width)):
+            width //= 2
     cached = [] if plain or width == 1 else _in_order(tvm, built.get(block), width)
     lanes = None
     if width > 1:
