@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.causal_models import causal_model, greedy, prompts
 TARGET = Target.parse("ort-cuda:sm_80,threads=1,memory=1MiB")
 
 
+@functools.cache
 def budgeted(limit: int, budget: Budget | None = None) -> tuple[Executable, HostDevice]:
     device = HostDevice(limit)
     given = budget or Budget(gates=False)
