@@ -44,6 +44,13 @@ __device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 __device__ __forceinline__ float leaky_relu(float x, float slope) { return x > 0.0f ? x : x * slope; }
 
+// What the groups of a warp have, together.
+template <class Op, int G> __device__ __forceinline__ float across(float value) {
+#pragma unroll
+    for (int offset = G; offset < 32; offset *= 2) value = Op::of(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    return value;
+}
+
 // An element of a small array in registers.
 template <int N> __device__ __forceinline__ float pick(const float (&values)[N], int index) {
     float found = values[0];
