@@ -22,6 +22,7 @@ TILE = 64
 _DECODE_WARPS = 8  # as in attention_decode.cu
 SIZES = (64, 128)
 _LOG2_E = 1.4426950408889634
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def attention(
         scale: 1 / sqrt(size) if it is None.
         lengths: (batch,) int32: how many of the keys of each row are there; not with `causal` and one query less than
             all of them, whose position it would not be.
-        bias: (batch, keys) float32: is added to the scaled scores of a key, in all heads.
+        bias: (batch, keys) float32: is added to the scaled scores of a key, in all heads; not with lists.
         out: as q, to be written; made if it is None.
         lse: (batch, q_heads, queries) float32, to be written with the log-sum-exp of the scaled scores.
 
@@ -102,7 +103,7 @@ def attention(
     """
     _check(q, k, v, lists, lengths)
     if bias is not None:
-        _check_bias(bias, k)
+        _check_bias(bias, k, lists)
     if out is None:
         out = q.new_empty(q.shape)
     batch, queries, heads, size = q.shape
@@ -225,9 +226,9 @@ def _is_bf16(q: torch.Tensor) -> int:
 def _prefill(index: int, size: int, groups: int, bf16: int, bias: int) -> driver.Function:
     arch = driver.device(index).arch
     # As in attention.cu: the queries' tiles, the keys' and values' of each stage, barriers, biases.
-    stages = 3 if arch == 90 else 2 if arch >= 80 else 1
+    stages = _AHEAD + 2 if arch == 90 else 2 if arch >= 80 else 1
     shared = (groups + 2 * stages) * TILE * size * 2 + 64 + bias * stages * TILE * 4
-    loaded = module("attention.cu", index, HEAD=size, GROUPS=groups, ELEMENT_BF16=bf16, BIAS=bias)
+    loaded = module("attention.cu", index, HEAD=size, GROUPS=groups, ELEMENT_BF16=bf16, BIAS=bias, **({"AHEAD": _AHEAD} if _AHEAD > 1 else {}))
     return loaded.function("attention", shared)
 
 
@@ -262,7 +263,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists 
         raise InputError(f"head_layout is for {lists.head_layout.shape[0]} heads, and q has {q.shape[2]}.")
 
 
-def _check_bias(bias: torch.Tensor, k: torch.Tensor) -> None:
+def _check_bias(bias: torch.Tensor, k: torch.Tensor, lists: BlockLists | None) -> None:
+    if lists is not None:
+        raise UnsupportedError("attention over lists of blocks has no kernel with a bias.")
     if bias.shape != k.shape[:2] or str(bias.dtype) != "torch.float32" or bias.device != k.device:
         raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}; it must be float32 {tuple(k.shape[:2])}.")
     if bias.stride(1) != 1:

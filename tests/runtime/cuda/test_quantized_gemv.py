@@ -43,7 +43,7 @@ def by_block(n, k, bits, block, seed=0):
 
 @gpu
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
 @pytest.mark.parametrize(
     ("n", "k", "block"),
     [(64, 256, 32), (100, 1000, 128), (17, 4096, 32), (1, 32, 16), (33, 96, 16), (300, 11008, 64), (48, 8, 32),
@@ -91,13 +91,15 @@ def turing(monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_turing(turing, bits):
     codes, scales, weight = by_block(100, 1000, bits, 32)
-    check(torch.randn(5, 1000, device="cuda").half(), codes, scales, weight, bits)
+    for rows in (1, 5):
+        check(torch.randn(rows, 1000, device="cuda").half(), codes, scales, weight, bits)
 
 
 def test_launch_plan():
     plan = launch_plan(1, 11008, 4096, 4, 32)
-    assert (plan.grid, plan.defines) == (688, {"BITS": 4, "CHANNEL": 0})
+    assert (plan.grid, plan.defines) == (688, {"BITS": 4, "CHANNEL": 0, "FEW": 1})
     assert plan.sizes == (1, 11008, 4096, 128, 128, 5, 0)
+    assert launch_plan(3, 16, 4096, 4, 32).defines["FEW"] == launch_plan(1, 16, 4096, 4, 16).defines["FEW"] == 0
     assert launch_plan(8, 17, 4096, 8, None, signed=True).sizes == (8, 17, 4096, 256, 1, 30, 1)
     assert launch_plan(1, 16, 1000, 4, 128).sizes[3:5] == (32, 8)
 

@@ -3,7 +3,7 @@
 // tiles that any of them sees, and every one of its groups of four warps keeps a running softmax of its own tile.
 //
 // Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1, BIAS=0|1 (a number for each key that is added to its scores,
-// such as the logarithm of the size of a merged token).
+// such as the logarithm of the size of a merged token; over all key tiles).
 #include "tiles.cuh"
 #include "wgmma.cuh"
 
@@ -19,8 +19,11 @@
 #define THREADS (GROUPS * 128)
 #define TILE_BYTES (HEAD / 64 * PANEL_BYTES)
 // Turing has 64 KB of shared memory, and no copies that run by themselves.
+#ifndef AHEAD
+#define AHEAD 1  // tiles that are on their way while others are computed, on Hopper
+#endif
 #if WGMMA
-#define STAGES 3
+#define STAGES (AHEAD + 2)  // one is weighed and one scored
 #elif ASYNC_COPY
 #define STAGES 2
 #else
@@ -53,10 +56,11 @@ struct Cursor {
   int factor, sub;
 
   __device__ void start(const Parameters &p, int first_tile, int offset, int head, int tiles) {
-    indices = p.indices;
-    factor = p.indptr ? p.block / TILE : 1;
+    const bool lists = !BIAS && p.indptr;
+    indices = lists ? p.indices : nullptr;
+    factor = lists ? p.block / TILE : 1;
     sub = 0;
-    const int *ends = p.indptr ? p.indptr + p.head_layout[head] * (p.rows + 1) : nullptr;
+    const int *ends = lists ? p.indptr + p.head_layout[head] * (p.rows + 1) : nullptr;
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       int tile = first_tile + g;
@@ -220,14 +224,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   Cursor cursor;
   cursor.start(p, first_tile, offset, head, tiles);
-  uint32_t now, later;  // what each group sees, of this tile and of the next
+  uint32_t now;  // what each group sees of a tile
 #if WGMMA
   const uint32_t arrived = stages + STAGES * 2 * TILE_BYTES;
-  if (thread == 0)
+  if (thread == 0) {
     for (int i = 0; i < STAGES; ++i) barrier_start(arrived + 8 * i);
-  commit_copies();
-  wait_copies<0>();  // the queries
-  __syncthreads();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
   auto load = [&](int stage, int tile) {
     load_bias(stage, tile);
     if (thread != 0 || tile == NONE) return;
@@ -290,11 +293,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       hide(s, tile * TILE + lane % 4 * 2, query, keys, p.causal, visible);
   };
 
-  int tile = cursor.step(now), next;
+  int tile = cursor.step(now);
   load(0, tile);
 #if WGMMA
-  // The scores of a tile are computed together with the product of the tile before; the next one is on its way.
-  int stage = 0;
+  // The scores of a tile are computed together with the product of the tile before; the next ones are on their way.
+  int ahead[AHEAD], stage = 0;
+  uint32_t visible[AHEAD];
+#pragma unroll
+  for (int i = 0; i < AHEAD - 1; ++i) {
+    ahead[i] = cursor.step(visible[i]);
+    load(i + 1, ahead[i]);
+  }
+  commit_copies();
+  wait_copies<0>();  // the queries
+  __syncthreads();
   uint32_t phase = 0;
   auto keys_at = [&](int stage) { return stages + stage * 2 * TILE_BYTES; };
   auto score = [&](float(&s)[TILE / 8][4], uint32_t at) {
@@ -311,9 +323,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     group_commit();
   };
   if (tile != NONE) {
-    next = cursor.step(later);
+    ahead[AHEAD - 1] = cursor.step(visible[AHEAD - 1]);
     arrive(0, 0, tile);
-    load(1, next);
+    load(AHEAD, ahead[AHEAD - 1]);
     float s[TILE / 8][4];
     group_fence();
     score(s, keys_at(0));
@@ -321,12 +333,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     mask(s, tile, now >> group & 1, 0);
     softmax.step(s, scale, factor);
     to_operand(s, operand);
-    for (tile = next; tile != NONE; tile = next) {
-      now = later, next = cursor.step(later);
+    while ((tile = ahead[0]) != NONE) {
+      now = visible[0];
+#pragma unroll
+      for (int i = 0; i < AHEAD - 1; ++i) ahead[i] = ahead[i + 1], visible[i] = visible[i + 1];
+      ahead[AHEAD - 1] = cursor.step(visible[AHEAD - 1]);
       const int before = stage;
       if (++stage == STAGES) stage = 0, phase ^= 1;
       arrive(stage, phase, tile);
-      load(stage + 1 == STAGES ? 0 : stage + 1, next);
+      load((stage + AHEAD) % STAGES, ahead[AHEAD - 1]);
       group_fence();
       score(s, keys_at(stage));
       weigh(keys_at(before) + TILE_BYTES);
@@ -342,6 +357,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     group_wait<0>();
   }
 #else
+  int next;
+  uint32_t later;
   for (int stage = 0; tile != NONE; tile = next, now = later, stage ^= STAGES > 1) {
     uint32_t at = stages;
 #if STAGES > 1

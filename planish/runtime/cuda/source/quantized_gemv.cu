@@ -8,7 +8,10 @@
 // A lane has columns of its own, a run of consecutive ones. That is a reordering of the product's columns, and rows of x
 // are read in the same order.
 //
-// Compiled with -D BITS=4|8, CHANNEL=0|1 (one scale for each channel, of float32; else float16 by block).
+// Of one or two rows of x (FEW), the eight columns that tensor cores take are four for each row, one for the run of each
+// lane: so sums of a run stay apart, and scales are multiplied with them, four a step, rather than with every code.
+//
+// Compiled with -D BITS=4|8, CHANNEL=0|1 (one scale for each channel, of float32; else float16 by block), FEW=0|1.
 #include "tiles.cuh"
 
 #ifndef BITS
@@ -20,6 +23,10 @@
 #ifndef WARPS
 #define WARPS 8
 #endif
+#ifndef FEW
+#define FEW 0
+#endif
+#define SCALED (!CHANNEL && !FEW)        // codes are scaled one by one
 #define LANE_CODES (128 / BITS)          // in 16 bytes
 #define STEP (4 * LANE_CODES)            // columns that a warp reads at a time
 #ifndef AHEAD
@@ -84,7 +91,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantized_gemv(
     scales[i] = static_cast<const __half *>(p.scales) + channel * p.blocks;
 #endif
   }
-  const Element *x = p.x + static_cast<long long>(min(g, p.rows - 1)) * p.k;
+#if FEW
+  const int mine = g / 4;
+  const bool reads = mine < p.rows && g % 4 == t;
+#else
+  const int mine = g;
+  const bool reads = mine < p.rows;
+#endif
+  const Element *x = p.x + static_cast<long long>(min(mine, p.rows - 1)) * p.k;
   auto fetch = [&](int slot, int step) {
     const bool there = step < steps && step * 4 + t < p.stride;
 #pragma unroll
@@ -93,6 +107,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantized_gemv(
     commit_copies();
   };
   float sum[4] = {};
+#if CHANNEL || !FEW
+  float (&part)[4] = sum;
+#endif
 #pragma unroll
   for (int slot = 0; slot < AHEAD - 1; ++slot) fetch(slot, warp + slot * WARPS);
   int slot = 0;
@@ -102,9 +119,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantized_gemv(
     uint4 row[LANE_CODES / 8];
 #pragma unroll
     for (int i = 0; i < LANE_CODES / 8; ++i)
-      row[i] = g < p.rows && column + 8 * i < p.k ? __ldg(reinterpret_cast<const uint4 *>(x + column + 8 * i))
+      row[i] = reads && column + 8 * i < p.k ? __ldg(reinterpret_cast<const uint4 *>(x + column + 8 * i))
                                                   : make_uint4(0, 0, 0, 0);
-#if !CHANNEL
+#if SCALED
     __half2 scale[2];  // of the first half of a lane's codes and of the second, which differ in blocks of 16
     const int block = min(column >> p.block_shift, p.blocks - 1);
     const int second = min((column + LANE_CODES / 2) >> p.block_shift, p.blocks - 1);
@@ -113,6 +130,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantized_gemv(
       scale[i] = __half2half2(__ldg(scales[i] + block));
       if (BITS == 4 && p.block_shift == 4) scale[i].y = __ldg(scales[i] + second);
     }
+#elif !CHANNEL
+    __half scale[4];  // of the sums that the lane gets
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int run = (2 * t + i % 2) % 4, block = (step * STEP + run * LANE_CODES) >> p.block_shift;
+      scale[i] = __ldg(scales[i / 2] + min(block, p.blocks - 1));
+    }
+    float part[4] = {};
 #endif
 #if ASYNC_COPY
     asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 2) : "memory");
@@ -133,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantized_gemv(
       for (int i = 0; i < 2; ++i) {
         if (BITS == 8 && p.is_signed) words[i][word] ^= 0x80808080;
         numbers(words[i][word], a[i]);
-#if !CHANNEL
+#if SCALED
         const __half2 by = __half2half2(word < 2 ? scale[i].x : scale[i].y);
 #pragma unroll
         for (int j = 0; j < 16 / BITS; ++j) a[i][j] = times(a[i][j], by);
@@ -143,13 +168,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantized_gemv(
 #if BITS == 4
       const uint32_t two[4] = {a[0][2], a[1][2], a[0][3], a[1][3]};
       const uint4 at = row[word];  // a word's pairs are (0, 4), (1, 5), (2, 6), (3, 7)
-      multiply(sum, one, __byte_perm(at.x, at.z, 0x5410), __byte_perm(at.x, at.z, 0x7632));
-      multiply(sum, two, __byte_perm(at.y, at.w, 0x5410), __byte_perm(at.y, at.w, 0x7632));
+      multiply(part, one, __byte_perm(at.x, at.z, 0x5410), __byte_perm(at.x, at.z, 0x7632));
+      multiply(part, two, __byte_perm(at.y, at.w, 0x5410), __byte_perm(at.y, at.w, 0x7632));
 #else
       const uint4 at = row[word / 2];
-      multiply(sum, one, word % 2 ? at.z : at.x, word % 2 ? at.w : at.y);
+      multiply(part, one, word % 2 ? at.z : at.x, word % 2 ? at.w : at.y);
 #endif
     }
+#if !CHANNEL && FEW
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = fmaf(part[i], __half2float(scale[i]), sum[i]);
+#endif
   }
   wait_copies<0>();
   __shared__ float parts[WARPS][16][8];
@@ -159,7 +188,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantized_gemv(
   const int row = threadIdx.x / 16, channel = threadIdx.x % 16;
   if (row >= p.rows || first + channel >= p.n) return;
   float total = 0;
+#if FEW
+  for (int i = 0; i < WARPS; ++i)
+    for (int run = 0; run < 4; ++run) total += parts[i][channel][row * 4 + run];
+#else
   for (int i = 0; i < WARPS; ++i) total += parts[i][channel][row];
+#endif
 #if CHANNEL
   total *= static_cast<const float *>(p.scales)[first + channel];
 #endif
