@@ -187,7 +187,8 @@ def reference(case: Case, call: Call, wrt: list[torch.Tensor]) -> list[torch.Ten
 def error(found: torch.Tensor | None, wanted: torch.Tensor | None) -> float:
     if found is None or wanted is None:
         return 0.0
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 def rows_of(case: Case, layer: str, rounds: int, skip: set[str]) -> list[dict[str, Any]]:

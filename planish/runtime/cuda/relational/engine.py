@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 #: Rows of an item of a product that keeps its weight, as a multiple of a tile; of others, in rows.
-_MOST_TILES, _MOST_ROWS = 8, 4096
+_MOST_TILES, _MOST_ROWS = 4, 4096
 
 
 @dataclass

@@ -152,11 +152,8 @@ def parameters(c: Context, values: Sequence[str], tables: Sequence[str]) -> str:
     return ", ".join(given)
 
 
-_BLOCKS = ""
-
-
 def function(name: str, given: str, body: Code) -> str:
-    head = f'extern "C" __global__ void __launch_bounds__({THREADS}{_BLOCKS}) KERNEL{name}({given}) {{'
+    head = f'extern "C" __global__ void __launch_bounds__({THREADS}) KERNEL{name}({given}) {{'
     return "\n".join([head, str(body), "}", ""])
 
 
