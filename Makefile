@@ -14,6 +14,7 @@
 #   make bench-sparse          block-sparse attention against dense, by itself and in whole models
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
 #   make bench-cuda            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
+#   make bench-cuda-relational relational layers on a GPU, against torch by hand and PyG's modules
 #   make bench-tvm-cuda        programs on target tvm-cuda against torch, on a GPU
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
@@ -30,7 +31,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
   bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision \
-  bench-cuda bench-tvm-cuda clean
+  bench-cuda bench-cuda-relational bench-tvm-cuda clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -97,6 +98,10 @@ bench-precision: $(STAMP)
 # PYTHON is one with torch for CUDA, transformers, and onnxruntime-gpu in the place of onnxruntime.
 bench-cuda:
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/ort_cuda.py --json benchmarks/ort_cuda.json
+
+# PYTHON is one with torch for CUDA and torch_geometric; nvcc is needed.
+bench-cuda-relational:
+	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_relational.py --json benchmarks/cuda_relational.json
 
 # PYTHON is one with torch for CUDA and apache-tvm; FOLDER is where the programs are put.
 bench-tvm-cuda:
