@@ -135,3 +135,23 @@ def test_dtypes_are_named() -> None:
     )
     with pytest.raises(UnsupportedError, match="takes float32 and float16"):
         build(made, [TensorSpec.of(v) for v in made.graph.inputs], None)
+
+
+def test_attention_asks_for_the_shared_memory_that_its_kernel_has() -> None:
+    """The caller in C repeats what attention.cu defines; whoever changes one changes both."""
+    from planish.runtime.relax.cuda import assemble
+
+    kernel = (toolchain._SOURCE / "attention.cu").read_text()
+    assert "#define STAGES (AHEAD + 2)" in kernel and kernel.count("#define STAGES") == 3
+    struct = re.search(r"struct Parameters \{(.*?)\};", kernel, re.S)
+    caller = re.search(
+        r"typedef struct \{([^{}]*?)\} Parameters;", (assemble._NATIVE / "attention.c").read_text(), re.S
+    )
+    assert struct is not None and caller is not None
+
+    def fields(text: str) -> list[str]:
+        text = re.sub(r"//.*", "", text)
+        names = [re.findall(r"\w+", part)[-1] for item in text.split(";") if item.strip() for part in item.split(",")]
+        return names
+
+    assert fields(struct[1]) == fields(caller[1])

@@ -19,6 +19,8 @@ from planish.runtime.kernels.template import import_tvm
 
 #: Machine code is made for these, and PTX for what comes later.
 ARCHITECTURES, PTX = ("sm_75", "sm_80", "sm_90"), "compute_80"
+#: Tiles that attention has on their way on Hopper: decides about its shared memory, which the caller asks for.
+AHEAD = 2
 _NATIVE = Path(__file__).parent / "native"
 _CALLBACK = "tvm_callback_cuda_compile"
 _lock = threading.Lock()
@@ -102,7 +104,7 @@ def native_objects(folder: Path, codes: Codes, calls: set[str], heads: set[tuple
 
 def _attention(codes: Codes, head: int, groups: int, bias: int) -> bytes:
     # As `cuda.attention` asks for them, so that both find them in the cache.
-    defines = {"BIAS": bias, "ELEMENT_BF16": 0, "GROUPS": groups, "HEAD": head}
+    defines = {"AHEAD": AHEAD, "BIAS": bias, "ELEMENT_BF16": 0, "GROUPS": groups, "HEAD": head}
     if codes == Codes():
         return binary("attention.cu", tuple(sorted(defines.items())))
     # Hopper's own instructions are in the code for sm_90a alone.
@@ -116,6 +118,7 @@ def _compile(name: str, folder: Path) -> Path:
     includes = [folder, _NATIVE, libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
     output = folder / f"{name}.o"
     flags = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    flags.append(f"-DAHEAD={AHEAD}")
     assembler = f"-Wa,-I{folder}"  # where it finds the binaries
     run([*compiler(), *flags, assembler, "-c", str(_NATIVE / f"{name}.c"), "-o", str(output)])
     return output

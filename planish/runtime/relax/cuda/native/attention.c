@@ -59,7 +59,7 @@ static int find_driver(void) {
 
 // Shared memory of a block: the queries' tiles, the keys' and values' of each stage, barriers, biases.
 static int shared_bytes(int arch, int head, int groups, int bias) {
-  int stages = arch == 90 ? 3 : arch >= 80 ? 2 : 1;
+  int stages = arch == 90 ? AHEAD + 2 : arch >= 80 ? 2 : 1;
   return (groups + 2 * stages) * TILE * head * 2 + 64 + bias * stages * TILE * 4;
 }
 
