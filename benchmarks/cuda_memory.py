@@ -185,10 +185,9 @@ def ours(options: argparse.Namespace) -> Row:
     generate(engine, [rows[0][:64]], 3, replace(plan, request=request), lambda: None)  # warm
     found, first, step = generate(engine, rows, options.new, plan, peak.look)
     most = peak.stop()
-    region = device.allocator.region
     row = {
         "weights": total, "limit": limit, "peak": most, "account": device.account.peak, "planned": plan.total,
-        "region": region.nbytes, "region_used": region.peak, "after_rates": measured,
+        "after_rates": measured,
         "prompt_seconds": first, "tokens_per_second": 1 / step, "plan": plan.to_dict(),
         "rates": {"link": rates.link, "host": rates.host, "latency": rates.latency},
     }  # fmt: skip

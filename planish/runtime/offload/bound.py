@@ -37,9 +37,10 @@ class PieceSession:
     Args:
         piece: one of them.
         device: None: on the host, with the CPU provider.
+        workspace: bytes that it may take on the device.
     """
 
-    def __init__(self, piece: Piece, device: Device | None, target: Target) -> None:
+    def __init__(self, piece: Piece, device: Device | None, target: Target, workspace: int = 0) -> None:
         graph = piece.model.graph
         self._inputs = [(v.name or "", v) for v in graph.inputs]
         self._outputs = [(v.name or "", v) for v in graph.outputs]
@@ -51,7 +52,7 @@ class PieceSession:
 
             self.session, self._options = create_session(model, options, piece.model), None
         else:
-            self.session, self._options = device.session(model, options)
+            self.session, self._options = device.session(model, options, workspace)
 
     def bind(
         self, inputs: Sequence[Place], weights: Sequence[int], outputs: Sequence[Place], sizes: dict[str, int]

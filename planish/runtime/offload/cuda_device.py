@@ -15,7 +15,6 @@ from planish.ir.target import Target
 from planish.runtime.cuda.driver import check, library
 from planish.runtime.offload.account import Account, MemoryBudgetError, size_text
 from planish.runtime.offload.device import COMPUTE, COPY, Event, Rows
-from planish.runtime.offload.region import Allocator, Region
 
 _HOST_MEMORY, _DEVICE_MEMORY = 1, 2  # CUmemorytype
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # CUdevice_attribute
@@ -28,8 +27,9 @@ _CUBLAS_SMALL = ":4096:2:16:8"
 _CUBLAS_BYTES = 9 << 20
 #: Sessions of one engine: a layer whole, before and after its attention, and the tail.
 _SESSIONS = 4
-#: What runs take beside what is live in a model: scratch of kernels, and fragments.
-_RUN_SHARE, _RUN_LEAST = 1.25, 4 << 20
+#: What a session's arena takes for what is live in its model: scratch of kernels, and fragments. Arenas keep what they
+#: have: a chunk, the rest of a prompt and a step have blocks of their own sizes.
+_ARENA_SHARE, _ARENA_LEAST = 2.5, 4 << 20
 
 
 class CudaDevice:
@@ -62,10 +62,10 @@ class CudaDevice:
         for stream in self._streams:
             check(self._cuda.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream")
         self._blocks: dict[int, tuple[int, str]] = {}
-        self.allocator = Allocator(lambda nbytes: self.allocate(nbytes, "constants"), self.free)
 
     def memory(self) -> tuple[int, int]:
         """Bytes of the GPU that are free, and all, as the driver has it."""
+        self._here()
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         check(self._cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), "free memory")
         return free.value, total.value
@@ -125,24 +125,20 @@ class CudaDevice:
         try:
             run()
         except InputError as error:
-            if not self.allocator.lacking:
+            if "Available memory of" not in str(error):
                 raise
-            region, lacking = self.allocator.region, self.allocator.lacking
-            self.allocator.lacking = 0
+            planned = size_text(self.account.by["sessions"])
             raise MemoryBudgetError(
-                f"activations within a layer take more than the {size_text(region.nbytes)} that were planned: "
-                f"{size_text(lacking)} were asked for with {size_text(region.used)} in use."
+                f"activations within a layer pass the {planned} that were planned: {error}"
             ) from error
 
     def room(self, nbytes: int) -> int:
-        return int(nbytes * _RUN_SHARE) + _RUN_LEAST
+        return int(nbytes * _ARENA_SHARE) + _ARENA_LEAST
 
     def workspace(self, nbytes: int) -> None:
-        region = self.allocator.region
-        if nbytes > region.nbytes:
-            if region.nbytes:
-                self.free(region.address)
-            self.allocator.region = Region(self.allocate(nbytes, "sessions"), nbytes)
+        more = nbytes - self.account.by["sessions"]
+        if more > 0:
+            self.account.take(more, "sessions")
 
     @property
     def reserve(self) -> int:
@@ -158,7 +154,7 @@ class CudaDevice:
         check(self._cuda.cuDeviceGetAttribute(ctypes.byref(value), name, self.index), f"properties of GPU {self.index}")
         return value.value
 
-    def session(self, model: bytes, options: Any) -> tuple[Any, Any]:
+    def session(self, model: bytes, options: Any, workspace: int) -> tuple[Any, Any]:
         import onnxruntime as ort
 
         from planish.runtime.ort import create_session
@@ -166,18 +162,15 @@ class CudaDevice:
 
         self._here()
         settings = provider_options(self.target) | {
-            **self.allocator.options(),
+            "gpu_mem_limit": str(workspace),
+            "arena_extend_strategy": "kSameAsRequested",
             "user_compute_stream": str(self._streams[COMPUTE].value),
             "do_copy_in_default_stream": "1",
             "cudnn_conv_use_max_workspace": "0",
         }
         options.intra_op_num_threads = 1  # the host only launches
         options.enable_mem_pattern = False  # a pattern is one block for a whole run
-        self.allocator.constants = True
-        try:
-            session = create_session(model, options, providers=[(PROVIDER, settings), "CPUExecutionProvider"])
-        finally:
-            self.allocator.constants = False
+        session = create_session(model, options, providers=[(PROVIDER, settings), "CPUExecutionProvider"])
         check_provider(session)
         run = ort.RunOptions()
         run.add_run_config_entry("disable_synchronize_execution_providers", "1")

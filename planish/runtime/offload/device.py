@@ -60,14 +60,14 @@ class Device(Protocol):
     def launch(self, run: Callable[[], None]) -> None:
         """Runs something that puts its work into the compute stream."""
 
-    def session(self, model: bytes, options: Any) -> tuple[Any, Any]:
-        """An ONNX Runtime session that computes here, and its run options."""
+    def session(self, model: bytes, options: Any, workspace: int) -> tuple[Any, Any]:
+        """An ONNX Runtime session that computes here in `workspace` bytes beside what is bound, and its run options."""
 
     def room(self, nbytes: int) -> int:
-        """What runs with so many bytes of live values take: kernels have scratch of their own."""
+        """What a session with so many bytes of live values is given: allocators round, and kernels have scratch."""
 
     def workspace(self, nbytes: int) -> None:
-        """Sees to so many bytes for what runs take beside what is bound; all sessions use the same ones in turn."""
+        """Counts what all sessions together may take."""
 
     @property
     def reserve(self) -> int:
@@ -150,7 +150,7 @@ class HostDevice:
     def launch(self, run: Callable[[], None]) -> None:
         self._queues[COMPUTE].append(run)
 
-    def session(self, model: bytes, options: Any) -> tuple[Any, Any]:
+    def session(self, model: bytes, options: Any, workspace: int) -> tuple[Any, Any]:
         from planish.runtime.ort import create_session
 
         return create_session(model, options), None

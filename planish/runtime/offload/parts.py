@@ -95,6 +95,7 @@ class Parts:
         #: Attention on the host by the kernel of this package, where it can be compiled, not by ONNX Runtime's.
         self.own_kernel = True
         self._sessions: dict[tuple[int, bool], PieceSession] = {}
+        self._spaces: dict[tuple[int, bool], int] = {}  # what they may take on the device
 
     def head(self, ids: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
         """What the head gives for ids (batch, tokens) after `lengths` tokens, with ids and lengths, by name."""
@@ -144,16 +145,19 @@ class Parts:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - parts live as long as their engine
     def workspace(self, batch: int, tokens: int, capacity: int, split: bool) -> int:
-        """What sessions take in turn while they run, by liveness: a prompt goes row by row, a step is a token a row."""
-        most = max(self._live(*item, batch, tokens, capacity) for item in self._models(split))
-        return self.device.room(most)
+        """What sessions take while they run, by liveness: a prompt goes row by row, a step is one token a row."""
+        return sum(self._room(*item, batch, tokens, capacity) for item in self._models(split))
 
     def prepare(self, plan: Plan) -> None:
-        """Makes the sessions that a plan needs."""
-        for piece, _ in self._models(bool(plan.kv_host())):
+        """Makes the sessions that a plan needs; those that had less room are made again."""
+        ask = plan.request
+        for piece, steps in self._models(bool(plan.kv_host())):
             key = id(piece.model), False
-            if key not in self._sessions:
-                self._sessions[key] = PieceSession(piece, self.device, self.target)
+            needed = self._room(piece, steps, ask.batch, plan.chunk, ask.capacity)
+            if key not in self._sessions or self._spaces[key] < needed:
+                self._sessions.pop(key, None)
+                self._sessions[key] = PieceSession(piece, self.device, self.target, needed)
+                self._spaces[key] = needed
 
     def session(self, part: Part) -> PieceSession:
         """The session of a part; those on the host are made when they are first asked for."""
@@ -193,11 +197,11 @@ class Parts:
         except ValueError as error:
             raise UnsupportedError(f"the memory of a layer can not be planned: {error}.") from error
 
-    def _live(self, piece: Piece, steps: bool, batch: int, tokens: int, capacity: int) -> int:
+    def _room(self, piece: Piece, steps: bool, batch: int, tokens: int, capacity: int) -> int:
         most = self._space(piece.model, batch, 1, capacity)
         if not steps:
             most = max(most, self._space(piece.model, 1, tokens, capacity))
-        return most
+        return self.device.room(most)
 
 
 def _caches(part: Part) -> slice:

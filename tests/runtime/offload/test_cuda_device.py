@@ -53,7 +53,6 @@ def test_a_capped_model_generates_the_tokens_of_a_simulated_device(memory: int, 
     assert (found == wanted).mean() > 0.99
     engine = exe.runners["prefill"].engine  # type: ignore[attr-defined]
     assert engine.device.account.peak <= memory
-    assert engine.device.allocator.region.peak <= engine.device.allocator.region.nbytes
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
