@@ -79,6 +79,16 @@ def test_lanes_share_the_edges_of_a_node_where_there_is_one_number_for_each() ->
     assert "join<Most, G>" in softmax.text and "join<Plus, G>" in softmax.text
 
 
+def test_long_loops_are_shared_by_a_block() -> None:
+    gemm, scores = (
+        next(k.text for k in engine(rgat(64, 64)).kernels.values() if name in str(k.kernel))
+        for name in ("tile:", "a_max")
+    )
+    for part in ("__syncthreads_or(threadIdx.x < rows_here", "p += 32)", "across<Plus, G>", "if (threadIdx.x < G) {"):
+        assert part in gemm, part
+    assert "> 512) return;" in scores and "_long(" in scores and "listed[row]" in scores
+
+
 def test_gradients_of_weights_are_summed_by_items_in_order() -> None:
     both = differentiate(plain(64, 64), ("x", "W"))
     outer = next(k for k in engine(both.backward).kernels.values() if k.kernel.gemm and k.kernel.gemm.kind == "outer")
