@@ -31,11 +31,15 @@ class Ranges:
     largest: Floats
 
     def channels(self) -> Floats:
-        """What keys are divided by, (heads, size): 1 in the mean square."""
+        """What keys are divided by, (heads, size): 1 in the mean square.
+
+        Half of what makes all channels alike, as in SmoothQuant (arXiv:2211.10438): a channel that is large for every
+        token would take the steps of all others, and one that is large for some would, divided out, be coarse for all.
+        """
         head = np.sqrt(np.square(self.rms).mean(1, keepdims=True))
         floored = np.maximum(self.rms, _FLOOR * head)
-        found = np.where(head > 0, floored / np.maximum(head, np.finfo(np.float32).tiny), 1)
-        return np.ascontiguousarray(found, np.float32)
+        found = np.where(head > 0, np.sqrt(floored / np.maximum(head, np.finfo(np.float32).tiny)), 1)
+        return np.ascontiguousarray(found / np.sqrt(np.square(found).mean(1, keepdims=True)), np.float32)
 
     def scales(self, margin: float, by_head: bool) -> Floats:
         """Fixed scales (1, heads, 1, size) for codes up to 127.
@@ -44,10 +48,10 @@ class Ranges:
             margin: how many times what was seen fits.
             by_head: one for all channels of a head.
         """
-        largest = self.largest.max(1, keepdims=True) if by_head else self.largest
-        # A channel that was always 0 gets a scale that hides nothing of its head.
-        head = self.largest.max(1, keepdims=True)
-        found = np.maximum(largest, _FLOOR * head) * (margin / 127)
+        # Small channels get the scale of the middle one: what is clipped costs more than what is rounded coarsely.
+        middle = np.median(self.largest, 1, keepdims=True)
+        largest = self.largest.max(1, keepdims=True) if by_head else np.maximum(self.largest, middle)
+        found = largest * (margin / 127)
         found = np.broadcast_to(np.where(found > 0, found, 1), self.largest.shape)
         return np.ascontiguousarray(found[None, :, None], np.float32)
 
