@@ -301,8 +301,8 @@ ROWS = {
     "accelerate, max_memory a quarter": ["theirs", "--share=0.25", "--prompt=512", "--way=auto"],
     "accelerate, cpu_offload": ["theirs", "--share=0.25", "--prompt=512", "--way=cpu_offload"],
     "transformers, all on the GPU": ["theirs", "--share=1", "--prompt=512", "--way=cuda"],
-    "planish, 4 times the context, cooperative": [
-        "ours", "--memory=768", "--prompt=34816", "--new=16", "--way=host", "--compare",
+    "planish, 4 times the context, by the rule": [
+        "ours", "--memory=768", "--prompt=34816", "--new=16", "--compare",
     ],
     "planish, 4 times the context, copied": ["ours", "--memory=768", "--prompt=34816", "--new=16", "--way=stream"],
     "accelerate and offloaded cache, 4 times the context": [

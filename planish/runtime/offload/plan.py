@@ -280,12 +280,11 @@ def _finish(
     cooperative = bool(host) and slow_host < sum(moved) / rates.link
     device = (sum(facts.units) + sum(_kv(facts, ask, k) for k in kv_device)) / rates.device
     device = max(device, len(facts.units) * rates.launch)
-    if cooperative:
-        seconds = max(link / rates.link, device + slow_host)
-    else:
-        seconds = max((link + sum(moved)) / rates.link, device + sum(moved) / rates.device)
-    if slots == 1 or kv_slots == 1:
-        seconds = link / rates.link + device + sum(moved) / rates.link  # nothing is copied ahead
+    copied, computed = link / rates.link, device + (slow_host if cooperative else sum(moved) / rates.device)
+    if not cooperative:
+        copied += sum(moved) / rates.link
+    ahead = slots != 1 and (cooperative or kv_slots != 1)  # or nothing is copied while something computes
+    seconds = max(copied, computed) if ahead else copied + computed
     return Plan(
         ask, budget, chunk, resident, slots, slot, kv_device, kv_slots, cooperative, space,
         tuple((what, size) for what, size in rows if size), seconds, facts,
