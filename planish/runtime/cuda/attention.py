@@ -111,7 +111,9 @@ def attention(
         return out
     index = q.device.index or 0
     # Two tiles of queries share the keys that they load; their lists would have to be alike, and blocks be idle if not.
-    groups = 2 if queries > TILE and lists is None and driver.device(index).arch >= 80 else 1
+    # Of three tiles, the second of two blocks would be half empty.
+    three = 2 * TILE < queries <= 3 * TILE
+    groups = 2 if queries > TILE and not three and lists is None and driver.device(index).arch >= 80 else 1
     kernel = _prefill(index, size, groups, _is_bf16(q), int(bias is not None))
     parameters = _Prefill(
         *(item.data_ptr() for item in (q, k, v, out)),
@@ -228,7 +230,15 @@ def _prefill(index: int, size: int, groups: int, bf16: int, bias: int) -> driver
     # As in attention.cu: the queries' tiles, the keys' and values' of each stage, barriers, biases.
     stages = _AHEAD + 2 if arch == 90 else 2 if arch >= 80 else 1
     shared = (groups + 2 * stages) * TILE * size * 2 + 64 + bias * stages * TILE * 4
-    loaded = module("attention.cu", index, HEAD=size, GROUPS=groups, ELEMENT_BF16=bf16, BIAS=bias, **({"AHEAD": _AHEAD} if _AHEAD > 1 else {}))
+    loaded = module(
+        "attention.cu",
+        index,
+        HEAD=size,
+        GROUPS=groups,
+        ELEMENT_BF16=bf16,
+        BIAS=bias,
+        **({"AHEAD": _AHEAD} if _AHEAD > 1 else {}),
+    )
     return loaded.function("attention", shared)
 
 

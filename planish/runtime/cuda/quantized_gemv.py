@@ -73,8 +73,7 @@ def launch_plan(rows: int, n: int, k: int, bits: int, block: int | None, *, sign
     if k % 8 or codes * bits % 128:
         raise UnsupportedError(f"{k} columns, {codes} codes of {bits} bits: x and codes must be multiples of 16 bytes.")
     shift = block.bit_length() - 1 if block is not None else 30
-    few = rows <= 2 and block is not None and block * bits >= 128  # a lane's codes have one scale
-    defines = {"BITS": bits, "CHANNEL": int(block is None), "FEW": int(few)}
+    defines = {"BITS": bits, "CHANNEL": int(block is None)}
     sizes = (rows, n, k, codes * bits // 128, blocks, shift, int(signed))
     return LaunchPlan("quantized_gemv.cu", defines, -(-n // _CHANNELS), _THREADS, sizes)
 

@@ -24,6 +24,11 @@ typedef float Value;
 
 #define THREADS 512
 #define WARPS (THREADS / 32)
+#if FUSED
+#define DIRECTIONS __noinline__  // which leaves registers for the rest
+#else
+#define DIRECTIONS
+#endif
 #define ALL 0xFFFFFFFFu
 #define COLUMNS 16            // of B that a warp compares 16 rows of A with
 #define HEADS 4               // of a token that a lane reads at a time
@@ -84,7 +89,7 @@ __device__ __forceinline__ __half *place(__half *row, int column) { return row +
 
 // Lanes by heads and columns: `lanes` of them side by side read a head's columns, N at a time; of two tokens at once.
 template <int N>
-__device__ __noinline__ void directions(const Parameters &p, const Value *keys, __half *units, int padded, int first, int step) {
+__device__ DIRECTIONS void directions(const Parameters &p, const Value *keys, __half *units, int padded, int first, int step) {
   const int lane = threadIdx.x % 32, pieces = p.size / N;
   int lanes = 1;
   while (lanes < pieces && lanes < 32) lanes *= 2;
