@@ -165,7 +165,7 @@ def test_bad_model_files_on_the_command_line(tmp_path: Path, case: str) -> None:
     ("args", "parts"),
     [
         (["-t", "ort-cpuu"], ["unknown target", "did you mean 'ort-cpu'"]),
-        (["-t", "tvm-cuda"], ["not implemented"]),
+        (["-t", "tvm-cuda:sm_999"], ["needs a GPU", "--no-gates"]),
         (["-p", "fuse-gellu"], ["unknown pass", "did you mean 'fuse-gelu'"]),
         (["-p", "fuse-gelu,,x"], ["^"]),
         (["-p", "fold-constants{max_bites=3}"], ["max_bytes"]),
