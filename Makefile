@@ -7,7 +7,7 @@
 #   make bench-fusion          whole models, causal attention and the optimizer's cost against every peer
 #   make bench-kernels         generated kernels by themselves, against ONNX Runtime's and torch's
 #   make bench-precision       low precision against OpenVINO's bf16: speed, error and memory
-#   make bench-decode          tokens a second of causal language models, and the forms of their cache
+#   make bench-decode          tokens a second of causal language models, and the forms and formats of their cache
 #   make bench-layers          decoding against every peer, and the gain of leaving layers out against what was asked
 #   make bench-tokens          merging tokens in vision transformers, against the same models without
 #   make bench-relational      relational graph networks against PyG, torch.compile and torch by hand
@@ -67,6 +67,7 @@ bench-kernels: $(STAMP)
 
 bench-decode: $(STAMP)
 	@$(BIN)/python benchmarks/decode.py
+	@$(BIN)/python benchmarks/cache_formats.py
 	@$(BIN)/python benchmarks/kv_cache.py
 
 bench-layers: $(STAMP)

@@ -49,9 +49,12 @@ def model_of(name: str, positions: int, small: bool) -> Any:
     layers = 1 if small else 4
     vocabulary = 500 if small else 50257 * layers // 12
     if name == "GPT-2":
-        config = GPT2Config(n_layer=layers, vocab_size=vocabulary, n_positions=positions)
+        wide = {"n_embd": 128, "n_head": 2} if small else {}
+        config = GPT2Config(n_layer=layers, vocab_size=vocabulary, n_positions=positions, **wide)
         return GPT2LMHeadModel(config).eval()
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+    if small:
+        sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 1}
     return LlamaForCausalLM(
         LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=vocabulary, max_position_embeddings=positions)
     ).eval()
