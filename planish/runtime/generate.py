@@ -6,7 +6,6 @@ written where it belongs and nothing else is touched: no run allocates or copies
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +14,7 @@ import numpy as np
 
 from planish.ir.block_sparsity.slots import SlotPlan, slots_of
 from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PREFILL, Facts, cache_layer
-from planish.ir.errors import InputError
+from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.prompts import pad_right, read_prompts
 from planish.runtime.ort import OrtRunner
 from planish.runtime.ort_bound import BoundRun
@@ -104,7 +103,7 @@ class _Source(Protocol):
 class _Entries:
     """`prefill` and `decode` of a program, the caches in ordinary memory."""
 
-    def __init__(self, prefill: Any, decode: Any, slots: Mapping[int, SlotPlan]) -> None:
+    def __init__(self, prefill: Any, decode: OrtRunner, slots: Mapping[int, SlotPlan]) -> None:
         self.prefill, self.decode, self.slots = prefill, decode, slots
         self._first: dict[str, np.ndarray] = {}
         self._step: _Step | None = None  # made after the first token, which does not have to wait for it
@@ -147,7 +146,7 @@ class _Step:
 
     def __init__(
         self,
-        decode: Any,
+        decode: OrtRunner,
         present: dict[str, np.ndarray],
         lengths: np.ndarray,
         capacity: int,
@@ -170,33 +169,15 @@ class _Step:
             cache[:, :, :tokens] = prompt[:, :, :room]
             self.caches[spec.name] = cache
         present.clear()
+        outputs = {name.replace("past_", "present_", 1): cache for name, cache in self.caches.items()}
         inputs = {IDS: self.ids, LENGTHS: self.lengths, **self.caches}
-        presents = {name.replace("past_", "present_", 1): name for name in self.caches}
-        bind = self._on_device if _is_device(decode) else self._here
-        self._bound = bind(decode, inputs, presents)
+        self._bound = BoundRun(decode, inputs, {LOGITS: self.logits, **outputs})
 
     def __call__(self, tokens: np.ndarray) -> None:
         """Reads one token a row; `logits` are then those of the next."""
         self.ids[:, 0] = tokens
         self.lengths += 1
         self._bound()
-
-    def _here(self, decode: Any, inputs: Mapping[str, np.ndarray], presents: Mapping[str, str]) -> Callable[[], None]:
-        outputs = {present: self.caches[past] for present, past in presents.items()}
-        return BoundRun(decode, inputs, {LOGITS: self.logits, **outputs})
-
-    def _on_device(
-        self, decode: Any, inputs: Mapping[str, np.ndarray], presents: Mapping[str, str]
-    ) -> Callable[[], None]:
-        from planish.runtime.ort_device_step import DeviceStep
-
-        step = DeviceStep(decode, inputs, presents)
-        self.caches.clear()  # they are on the device now
-
-        def run() -> None:
-            self.logits = step({IDS: self.ids, LENGTHS: self.lengths})[LOGITS]
-
-        return run
 
 
 def _source(exe: Executable) -> _Source:
@@ -210,15 +191,13 @@ def _source(exe: Executable) -> _Source:
             "the model with task='causal-lm'."
         )
     decode = exe.runners[DECODE]
-    if not isinstance(decode, OrtRunner) and not _is_device(decode):
+    if exe.target.name == "ort-cuda":
+        raise UnsupportedError(
+            f"generate does not run on '{exe.target}': give it a memory budget, as in 'ort-cuda:memory=16GiB'."
+        )
+    if not isinstance(decode, OrtRunner):
         raise InputError(f"generate runs on ONNX Runtime; entry '{DECODE}' is a {type(decode).__name__}.")
     return _Entries(exe.runners[PREFILL], decode, slots_of(exe.provenance))
-
-
-def _is_device(runner: Any) -> bool:
-    """Whether an entry runs on a device of its own; what that needs is not imported elsewhere."""
-    module = sys.modules.get("planish.runtime.ort_device")
-    return module is not None and isinstance(runner, module.DeviceRunner)
 
 
 def _array(name: str, value: Any) -> Any:

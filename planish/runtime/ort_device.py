@@ -53,6 +53,7 @@ class DeviceRunner:
     Attributes:
         notes: what a report should mention about this session.
         library: kernels that it uses, or None.
+        host: inputs that ONNX Runtime reads on the host, as sizes are.
     """
 
     def __init__(
@@ -70,6 +71,10 @@ class DeviceRunner:
         self.index, self.device, self.graphs = index, device, graphs
         self.notes: list[str] = []
         self.library: CudaLibrary | None = None
+        self.host = _read_on_host(session, device)
+        if graphs and self.host:
+            self.graphs = 0
+            self.notes.append(f"no CUDA graph is used: {', '.join(sorted(self.host))} is read on the host.")
         self._keep_alive = list(keep_alive)
         self._checks = InputChecks(self.inputs, frozenset(v.name for v in session.get_overridable_initializers()))
         self._empty = EmptyOutputs(self.inputs, self.outputs)
@@ -284,6 +289,8 @@ class Buffers:
 
     def run(self) -> None:
         """Reads the inputs, writes the outputs, and waits for them."""
+        for name in self.runner.host:  # they are copied when they are bound
+            self.binding.bind_ortvalue_input(name, self.inputs[name])
         self.runner.call(self.binding, self.options)
 
     def fill(self, feeds: Mapping[str, Any]) -> None:
@@ -311,6 +318,13 @@ class Buffers:
             return {name: self.view(name).clone() for name in self.given}
         # From a GPU `numpy` copies, on the host it does not.
         return {name: np.array(value.numpy()) for name, value in self.given.items()}
+
+
+def _read_on_host(session: ort.InferenceSession, device: str) -> set[str]:
+    if device == "cpu":
+        return set()
+    infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    return {value.name for value, info in infos if info.name.lower() in ("cpu", "cudapinned")}
 
 
 def _options(graph: int) -> ort.RunOptions:
