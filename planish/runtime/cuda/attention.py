@@ -22,7 +22,6 @@ TILE = 64
 _DECODE_WARPS = 8  # as in attention_decode.cu
 SIZES = (64, 128)
 _LOG2_E = 1.4426950408889634
-_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def attention(
     # Of three tiles, the second of two blocks would be half empty.
     three = 2 * TILE < queries <= 3 * TILE
     groups = 2 if queries > TILE and not three and lists is None and driver.device(index).arch >= 80 else 1
-    kernel = _prefill(index, size, groups, _is_bf16(q), int(bias is not None))
+    kernel = _prefill(index, size, groups, _is_bf16(q), int(bias is not None), _ahead(size, lists))
     parameters = _Prefill(
         *(item.data_ptr() for item in (q, k, v, out)),
         lse.data_ptr() if lse is not None else None,
@@ -224,11 +223,16 @@ def _is_bf16(q: torch.Tensor) -> int:
     return int(str(q.dtype) == "torch.bfloat16")
 
 
+def _ahead(size: int, lists: BlockLists | None) -> int:
+    """Tiles that are on their way on Hopper: two where a multiprocessor has room for them in each of its blocks."""
+    return 2 if size == TILE and lists is None else 1
+
+
 @functools.cache
-def _prefill(index: int, size: int, groups: int, bf16: int, bias: int) -> driver.Function:
+def _prefill(index: int, size: int, groups: int, bf16: int, bias: int, ahead: int) -> driver.Function:
     arch = driver.device(index).arch
     # As in attention.cu: the queries' tiles, the keys' and values' of each stage, barriers, biases.
-    stages = _AHEAD + 2 if arch == 90 else 2 if arch >= 80 else 1
+    stages = ahead + 2 if arch == 90 else 2 if arch >= 80 else 1
     shared = (groups + 2 * stages) * TILE * size * 2 + 64 + bias * stages * TILE * 4
     loaded = module(
         "attention.cu",
@@ -237,7 +241,7 @@ def _prefill(index: int, size: int, groups: int, bf16: int, bias: int) -> driver
         GROUPS=groups,
         ELEMENT_BF16=bf16,
         BIAS=bias,
-        **({"AHEAD": _AHEAD} if _AHEAD > 1 else {}),
+        **({"AHEAD": ahead} if ahead > 1 else {}),
     )
     return loaded.function("attention", shared)
 
