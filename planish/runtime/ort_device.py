@@ -323,8 +323,12 @@ class Buffers:
 def _read_on_host(session: ort.InferenceSession, device: str) -> set[str]:
     if device == "cpu":
         return set()
-    infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
-    return {value.name for value, info in infos if info.name.lower() in ("cpu", "cudapinned")}
+    try:
+        infos = session.get_input_memory_infos()
+    except (AttributeError, RuntimeError):  # an older version, or an input that nothing reads
+        return set()
+    host = ("cpu", "cudapinned")
+    return {value.name for value, info in zip(session.get_inputs(), infos, strict=True) if info.name.lower() in host}
 
 
 def _options(graph: int) -> ort.RunOptions:
