@@ -13,7 +13,8 @@
 #   make bench-relational      relational graph networks against PyG, torch.compile and torch by hand
 #   make bench-sparse          block-sparse attention against dense, by itself and in whole models
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
-#   make bench-cuda            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
+#   make bench-cuda-memory     decoding under a memory budget against accelerate's offloading, on a GPU
+#   make bench-cuda bench-cuda-memory            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
 #   make bench-cuda-relational relational layers on a GPU, against torch by hand and PyG's modules
 #   make bench-tvm-cuda        programs on target tvm-cuda against torch, on a GPU
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
@@ -97,6 +98,9 @@ bench-precision: $(STAMP)
 	@$(BIN)/python benchmarks/precision.py
 
 # PYTHON is one with torch for CUDA, transformers, and onnxruntime-gpu in the place of onnxruntime.
+bench-cuda-memory:
+	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_memory.py
+
 bench-cuda:
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/ort_cuda.py --json benchmarks/ort_cuda.json
 

@@ -39,7 +39,7 @@ def decoder() -> torch.nn.Module:
 
 @needs_gpu
 @pytest.mark.parametrize(
-    ("memory", "prompt"), [(52 << 20, 300), (44 << 20, 300), (46 << 20, 3000)], ids=["free", "weights", "caches"]
+    ("memory", "prompt"), [(112 << 20, 300), (86 << 20, 300), (100 << 20, 3000)], ids=["free", "weights", "caches"]
 )
 def test_a_capped_model_generates_the_tokens_of_a_simulated_device(memory: int, prompt: int) -> None:
     options = {"task": "causal-lm", "budget": Budget(gates=False)}
