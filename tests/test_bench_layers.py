@@ -47,7 +47,8 @@ def test_summary_says_what_is_slower_and_what_is_not_reached() -> None:
 
 
 @pytest.mark.slow
-def test_skips_of_a_small_model(tmp_path: Path) -> None:
+def test_skips_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "ASKED", layers.ASKED[:2])
     to = tmp_path / "layers.json"
     given = ["--small", "--only", "GPT-2", "--tables", "skips", "--seconds", "0.5", "--json", str(to)]
     assert layers.main(given) == 0
