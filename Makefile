@@ -14,7 +14,7 @@
 #   make bench-sparse          block-sparse attention against dense, by itself and in whole models
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
 #   make bench-cuda-memory     decoding under a memory budget against accelerate's offloading, on a GPU
-#   make bench-cuda bench-cuda-memory            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
+#   make bench-cuda            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
 #   make bench-cuda-relational relational layers on a GPU, against torch by hand and PyG's modules
 #   make bench-tvm-cuda        programs on target tvm-cuda against torch, on a GPU
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
@@ -32,7 +32,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
   bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision \
-  bench-cuda bench-cuda-relational bench-tvm-cuda clean
+  bench-cuda bench-cuda-memory bench-cuda-relational bench-tvm-cuda clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
