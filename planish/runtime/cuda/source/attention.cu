@@ -4,7 +4,6 @@
 //
 // Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1, BIAS=0|1 (a number for each key that is added to its scores,
 // such as the logarithm of the size of a merged token; over all key tiles).
-#include "tiles.cuh"
 #include "wgmma.cuh"
 
 #ifndef HEAD
@@ -19,8 +18,8 @@
 #define THREADS (GROUPS * 128)
 #define TILE_BYTES (HEAD / 64 * PANEL_BYTES)
 // Turing has 64 KB of shared memory, and no copies that run by themselves.
-#ifndef AHEAD
-#define AHEAD 1  // tiles that are on their way while others are computed, on Hopper
+#ifndef AHEAD  // tiles that are on their way while others are computed, on Hopper
+#define AHEAD 1
 #endif
 #if WGMMA
 #define STAGES (AHEAD + 2)  // one is weighed and one scored
@@ -273,11 +272,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   uint32_t operand[TILE / 16][4] = {};
   Softmax softmax;
   const int first_query = (first_tile + group) * TILE, query = first_query + warp * 16 + lane / 4;
-#if BIAS
-  const float scale = 1.44269504089f, raw = p.scale * 0.69314718056f;
-#else
-  const float scale = p.scale;
-#endif
+  const float scale = BIAS ? 1.44269504089f : p.scale;
+  [[maybe_unused]] const float raw = p.scale * 0.69314718056f;
   auto mask = [&](float(&s)[TILE / 8][4], int tile, bool visible, int stage) {
 #if BIAS
 #pragma unroll

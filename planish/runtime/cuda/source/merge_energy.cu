@@ -2,7 +2,7 @@
 // MergeTokensEnergyMaxNorm. The energy of a token is the mean over all that are not protected of ELU(similarity - margin).
 // Of the 2 count tokens of the highest energy those of even rank go, each to the most similar one of odd rank; what stays
 // keeps its order. Steps as in merge_tokens.cu, with energies before the comparison.
-#include "merge.cuh"
+#include "merge_rows.cuh"
 
 // Energies, times the number of free tokens, of 16 of them; of equal rows of keys equal to the last bit.
 __device__ void energies(const Parameters &p, const __half *units, int padded, int free, int row, Key *to) {

@@ -5,7 +5,7 @@
 //   3. the `count` tokens of A that are most similar go, each block finds out for itself which;
 //   4. rows of the output: copies, or means by size of a token of B and of those that go into it.
 // Between the steps things lie in `scratch`, a few hundred bytes a token, which stays in the L2 cache.
-#include "merge.cuh"
+#include "merge_rows.cuh"
 
 __device__ void choose(const Parameters &p, const Plan &plan, Key *order, const Key *best, int a, int b, int front,
                        int first_a, int first_b, long long *index) {
