@@ -21,6 +21,7 @@ from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.gates import DEFAULT_APPROXIMATE_ERROR, Gates, Interrupted
 from planish.passes.journal import DecisionJournal
 from planish.runtime.bench import Bench
+from planish.runtime.compile import for_another_machine
 from planish.runtime.executable import Executable
 from planish.runtime.report import Report
 
@@ -99,7 +100,7 @@ def optimize(
             model, target, task=task, passes=passes, approximate=approximate, budget=budget, hooks=hooks,
             example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration,
         )  # fmt: skip
-    elsewhere = _is_elsewhere(target, budget)
+    elsewhere = for_another_machine(target, measured=budget.gates)
     pipeline = resolve_pipeline(passes, target, approximate)
     hooks.progress("reading the model")
     compare: Callable[[Bench], Any] | None
@@ -161,36 +162,6 @@ def _implemented(target: Target) -> Target:
     if target.name not in IMPLEMENTED:
         raise UnsupportedError(f"target '{target.name}' is not implemented yet; use {', '.join(IMPLEMENTED)}.")
     return target
-
-
-def _is_elsewhere(target: Target, budget: Budget) -> bool:
-    """Whether the program is made for another machine than this; says what is missing before anything is made.
-
-    Raises:
-        UnsupportedError: this machine can not run what the target is, or not measure it.
-    """
-    if target.device != "cuda":
-        return False
-    if target.runtime == "tvm":
-        from planish.runtime.tvm_cuda import require
-
-        may_be_elsewhere = True  # what it compiles is the same wherever it does
-    else:
-        from planish.runtime.ort_cuda import is_elsewhere, require
-
-        may_be_elsewhere = is_elsewhere(target)
-    try:
-        require(target)
-        return False
-    except UnsupportedError as error:
-        if not may_be_elsewhere:
-            raise
-        if budget.gates:
-            raise UnsupportedError(
-                f"{str(error).rstrip('.')}; to make an artifact for another machine without measuring, say "
-                "budget=planish.Budget(gates=False) (--no-gates)."
-            ) from error
-    return True
 
 
 def _is_module(model: Any) -> bool:

@@ -38,3 +38,33 @@ def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry
 
         return compile_tvm_cuda(program.entry(entry), target)
     raise UnsupportedError(f"target '{target.name}' is not implemented yet.")
+
+
+def for_another_machine(target: Target, *, measured: bool) -> bool:
+    """Whether the program is made for another machine than this; says what is missing before anything is made.
+
+    Raises:
+        UnsupportedError: this machine can not run what the target is, or not measure it.
+    """
+    if target.device != "cuda":
+        return False
+    if target.runtime == "tvm":
+        from planish.runtime.tvm_cuda import require
+
+        may_be_elsewhere = True  # what it compiles is the same wherever it does
+    else:
+        from planish.runtime.ort_cuda import is_elsewhere, require
+
+        may_be_elsewhere = is_elsewhere(target)
+    try:
+        require(target)
+        return False
+    except UnsupportedError as error:
+        if not may_be_elsewhere:
+            raise
+        if measured:
+            raise UnsupportedError(
+                f"{str(error).rstrip('.')}; to make an artifact for another machine without measuring, say "
+                "budget=planish.Budget(gates=False) (--no-gates)."
+            ) from error
+    return True
