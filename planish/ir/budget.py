@@ -23,7 +23,8 @@ class Budget:
             one. None: the tolerance of the output dtype for exact passes, 1e-2 for approximate ones together.
         metric: a function of (expected, got); None for relative L2.
         min_gain: smallest speed-up ratio that a change must reach to be kept, for example 1.02. None: exact
-            passes must not be measurably slower, approximate passes must be measurably faster.
+            passes must not be measurably slower, approximate passes must be measurably faster. Below 1: what a pass
+            that saves memory may cost.
         seconds: wall time for all measuring of one optimization. None: 12 seconds.
         gates: False applies the passes without measuring anything; the report then says "not measured".
     """

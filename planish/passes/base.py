@@ -103,8 +103,8 @@ class ApproximatePass(Pass):
 
     Class attributes:
         gives_up: one sentence: what the result may lose.
-        saves: what it gains besides time: it then stays too where it is not measurably slower, and its notes say how
-            much it saves.
+        saves: what it gains besides time: it then stays too where it is not measurably slower, or no slower than a
+            `min_gain` below 1 allows, and its notes say how much it saves.
         order: where the pass goes among approximate ones that are given without a pipeline: layers and heads first
             (10), then tokens (30), what attention sees (50), and the formats of numbers (60).
         lowered: whether it goes behind the passes that lower operators to the target, and not in front of them.

@@ -300,11 +300,13 @@ class Gates:
         """Why a measured ratio is not enough, or an empty string.
 
         An exact pass costs nothing but time, so it stays unless it is measurably slower; an approximate one
-        must be measurably faster, unless it saves something else.
+        must be measurably faster. One that saves something else may cost what a `min_gain` below 1 says.
         """
         asked = self.budget.min_gain
+        if saves and asked is not None and asked < 1 and ratio.median >= asked:
+            return ""
         if _slower(ratio):
-            return f"slower, {ratio}"
+            return f"slower, {ratio}" + (f"; a min_gain below 1 says what saving {saves} may cost" if saves else "")
         if asked is not None and ratio.median < asked:
             return f"gain {ratio} is under the {asked:g}x asked for"
         if ((kind == "approximate" and not saves) or asked is not None) and not ratio.faster:

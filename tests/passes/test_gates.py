@@ -202,6 +202,25 @@ def test_an_approximate_pass_must_be_measurably_faster() -> None:
     assert gated([Approximate("b")], FakeBench(times={"b": 0.5}))[0] == ["b"]
 
 
+@dataclass(frozen=True)
+class Saving(Approximate):
+    name: ClassVar[str] = "saving"
+    saves: ClassVar[str] = "memory"
+
+
+def test_what_saves_something_else_may_cost_what_the_budget_says() -> None:
+    assert gated([Saving("b")], FakeBench())[0] == ["b"]
+    slower = FakeBench(times={"b": 1.04})
+    marks, verdicts, _ = gated([Saving("b")], slower)
+    assert marks == []
+    assert verdicts["saving{key='b'}"].startswith("rolled back: slower, 0.962x")
+    assert verdicts["saving{key='b'}"].endswith("; a min_gain below 1 says what saving memory may cost")
+    assert gated([Saving("b")], slower, Budget(min_gain=0.95))[0] == ["b"]
+    assert gated([Saving("b")], slower, Budget(min_gain=0.97))[0] == []
+    assert gated([Approximate("b")], slower, Budget(min_gain=0.95))[0] == []
+    assert gated([Saving("b")], FakeBench(), Budget(min_gain=1.1))[0] == []
+
+
 def test_approximate_passes_share_one_budget() -> None:
     bench = FakeBench(errors={"b": 0.006, "c": 0.006}, times={"b": 0.5, "c": 0.5})
     marks, verdicts, ledger = gated([Approximate("b"), Approximate("c")], bench)
