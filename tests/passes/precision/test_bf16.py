@@ -18,7 +18,7 @@ from planish.ir.program import Program
 from planish.ir.target import Target
 from planish.passes.base import PassContext, PassResult
 from planish.passes.precision.bf16 import Bf16
-from planish.runtime import artifact
+from planish.runtime import ort_artifact
 from planish.runtime.ort import compile_ort
 
 TARGET = Target.parse("ort-cpu:threads=1,kernels")
@@ -205,7 +205,7 @@ def test_an_artifact_where_amx_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast = planish.load(tmp_path / "artifact", allow_native=True).run(feeds)["y"]
-    monkeypatch.setattr(artifact, "missing", lambda needed: sorted(set(needed) & {"amx_bf16", "amx_tile"}))
+    monkeypatch.setattr(ort_artifact, "missing", lambda needed: sorted(set(needed) & {"amx_bf16", "amx_tile"}))
     with pytest.warns(RuntimeWarning, match="amx_bf16, amx_tile"):
         slow = planish.load(tmp_path / "artifact", allow_native=True).run(feeds)["y"]
     assert 0 < np.linalg.norm(slow - fast) < 3e-3 * np.linalg.norm(fast)

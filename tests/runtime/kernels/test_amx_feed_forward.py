@@ -53,7 +53,8 @@ def test_against_float64(template: FeedForward) -> None:
         want = template.reference(*inputs)
         # The hidden layer is rounded from float32 here and from float64 there: half a step of bfloat16 at times.
         assert np.all(np.isfinite(y)) and np.allclose(y, want, rtol=4e-3, atol=2e-2), shape
-        assert np.linalg.norm(y - want) <= 1e-3 * np.linalg.norm(want), shape
+        # Of a handful of hidden values one may be a step of bfloat16 off; of many, few are.
+        assert np.linalg.norm(y - want) <= (1e-3 if shape[2] > 5 else 4e-3) * np.linalg.norm(want), shape
 
 
 def test_unknown_activation() -> None:
