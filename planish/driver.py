@@ -22,7 +22,7 @@ from planish.passes.gates import DEFAULT_APPROXIMATE_ERROR, Gates, Interrupted
 from planish.passes.journal import DecisionJournal
 from planish.runtime.bench import Bench
 from planish.runtime.compile import for_another_machine
-from planish.runtime.executable import Executable
+from planish.runtime.executable import Executable, Runner
 from planish.runtime.report import Report
 
 if TYPE_CHECKING:
@@ -115,18 +115,23 @@ def optimize(
     if compare is not None:
         hooks.progress("comparing the captured program with the module")
         compare(Bench(Target(), program.calibration) if elsewhere else bench)
-        if not budget.gates:
-            bench.forget(program)
+    if not budget.gates:
+        bench.forget(program)
     note = f"this machine can not run '{target}'" if elsewhere else note
     best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
     ledger.synthetic = program.calibration is not None and program.calibration.synthetic
     hooks.progress("preparing the executable")
+    runners = _runners(bench, best, ledger)
+    report = _report(model, program, best, pipeline, ledger, time.monotonic() - started, budget)
+    return Executable(best, runners, report=report, pipeline=report.pipeline)
+
+
+def _runners(bench: Bench, best: Program, ledger: Ledger) -> dict[str, Runner]:
     if len(best.entries) > 1 and unify_weights(best):
         bench.forget(best)
     runners = {name: bench.runner(best, name) for name in best.entries}
     ledger.notes += list(dict.fromkeys(note for runner in runners.values() for note in runner.notes))
-    report = _report(model, program, best, pipeline, ledger, time.monotonic() - started, budget)
-    return Executable(best, runners, report=report, pipeline=report.pipeline)
+    return {**runners}
 
 
 def resolve_pipeline(
