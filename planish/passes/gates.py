@@ -309,7 +309,8 @@ class Gates:
             return f"slower, {ratio}" + (f"; a min_gain below 1 says what saving {saves} may cost" if saves else "")
         if asked is not None and ratio.median < asked:
             return f"gain {ratio} is under the {asked:g}x asked for"
-        if ((kind == "approximate" and not saves) or asked is not None) and not ratio.faster:
+        must_gain = (kind == "approximate" and not saves) or (asked is not None and asked >= 1)
+        if must_gain and not ratio.faster:
             return f"no measurable gain, {ratio}"
         return ""
 

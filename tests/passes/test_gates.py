@@ -219,6 +219,8 @@ def test_what_saves_something_else_may_cost_what_the_budget_says() -> None:
     assert gated([Saving("b")], slower, Budget(min_gain=0.97))[0] == []
     assert gated([Approximate("b")], slower, Budget(min_gain=0.95))[0] == []
     assert gated([Saving("b")], FakeBench(), Budget(min_gain=1.1))[0] == []
+    assert gated(exact("b"), FakeBench(), Budget(min_gain=0.95))[0] == ["b"]  # which asks no more of others
+    assert gated(exact("b"), slower, Budget(min_gain=0.95))[0] == []
 
 
 def test_approximate_passes_share_one_budget() -> None:

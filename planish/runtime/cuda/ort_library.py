@@ -6,10 +6,7 @@ is looked for when a kernel first runs. A model keeps the operators' functions, 
 
 from __future__ import annotations
 
-import atexit
 import functools
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from planish.runtime.cuda import toolchain
 from planish.runtime.cuda.cache import binary
 from planish.runtime.kernels.library import ORT_MINORS
 from planish.runtime.kernels.linker import link
+from planish.runtime.scratch import process_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -100,7 +98,7 @@ def library_for(models: Iterable[ir.Model]) -> CudaLibrary | None:
 
 @functools.cache
 def _library(needed: tuple[tuple[str, tuple[int, ...]], ...]) -> CudaLibrary:
-    folder = Path(tempfile.mkdtemp(prefix="cuda-", dir=_folder()))
+    folder = Path(tempfile.mkdtemp(prefix="cuda-", dir=process_folder("planish-cuda-")))
     families = sorted({"cuda_swiglu" if op == SWIGLU else "cuda_attention" for op, _ in needed})
     lines = [
         "/* Generated: the operators of this library, and their code. */",
@@ -171,16 +169,3 @@ def _code(label: str, size: int, groups: int) -> str:
     row = 2 * _TILE * size
     shared = [(groups + 2 * n) * row + 64 if groups else 2 * min(n, 2) * row for n in (1, 2, 3)]
     return f'{{"{name}", code_{label}_{size}, {", ".join(map(str, shared))}}}'
-
-
-@functools.cache
-def _folder() -> Path:
-    """A folder that is there as long as this process is."""
-    folder, owner = Path(tempfile.mkdtemp(prefix="planish-cuda-")), os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # not in a process that was forked from it
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder

@@ -6,10 +6,7 @@ The library holds compiled TIR, the C glue of ``native/`` and a table that is ge
 
 from __future__ import annotations
 
-import atexit
 import functools
-import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterable
@@ -21,6 +18,7 @@ from planish.runtime.kernels.cache import cached
 from planish.runtime.kernels.linker import link
 from planish.runtime.kernels.op_kernels import OpKernel, kernels_for
 from planish.runtime.kernels.template import Template, compile_module
+from planish.runtime.scratch import process_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -64,7 +62,7 @@ def library_for(models: Iterable[ir.Model]) -> Library | None:
 
 
 def _build(kernels: tuple[OpKernel, ...]) -> Library:
-    folder = Path(tempfile.mkdtemp(prefix="kernels-", dir=_folder()))
+    folder = Path(tempfile.mkdtemp(prefix="kernels-", dir=process_folder("planish-kernels-")))
     templates = list(dict.fromkeys(template for kernel in kernels for template in kernel.templates()))
     objects = [_object(template) for template in templates]
     features = frozenset(feature for template in templates for feature in template.cpu().features)
@@ -81,22 +79,9 @@ def _build(kernels: tuple[OpKernel, ...]) -> Library:
 @functools.cache
 def _object(template: Template) -> Path:
     """A template compiled to an object file; programs that share operators share it."""
-    path = _folder() / f"{template.symbol}.o"
+    path = process_folder("planish-kernels-") / f"{template.symbol}.o"
     cached(template, lambda to: compile_module([template], template.cpu()).write_to_file(str(to), "o"), path)
     return path
-
-
-@functools.cache
-def _folder() -> Path:
-    """A folder that is there as long as this process is."""
-    folder, owner = Path(tempfile.mkdtemp(prefix="planish-kernels-")), os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # not in a process that was forked from it
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder
 
 
 def _table(kernels: tuple[OpKernel, ...], features: list[str]) -> str:

@@ -180,20 +180,19 @@ def test_golden_data_holds_caches_in_the_new_form(tmp_path: Path) -> None:
 
 
 def test_gates_keep_what_saves_memory() -> None:
-    """Where a step is as fast as before; the ledger says what is saved, and the error is that of the logits."""
+    """Where a step costs no more than allowed; the ledger says what is saved, and the error is that of the logits."""
     exe = planish.optimize(
         causal_model("GPT-2"),
         "ort-cpu:threads=1",
         task="causal-lm",
         example_inputs=EXAMPLE,
         approximate="quantize-cache{format='float16'}",
-        budget=planish.Budget(error=0.05, seconds=4),
+        budget=planish.Budget(error=0.05, seconds=4, min_gain=0.3),  # a step of so small a model may be slower
     )
     entry = exe.report.ledger["quantize-cache{format='float16'}"]
-    assert entry.fired == 2 or "slower" in entry.verdict, entry.verdict
-    if entry.kept:
-        assert entry.notes == ["caches of 2 layers in float16: 512 bytes a token before, 256 after (0.500)"]
-        assert entry.by_entry[DECODE].error is not None and entry.by_entry[DECODE].error.relative_l2 < 0.01
+    assert entry.kept and entry.fired == 2, entry.verdict
+    assert entry.notes == ["caches of 2 layers in float16: 512 bytes a token before, 256 after (0.500)"]
+    assert entry.by_entry[DECODE].error is not None and entry.by_entry[DECODE].error.relative_l2 < 0.01
 
 
 def test_some_layers_only() -> None:

@@ -6,7 +6,6 @@ import pytest
 
 import planish
 from planish.ir.errors import InputError, PlanishError
-from planish.ir.ledger import Ratio
 from planish.ir.names import ensure_names
 from planish.ir.program import Calibration, Program
 from planish.passes.base import ApproximatePass
@@ -160,8 +159,13 @@ def test_a_causal_model_through_the_gates():
         and "prefill: float32 1.00x, int8" in notes[0]
         and "weights4 exceeds the error budget" in notes[0]
     )
-    measured = exe.report.ledger["quantize-entries"]
-    assert measured.kept or isinstance(measured.speedup, Ratio) or "nothing" in notes[0]
+    gated = exe.report.ledger["quantize-entries"]
+    assert gated.name.startswith("quantize-entries{forms=") and "weights4" not in gated.name
+    made = {node.op_type for node in exe.program.nodes()} & {"MatMulInteger", "MatMulNBits"}
+    # What was fastest a moment ago may be no faster when it is gated, on a busy machine.
+    assert bool(made) == (gated.kept and gated.fired > 0)
+    if made:
+        assert gated.error_original is not None and 1e-5 < gated.error_original.relative_l2 <= 0.05
 
 
 def test_only_entries_with_inputs_are_measured():
