@@ -46,7 +46,7 @@ class Family(Protocol):
     operators: frozenset[str]
 
     def form(self, node: ir.Node) -> Hashable | None:
-        """What distinguishes the code that a node needs; None if there is no kernel for its types, sizes, attributes."""
+        """What distinguishes the code that a node needs; None if its types, sizes or attributes have no kernel."""
 
     def codes(self, op: str, forms: Iterable[Any]) -> list[Code]:
         """All code for an operator; what several operators ask for under the same label is in a library once."""
