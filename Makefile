@@ -17,6 +17,7 @@
 #   make bench-cuda            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
 #   make bench-cuda-relational relational layers on a GPU, against torch by hand and PyG's modules
 #   make bench-tvm-cuda        programs on target tvm-cuda against torch, on a GPU
+#   make bench-gpu             every benchmark of target ort-cuda and the kernels, and which promises hold
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
@@ -32,7 +33,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
   bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision \
-  bench-cuda bench-cuda-memory bench-cuda-relational bench-tvm-cuda clean
+  bench-cuda bench-gpu bench-cuda-memory bench-cuda-relational bench-tvm-cuda clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -112,6 +113,10 @@ bench-cuda-relational:
 bench-tvm-cuda:
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/tvm_cuda.py make $(or $(FOLDER),/tmp/planish-tvm-cuda)
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/tvm_cuda.py run $(or $(FOLDER),/tmp/planish-tvm-cuda)
+
+# As bench-cuda; ten minutes. The results that are kept in benchmarks/results are read without --run.
+bench-gpu:
+	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_summary.py --run
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py
