@@ -21,7 +21,7 @@ from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.gates import DEFAULT_APPROXIMATE_ERROR, Gates, Interrupted
 from planish.passes.journal import DecisionJournal
 from planish.runtime.bench import Bench
-from planish.runtime.compile import for_another_machine
+from planish.runtime.compile import for_another_machine, measured_on, require_memory
 from planish.runtime.executable import Executable, Runner
 from planish.runtime.report import Report
 
@@ -111,7 +111,7 @@ def optimize(
         program, compare, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
         note = _calibrate(program, calibration if calibration is not None else example)
     pipeline = _with_shapes(program, pipeline)
-    bench = Bench(target, program.calibration)
+    bench = Bench(measured_on(program, target), program.calibration)
     if compare is not None:
         hooks.progress("comparing the captured program with the module")
         compare(Bench(Target(), program.calibration) if elsewhere else bench)
@@ -121,14 +121,18 @@ def optimize(
     best, ledger = _run_passes(hooks, program, pipeline, bench, budget, note)
     ledger.synthetic = program.calibration is not None and program.calibration.synthetic
     hooks.progress("preparing the executable")
-    runners = _runners(bench, best, ledger)
+    runners = _runners(bench, best, ledger, target)
     report = _report(model, program, best, pipeline, ledger, time.monotonic() - started, budget)
     return Executable(best, runners, report=report, pipeline=report.pipeline)
 
 
-def _runners(bench: Bench, best: Program, ledger: Ledger) -> dict[str, Runner]:
+def _runners(bench: Bench, best: Program, ledger: Ledger, target: Target) -> dict[str, Runner]:
     if len(best.entries) > 1 and unify_weights(best):
         bench.forget(best)
+    require_memory(best, target)
+    if bench.target != target:
+        bench = Bench(target, best.calibration)
+        ledger.notes.append("the program before it is beyond the memory of the target: gains were measured without it")
     runners = {name: bench.runner(best, name) for name in best.entries}
     ledger.notes += list(dict.fromkeys(note for runner in runners.values() for note in runner.notes))
     return {**runners}

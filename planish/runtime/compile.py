@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from planish.ir.errors import UnsupportedError
@@ -38,6 +39,30 @@ def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry
 
         return compile_tvm_cuda(program.entry(entry), target)
     raise UnsupportedError(f"target '{target.name}' is not implemented yet.")
+
+
+def measured_on(program: Program, target: Target) -> Target:
+    """The target to measure on: without the limit of memory where the program, as it is given, is beyond it.
+
+    Passes may make it fit, and what they gain is relative to the program before them.
+    """
+    if target.name != "ort-cuda" or target.memory is None:
+        return target
+    from planish.runtime.ort_cuda import needs
+
+    return target if needs(program, target).memory <= target.memory else replace(target, memory=None)
+
+
+def require_memory(program: Program, target: Target) -> None:
+    """Asks whether a program fits the memory that a target allows.
+
+    Raises:
+        MemoryBudgetError: it does not; the message says by how much. (Target tvm-cuda asks when it compiles.)
+    """
+    if target.name == "ort-cuda":
+        from planish.runtime import ort_cuda
+
+        ort_cuda.require_memory(program, target)
 
 
 def for_another_machine(target: Target, *, measured: bool) -> bool:

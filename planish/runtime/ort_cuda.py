@@ -115,6 +115,28 @@ def needs(program: Program, target: Target, libraries: Iterable[Any] = ()) -> Ne
     )
 
 
+def require_memory(program: Program, target: Target) -> None:
+    """Asks whether weights and activations, at the sizes of the calibration inputs, fit the target's ``memory=``.
+
+    Raises:
+        MemoryBudgetError: they do not; says by how much, and what would help.
+    """
+    if target.memory is None:
+        return
+    from planish.runtime.offload.account import MemoryBudgetError, size_text
+
+    weights, planned = program.weight_bytes(), needs(program, target).memory
+    if planned <= target.memory:
+        return
+    fewer = "" if target.dtype else " dtype=float16 halves most of it;"
+    smaller = " smaller inputs take less;" if weights < target.memory else " quantize-weights makes weights smaller;"
+    raise MemoryBudgetError(
+        f"target '{target}': weights take {size_text(weights)} and activations {size_text(planned - weights)}, "
+        f"{size_text(planned - target.memory)} more than the budget of {size_text(target.memory)};{fewer}{smaller} "
+        f"memory={-(-planned // (1 << 20))}MiB is the least for it as it is."
+    )
+
+
 def refuse(manifest: Manifest, machine: Machine, where: str) -> None:
     """Compares what an artifact needs with a machine, before anything of it is loaded.
 
