@@ -18,6 +18,7 @@
 #   make bench-cuda-relational relational layers on a GPU, against torch by hand and PyG's modules
 #   make bench-tvm-cuda        programs on target tvm-cuda against torch, on a GPU
 #   make bench-gpu             every benchmark of target ort-cuda and the kernels, and which promises hold
+#   make sanitize-cuda         a part of the kernels' tests under compute-sanitizer's memcheck, on a GPU
 #   make bench-startup         loading an artifact, against an ONNX Runtime session alone
 # PYTHON=... chooses an interpreter, VENV=... another place for the environment.
 
@@ -33,7 +34,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
   bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision \
-  bench-cuda bench-gpu bench-cuda-memory bench-cuda-relational bench-tvm-cuda clean
+  bench-cuda bench-gpu bench-cuda-memory bench-cuda-relational bench-tvm-cuda sanitize-cuda clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -117,6 +118,12 @@ bench-tvm-cuda:
 # As bench-cuda; ten minutes. The results that are kept in benchmarks/results are read without --run.
 bench-gpu:
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_summary.py --run
+
+# Without torch's cache each tensor is an allocation of its own, so that what reads beyond one is seen.
+sanitize-cuda:
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 9 \
+	  $(or $(PYTHON),python3) -m pytest tests/runtime/cuda -p tests.every --every $(or $(EVERY),7) \
+	  --noconftest -c /dev/null --rootdir . --import-mode=importlib -p no:cacheprovider
 
 bench-startup: $(STAMP)
 	@$(BIN)/python benchmarks/startup.py
