@@ -15,6 +15,7 @@ from planish.ir.target import Target
 from planish.runtime.cuda.driver import check, library
 from planish.runtime.offload.account import Account, MemoryBudgetError, size_text
 from planish.runtime.offload.device import COMPUTE, COPY, Event, Rows
+from planish.runtime.offload.small_copies import SmallCopies
 
 _HOST_MEMORY, _DEVICE_MEMORY = 1, 2  # CUmemorytype
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # CUdevice_attribute
@@ -43,6 +44,7 @@ class CudaDevice:
     """
 
     kind = "cuda"
+    concurrent = True
 
     def __init__(self, limit: int | None, target: Target) -> None:
         from planish.runtime.ort_cuda import device_index, load_libraries
@@ -61,6 +63,7 @@ class CudaDevice:
         for stream in self._streams:
             check(self._cuda.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream")
         self._blocks: dict[int, tuple[int, str]] = {}
+        self._small = SmallCopies()
 
     def memory(self) -> tuple[int, int]:
         """Bytes of the GPU that are free, and all, as the driver has it."""
@@ -189,6 +192,9 @@ class CudaDevice:
 
     def _copy(self, target: int, source: int, rows: Rows, stream: int, *, up: bool) -> None:
         where = self._streams[stream]
+        if stream == COMPUTE and rows.count == 1 and self._small.takes(target, source, rows.width):
+            self._small(target, source, rows.width, where.value or 0)
+            return
         if rows.count == 1:
             call = self._cuda.cuMemcpyHtoDAsync_v2 if up else self._cuda.cuMemcpyDtoHAsync_v2
             code = call(ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(rows.width), where)

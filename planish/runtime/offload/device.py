@@ -38,6 +38,7 @@ class Device(Protocol):
     """Memory, streams and sessions. Addresses are integers; host arrays stay alive and unchanged until read."""
 
     kind: str  # of ONNX Runtime: "cpu" or "cuda"
+    concurrent: bool  # copies go on while the host computes
     account: Account
 
     def allocate(self, nbytes: int, what: str) -> int: ...
@@ -100,6 +101,7 @@ class HostDevice:
     """
 
     kind = "cpu"
+    concurrent = False
 
     def __init__(self, limit: int | None = None, seed: int = 0) -> None:
         self.account = Account(limit)

@@ -151,8 +151,8 @@ class Engine:
         caches, mixed = self._caches.on_host(layer), flow.values[unit.mixed + _HOST]
         inputs = [*self._inputs(unit.attention, flow, len(unit.attention.inputs) - 2), *caches]
         self._binding(unit.attention, 0, inputs, [mixed, *caches], flow)()
-        # The device reads the result where it is, in pinned memory: a copy would wait behind those of weights.
-        flow.values[unit.mixed] = Place(mixed.address)
+        size = flat(self.parts.nbytes(unit.mixed, flow.sizes))
+        self.device.upload(flow.values[unit.mixed].address, mixed.address, size, COMPUTE)
         self._run(unit.after, address, self._inputs(unit.after, flow), list(made.values()), flow)
 
     def _logits(self, flows: Sequence[_Flow]) -> np.ndarray:

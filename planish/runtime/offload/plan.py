@@ -29,6 +29,7 @@ class Rates:
         host: bytes of cache per second that attention on the host reads.
         latency: seconds that a layer whose attention is on the host waits beside that, for both copies.
         launch: seconds that it takes to start a layer.
+        shared_link, shared_host: `link` and `host` while both go on, since both read main memory; 0: the same.
     """
 
     link: float = 20e9
@@ -36,6 +37,8 @@ class Rates:
     host: float = 10e9
     latency: float = 50e-6
     launch: float = 1e-4
+    shared_link: float = 0.0
+    shared_host: float = 0.0
 
 
 @dataclass(frozen=True)

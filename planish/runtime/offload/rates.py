@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 
 from planish.runtime.offload.bound import Place, address_of
-from planish.runtime.offload.device import COMPUTE, Device, flat
-from planish.runtime.offload.parts import Parts
+from planish.runtime.offload.device import COMPUTE, COPY, Device, flat
+from planish.runtime.offload.parts import Part, Parts
 from planish.runtime.offload.plan import Rates
 from planish.runtime.offload.weights import value_bytes
 
 _BLOCK = 64 << 20
 _TOKENS = 8192
+#: Caches that attention is measured on are together more than a processor keeps, in bytes, where there are as many.
+_BEYOND_CACHES = 768 << 20
 
 
 def measure_rates(parts: Parts, device: Device, *, seconds: float = 0.2) -> Rates:
@@ -23,57 +27,98 @@ def measure_rates(parts: Parts, device: Device, *, seconds: float = 0.2) -> Rate
     Args:
         seconds: spent on each, at least.
     """
-    link, latency = _link(device, seconds)
-    host = next((k for k, layer in enumerate(parts.layers) if layer.attention is not None), None)
-    rate = _host(parts, host, seconds) if host is not None else Rates.host
-    return Rates(link, max(device.bandwidth, link), rate, 2 * latency)
-
-
-def _link(device: Device, seconds: float) -> tuple[float, float]:
-    """Bytes per second to the device, and the seconds of a copy of almost nothing with its synchronization."""
     limit = device.account.limit
     room = _BLOCK if limit is None else min(_BLOCK, max((limit - device.account.used) // 2, 1 << 10))
     block, address = device.host(room), device.allocate(room, "measuring")
 
-    def copy(nbytes: int) -> Callable[[], None]:
+    def copy(nbytes: int, stream: int = COMPUTE) -> None:
+        device.upload(address, address_of(block), flat(nbytes), stream)
+
+    def waited(nbytes: int) -> Callable[[], None]:
         def run() -> None:
-            device.upload(address, address_of(block), flat(nbytes), COMPUTE)
+            copy(nbytes)
             device.synchronize(device.record(COMPUTE))
 
         return run
 
     try:
-        long, short = _median(copy(room), seconds), _median(copy(256), seconds / 4)
+        long, short = _median(waited(room), seconds), _median(waited(256), seconds / 4)
+        link = room / max(long - short, 1e-9)
+        rates = Rates(link, max(device.bandwidth, link), latency=2 * short, shared_link=link)
+        attention = _attention(parts, device)
+        if attention is None:
+            return rates
+        run, nbytes = attention
+        host = nbytes / _median(run, seconds)
+        together = (link, host)
+        if device.concurrent:
+            count = max(int(seconds * link / room), 2)
+            together = _together(device, lambda: copy(room, COPY), count, room, run, nbytes)
+        return Rates(link, rates.device, host, rates.latency, shared_link=together[0], shared_host=together[1])
     finally:
         device.free(address)
-    return room / max(long - short, 1e-9), short
 
 
-def _host(parts: Parts, layer: int, seconds: float) -> float:
-    """Bytes of cache per second that attention on the host reads, for one row."""
-    unit = parts.layers[layer]
-    assert unit.attention is not None
+def _together(
+    device: Device, copy: Callable[[], None], count: int, room: int, run: Callable[[], None], nbytes: int
+) -> tuple[float, float]:
+    """Bytes per second of copies and of attention while both go on: they read the same memory."""
+    device.synchronize(device.record(COPY))
+    started = time.perf_counter()
+    ended: list[float] = []
+    for _ in range(count):
+        copy()
+    event = device.record(COPY)
+
+    def wait() -> None:
+        device.synchronize(event)
+        ended.append(time.perf_counter())
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    runs, last = 0, started
+    while waiter.is_alive():
+        run()
+        runs, last = runs + 1, time.perf_counter()
+    waiter.join()
+    return count * room / (ended[0] - started), runs * nbytes / max(last - started, 1e-9)
+
+
+def _attention(parts: Parts, device: Device) -> tuple[Callable[[], None], int] | None:
+    """Attention on the host over long caches, another one at each call, and the bytes of one; None: none can be."""
+    number = next((k for k, layer in enumerate(parts.layers) if layer.attention is not None), None)
+    if number is None:
+        return None
+    part = parts.layers[number].attention
+    assert part is not None
     sizes = {"batch": 1, "tokens": 1, "capacity": _TOKENS}
-    random = np.random.default_rng(0)
-    graph = unit.attention.piece.model.graph
+    one = sum(value_bytes(v, sizes) for v in parts.cache_values[number])
+    count = max(min(-(-_BEYOND_CACHES // one), sum(layer.attention is not None for layer in parts.layers)), 1)
+    turns = itertools.cycle([_bound(parts, part, sizes, device) for _ in range(count)])
+    return lambda: next(turns)(), one
+
+
+def _bound(parts: Parts, part: Part, sizes: dict[str, int], device: Device) -> Callable[[], None]:
+    """One run of attention, on memory as caches have it."""
+    graph = part.piece.model.graph
     arrays: list[np.ndarray] = []
-    for value in list(graph.inputs):
+    for name, value in zip(part.inputs, graph.inputs, strict=False):
         assert value.dtype is not None
         dtype = np.dtype(value.dtype.numpy())
-        count = value_bytes(value, sizes) // dtype.itemsize
-        whole = (
-            np.full(count, _TOKENS - 1, dtype) if dtype.kind in "iu" else random.standard_normal(count).astype(dtype)
-        )
-        arrays.append(whole)
-    # The longest row counts its new token, which the rows themselves do not.
-    for name, array in zip(unit.attention.inputs, arrays, strict=True):
-        if array.dtype.kind in "iu" and parts.is_total(name):
-            array[:] = _TOKENS
-    caches = [Place(address_of(a), True) for a in arrays[-2:]]
-    out = np.zeros(value_bytes(next(iter(graph.outputs)), sizes), np.uint8)
+        array = device.host(value_bytes(value, sizes)).view(dtype)
+        if dtype.kind in "iu":  # the longest row counts its new token, which the rows themselves do not
+            array[:] = _TOKENS if parts.is_total(name) else _TOKENS - 1
+        else:
+            array[:] = 0.5
+        arrays.append(array)
+    out = device.host(value_bytes(next(iter(graph.outputs)), sizes))
     places = [Place(address_of(a), True) for a in arrays]
-    run = parts.bind(unit.attention, places, [], [Place(address_of(out), True), *caches], sizes)
-    return sum(a.nbytes for a in arrays[-2:]) / _median(run, seconds)
+    run = parts.bind(part, places, [], [Place(address_of(out), True), *places[-2:]], sizes)
+
+    def kept(held: object = (arrays, out)) -> None:
+        run()
+
+    return kept
 
 
 def _median(run: Callable[[], None], seconds: float) -> float:
