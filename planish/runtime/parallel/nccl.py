@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,9 @@ class Communicator:
     """
 
     def __init__(self, identity: bytes, rank: int, ranks: int) -> None:
+        self._handle = ctypes.c_void_p()
         if not 0 <= rank < ranks or len(identity) != _ID_BYTES:
             raise InputError(f"rank {rank} of {ranks} with an id of {len(identity)} bytes; give one of `new_id`.")
-        self._handle = ctypes.c_void_p()
         same = _Id.from_buffer_copy(identity)
         init = library().ncclCommInitRank
         init.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, _Id, ctypes.c_int]
@@ -91,3 +93,31 @@ class Communicator:
         if self._handle:
             _check(library().ncclCommDestroy(self._handle), "leaving")
             self._handle = ctypes.c_void_p()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is begun inside is begun at its end, by all ranks of one thread: none of them is waited for before."""
+    _check(library().ncclGroupStart(), "beginning a group")
+    try:
+        yield
+    finally:
+        _check(library().ncclGroupEnd(), "beginning what a group holds")
+
+
+def all_of_one_process(devices: Sequence[int]) -> list[Communicator]:
+    """The communicators of ranks that one thread moves on, by the numbers of their GPUs.
+
+    Raises:
+        UnsupportedError: there is no NCCL, or it refuses.
+    """
+    import torch
+
+    identity = new_id()
+    made = []
+    with together():
+        for rank, device in enumerate(devices):
+            with torch.cuda.device(device):
+                torch.cuda.current_stream()
+                made.append(Communicator(identity, rank, len(devices)))
+    return made

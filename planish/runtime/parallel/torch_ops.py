@@ -134,9 +134,52 @@ def _last_axis(node: ir.Node, x: Any) -> None:
         raise UnsupportedError(f"{node.op_type} '{node.name}' is over more than the last axis.")
 
 
+def _skip_rms_norm(node: ir.Node, given: list[Any], _: Attend) -> Any:
+    """The norm of a sum, and the sum; a summand may be a pair that is to be added up first."""
+    import torch
+
+    x, skip, weight, bias = [*given, None][:4]
+    if isinstance(x, tuple):
+        x, skip = skip, x
+    a, b = skip if isinstance(skip, tuple) else (skip, None)
+    epsilon, wanted = node.attributes.get_float("epsilon", 1e-5), len(node.outputs) > 3
+    if not isinstance(x, tuple) and bias is None and _kernels(x, a, *(() if b is None else (b,)), weight):
+        from planish.runtime.cuda import rows
+
+        y, total = rows.add_rms_norm(x, a, b, weight, epsilon, wanted)
+        return y, None, None, total
+    x = x[0] + x[1] if isinstance(x, tuple) else x
+    total = x + (a if b is None else a + b)
+    total = total if bias is None else total + bias
+    return torch.nn.functional.rms_norm(total, total.shape[-1:], weight, epsilon), None, None, total
+
+
+def _skip_layer_norm(node: ir.Node, given: list[Any], _: Attend) -> Any:
+    import torch
+
+    x, skip, weight, shift, bias = [*given, None, None][:5]
+    x, skip = (item[0] + item[1] if isinstance(item, tuple) else item for item in (x, skip))
+    total = x + skip if bias is None else x + skip + bias
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    return torch.nn.functional.layer_norm(total, total.shape[-1:], weight, shift, epsilon), None, None, total
+
+
+def _kernels(*operands: Any) -> bool:
+    """Whether our kernels take these."""
+    if any(item.device.type != "cuda" for item in operands):
+        return False
+    from planish.runtime.cuda import rows
+
+    return rows.fits(*operands) and rows.available()
+
+
 def _swiglu(_: ir.Node, given: list[Any], __: Attend) -> Any:
     import torch
 
+    if given[0].shape == given[1].shape and _kernels(*(item.reshape(-1, 8) for item in given if not item.numel() % 8)):
+        from planish.runtime.cuda import rows
+
+        return rows.swiglu(*given)
     return torch.nn.functional.silu(given[0]) * given[1]
 
 
@@ -179,6 +222,8 @@ OPS: dict[tuple[str, str], Callable[[ir.Node, list[Any], Attend], Any]] = {
     ("", "LayerNormalization"): _layer_norm,
     ("", "RMSNormalization"): _rms_norm,
     ("planish", "SwiGLU"): _swiglu,
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"): _skip_rms_norm,
+    ("com.microsoft", "SkipLayerNormalization"): _skip_layer_norm,
     ("", "Div"): _divide,
     ("", "Identity"): lambda node, given, attend: given[0],
     ("", "Transpose"): lambda node, given, attend: given[0].permute(
@@ -191,3 +236,8 @@ OPS: dict[tuple[str, str], Callable[[ir.Node, list[Any], Attend], Any]] = {
                          "Sqrt": "sqrt"}.items()
     },
 }  # fmt: skip
+#: (domain, operator) → operands that it takes as a pair of addends too.
+ADDENDS: dict[tuple[str, str], tuple[int, ...]] = {
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"): (0, 1),
+    ("com.microsoft", "SkipLayerNormalization"): (0, 1),
+}
