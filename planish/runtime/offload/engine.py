@@ -13,7 +13,8 @@ from planish.runtime.offload.bound import Place, address_of
 from planish.runtime.offload.caches import Caches
 from planish.runtime.offload.device import COMPUTE, COPY, Device, flat
 from planish.runtime.offload.parts import Part, Parts
-from planish.runtime.offload.plan import Plan, Rates, Request, make_plan
+from planish.runtime.offload.plan import Plan, Rates, Request
+from planish.runtime.offload.planner import make_plan
 from planish.runtime.offload.ring import Ring
 from planish.runtime.offload.split import Split
 

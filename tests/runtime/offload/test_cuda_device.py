@@ -13,14 +13,17 @@ from planish.ir.errors import UnsupportedError
 from planish.ir.target import Target
 from planish.offload import optimize_budgeted
 from planish.runtime.cuda import driver
-from planish.runtime.offload.device import HostDevice
+from planish.runtime.offload.device import COMPUTE, COPY, HostDevice, flat
+from planish.runtime.offload.engine import Engine
+from planish.runtime.offload.plan import Rates, Request
+from planish.runtime.offload.planner import place
 
 GPU = driver.available() and "CUDAExecutionProvider" in ort.get_available_providers()
 needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU, or no onnxruntime-gpu")
 VOCABULARY, NEW = 500, 8
 
 
-def decoder() -> torch.nn.Module:
+def decoder(half: bool = True) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -34,7 +37,7 @@ def decoder() -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name and "lm_head" not in name:
                 parameter.mul_(4.0)
-    return model.half()
+    return model.half() if half else model
 
 
 @needs_gpu
@@ -53,6 +56,58 @@ def test_a_capped_model_generates_the_tokens_of_a_simulated_device(memory: int, 
     assert (found == wanted).mean() > 0.99
     engine = exe.runners["prefill"].engine  # type: ignore[attr-defined]
     assert engine.device.account.peak <= memory
+
+
+@needs_gpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_stream(bits: int) -> None:
+    """With all weights on the host, caches copied or attended to there, against the simulated device."""
+    options = {
+        "task": "causal-lm", "budget": Budget(gates=False), "approximate": f"quantize-weights{{bits={bits}}},float16"
+    }  # fmt: skip
+    exe = optimize(decoder(half=False), "ort-cuda:memory=1GiB", **options)
+    reference = optimize_budgeted(
+        decoder(half=False), Target.parse("ort-cuda:memory=1GiB"), device=HostDevice(), **options
+    )
+    ids = np.random.default_rng(2).integers(3, VOCABULARY, 100)
+    for cooperative in (False, True):
+        found, wanted = (
+            steps(x.runners["prefill"].engine, ids, cooperative)  # type: ignore[attr-defined]
+            for x in (exe, reference)
+        )
+        assert np.linalg.norm(found - wanted) < 0.01 * np.linalg.norm(wanted)
+
+
+def steps(engine: Engine, ids: np.ndarray, cooperative: bool) -> np.ndarray:
+    """Logits of a prompt and of three tokens after it, (4, vocabulary) float64; nothing stays on the device."""
+    request = Request(1, len(ids), NEW)
+    plan = place(engine.parts.facts(), request, Rates(), chunk=32, cooperative=cooperative)
+    found = [engine.prompt([ids], plan)] + [engine.step(np.array([token])) for token in (5, 17, 300)]
+    engine.close()
+    return np.concatenate(found).astype(np.float64)
+
+
+@needs_gpu
+def test_small_copies_are_exact_and_write_nothing_else() -> None:
+    from planish.runtime.offload.cuda_device import CudaDevice
+    from planish.runtime.offload.small_copies import LARGEST
+
+    device = CudaDevice(None, Target.parse("ort-cuda"))
+    room = LARGEST + 256
+    address, up, down = device.allocate(room, "test"), device.host(room), device.host(room)
+    for size in (1, 15, 16, 17, 255, 4096, 4097, 65539, LARGEST):
+        up[:] = np.random.default_rng(size).integers(0, 256, room)
+        device.zero(address, room)
+        device.upload(address, up.ctypes.data, flat(size), COMPUTE)
+        device.synchronize(device.record(COMPUTE))
+        device.download(down.ctypes.data, address, flat(room), COPY)
+        device.synchronize(device.record(COPY))
+        assert (down[:size] == up[:size]).all() and not down[size:].any()
+        down[:] = 7
+        device.download(down.ctypes.data, address, flat(size), COMPUTE)
+        device.synchronize(device.record(COMPUTE))
+        assert (down[:size] == up[:size]).all() and (down[size:] == 7).all()
+    device.close()
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")

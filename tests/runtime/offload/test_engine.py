@@ -19,7 +19,8 @@ from planish.runtime.executable import Executable
 from planish.runtime.offload.account import MemoryBudgetError
 from planish.runtime.offload.device import HostDevice
 from planish.runtime.offload.engine import Engine
-from planish.runtime.offload.plan import Plan, Rates, Request, least_bytes
+from planish.runtime.offload.plan import Plan, Rates, Request
+from planish.runtime.offload.planner import least_bytes, place
 from planish.runtime.offload.split import Split
 from tests.causal_models import VOCABULARY, causal_model
 
@@ -119,20 +120,8 @@ def test_a_forgotten_event_gives_other_tokens(monkeypatch: pytest.MonkeyPatch) -
 
 def placed(engine: Engine, kv_device: tuple[int, ...], cooperative: bool, slots: int = 2, kv_slots: int = 2) -> Plan:
     """No weights on the device, and the caches of these layers alone."""
-    from planish.runtime.offload import plan as plans
-
-    found = plans._finish(
-        engine.parts.facts(),
-        REQUEST,
-        None,
-        Rates(),
-        8,
-        frozenset(),
-        frozenset(kv_device),
-        slots=slots,
-        kv_slots=kv_slots,
-    )
-    return replace(found, cooperative=cooperative)
+    given = {"chunk": 8, "kv_device": kv_device, "cooperative": cooperative, "slots": slots, "kv_slots": kv_slots}
+    return place(engine.parts.facts(), REQUEST, Rates(), **given)
 
 
 def test_forms_of_the_gpu_are_chosen_within_a_part() -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from planish.runtime.offload.account import MemoryBudgetError
-from planish.runtime.offload.plan import Facts, Rates, Request, least_bytes, make_plan
+from planish.runtime.offload.plan import Facts, Rates, Request
+from planish.runtime.offload.planner import least_bytes, make_plan
 
 FACTS = Facts(
     units=(100,) * 8 + (150,), kv=(2,) * 8, carried=1, sides=0, logits=10, splits=frozenset(range(8)),

@@ -1,0 +1,66 @@
+"""A plan as text: what takes how much, which layer is where, and what a step is estimated to take."""
+
+from __future__ import annotations
+
+import itertools
+
+from planish.runtime.offload.account import size_text
+from planish.runtime.offload.plan import Plan
+
+
+def plan_table(plan: Plan) -> str:
+    """What is where, as lines of text."""
+    ask, facts = plan.request, plan.facts
+    lines = [f"memory for {ask.batch} x ({ask.prompt} + {ask.new}) tokens, prompts in chunks of {plan.chunk}:"]
+    lines += [f"  {what:<58}{size_text(size):>12}" for what, size in plan.rows]
+    limit = f" of {size_text(plan.budget)}" if plan.budget is not None else ""
+    lines.append(f"  {'on the device, planned' + limit:<58}{size_text(plan.total):>12}")
+    streamed, host = plan.streamed(), plan.kv_host()
+    if streamed:
+        size = size_text(sum(facts.units[k] for k in streamed))
+        lines.append(f"  on the host: weights of {len(streamed)} of {len(facts.units)} units, {size}, copied each step")
+    if host:
+        size = size_text(sum(plan.kv_bytes(k) for k in host))
+        way = "attended to there" if plan.cooperative else "copied each step"
+        lines.append(f"  on the host: caches of {len(host)} of {len(facts.kv)} layers, {size}, {way}")
+    lines += [f"  {name:<16}{weights:<38}{cache}".rstrip() for name, weights, cache in _places(plan)]
+    return "\n".join([*lines, f"  {_estimate(plan)}"])
+
+
+def _places(plan: Plan) -> list[tuple[str, str, str]]:
+    """(units, their weights, their caches), units that are alike together."""
+    layers = len(plan.facts.kv)
+    kinds = [(_weights(plan, k), _cache(plan, k) if k < layers else "") for k in range(len(plan.facts.units))]
+    rows = []
+    for kind, group in itertools.groupby(range(len(kinds)), key=lambda k: (kinds[k], k >= layers)):
+        found = list(group)
+        span = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        rows.append(("logits" if kind[1] else f"layer{'s' * (len(found) > 1)} {span}", *kind[0]))
+    return rows
+
+
+def _weights(plan: Plan, unit: int) -> str:
+    if unit in plan.resident:
+        return "weights on the device"
+    return f"weights streamed, {_ms(plan.facts.units[unit] / plan.rates.link)}"
+
+
+def _cache(plan: Plan, layer: int) -> str:
+    if layer in plan.kv_device:
+        return "cache on the device"
+    size = plan.kv_bytes(layer)
+    if plan.cooperative:
+        return f"cache on the host, attended to there, {_ms(size / plan.rates.host + plan.rates.latency)}"
+    return f"cache on the host, copied, {_ms(size / plan.rates.link)}"
+
+
+def _estimate(plan: Plan) -> str:
+    times = plan.times
+    parts = [("copies", times.copies), ("attention on the host", times.attention), ("the device", times.device)]
+    text = ", ".join(f"{what} {_ms(seconds)}" for what, seconds in parts if seconds)
+    return f"a step is estimated at {_ms(times.step)}: {text}"
+
+
+def _ms(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms:.2g} ms"
