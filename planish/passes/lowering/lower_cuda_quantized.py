@@ -1,0 +1,94 @@
+"""Products of a few rows with weights in 4 or 8 bits as operators for which there are CUDA kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from planish.ir.graphs import constant_tensor
+from planish.ir.ops import DIALECT_DOMAIN
+from planish.ir.ops.quantized_linear import BLOCK, quantized_linear
+from planish.passes.base import Decline
+from planish.passes.registry import register
+from planish.passes.rewrite import DialectRewritePass, Match
+
+_X, _CODES, _SCALES, _ZEROS, _ORDER, _BIAS = range(6)
+
+
+@register
+@dataclass(frozen=True)
+class LowerCudaQuantized(DialectRewritePass):
+    """Replaces com.microsoft's MatMulNBits in float16 by planish::QuantizedLinear4 and relatives, for few rows.
+
+    A step of decoding reads every weight for the rows of a batch, and the kernel is near the time that takes. For many
+    rows, as prompts have, ONNX Runtime restores the weight in float16 and multiplies, which stays; the two operators
+    read the same initializers, so that a weight is stored once. Sums are float32 in both.
+
+    Attributes:
+        rows: how many the kernel takes at a time. Where the batch is known only when the model runs, that of the
+            calibration inputs is asked; a larger one then reads the weights once for each `rows` of it.
+    """
+
+    rows: int = 8
+
+    name: ClassVar[str] = "lower-cuda-quantized"
+    min_opset: ClassVar[int] = 18
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.MatMulNBits(x, _domain="com.microsoft", _allow_other_inputs=True, _allow_other_attributes=True)
+
+    def check(self, match: Match) -> None:
+        if match.target.name != "ort-cuda" or not match.target.kernels:
+            raise Decline(f"target '{match.target}' has no kernel for it; 'ort-cuda:kernels' has")
+        if match.dtype("x") != ir.DataType.FLOAT16:
+            raise Decline("it is not in float16")
+        inputs = _inputs(match)
+        if inputs[_ORDER] is not None:
+            raise Decline("its columns are in an order of their own (g_idx)")
+        for index, value in enumerate(inputs[1:], 1):
+            if value is not None and not match.is_constant(value):
+                raise Decline(f"its input {index} is computed when the model runs")
+        zeros = constant_tensor(inputs[_ZEROS])
+        if zeros is not None and zeros.dtype != ir.DataType.UINT8:
+            raise Decline("its zeros are numbers of float16")
+        bits, block, depth = _settings(match)
+        if bits not in (4, 8):
+            raise Decline(f"its codes have {bits} bits; there are kernels for 4 and 8")
+        if block < 16 or block & (block - 1) or depth % 8 or -(-depth // block) * block * bits % 128:
+            raise Decline(f"{depth} columns in blocks of {block}: kernels read 16 bytes at a time")
+        self._check_rows(match)
+
+    def _check_rows(self, match: Match) -> None:
+        shape = match.shape("x")
+        if not shape:
+            raise Decline("the shape of its input is unknown")
+        batch, *others = shape[:-1] or (1,)
+        if not all(isinstance(n, int) for n in others) or (not isinstance(batch, int) and not others):
+            raise Decline("how many rows it has is known only when the model runs, and prompts have many")
+        if not isinstance(batch, int):
+            batch = match.program.sizes().get(batch or "", 1)
+        rows = batch * math.prod(others)
+        if rows > self.rows:
+            raise Decline(f"it has {rows} rows, and the kernel is for {self.rows} at most")
+
+    def rewrite(self, op: Any, match: Match, x: ir.Value) -> Any:
+        inputs = _inputs(match)
+        zeros, bias = inputs[_ZEROS], inputs[_BIAS]
+        bits, block, _ = _settings(match)
+        name = quantized_linear(bits, zeros is not None, bias is not None)
+        given = [value for value in (x, inputs[_CODES], inputs[_SCALES], zeros, bias) if value is not None]
+        return getattr(op, name)(*given, _domain=DIALECT_DOMAIN, **{BLOCK: block})
+
+
+def _inputs(match: Match) -> list[ir.Value | None]:
+    inputs = list(match.root.inputs)
+    return inputs + [None] * (_BIAS + 1 - len(inputs))
+
+
+def _settings(match: Match) -> tuple[int, int, int]:
+    """Bits, numbers of a block, columns."""
+    attributes = match.root.attributes
+    return attributes.get_int("bits", 4), attributes.get_int(BLOCK, 0), attributes.get_int("K", 0)
