@@ -66,6 +66,7 @@ _KERNELS = ("lower-linear", "lower-normalization", "fuse-block-sparse", "lower-a
 RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
 # What the CUDA provider has one kernel for; there is nothing to choose by length.
 _CUDA = (
+    "lower-cuda-cache",
     "lower-cuda-attention",
     "lower-cuda-normalization",
     "lower-cuda-activation",
@@ -77,7 +78,7 @@ _LOWERINGS = {
     "ort-cpu": _LOWER,
     "ort-cpu:kernels": (*_KERNELS, *_LOWER),
     "ort-cuda": _CUDA,
-    "ort-cuda:kernels": (*_CUDA, "lower-cuda-quantized"),
+    "ort-cuda:kernels": _CUDA,
     "tvm-cpu": ("lower-linear", "lower-normalization", "eliminate-dead-code"),
     # Products take what is added behind them along when they are translated, in any dtype.
     "tvm-cuda": ("narrow-attention-mask", "eliminate-dead-code"),

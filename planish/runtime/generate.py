@@ -1,7 +1,8 @@
 """Text generation with a causal language model: one run of `prefill`, then one run of `decode` for each token.
 
 The caches are allocated once for each call and bound as input and output of `decode` at once, so a token is
-written where it belongs and nothing else is touched: no run allocates or copies a cache.
+written where it belongs and nothing else is touched: no run allocates or copies a cache. On a GPU they are there
+(:mod:`planish.runtime.ort_device_step`).
 """
 
 from __future__ import annotations
@@ -191,12 +192,19 @@ def _source(exe: Executable) -> _Source:
             "the model with task='causal-lm'."
         )
     decode = exe.runners[DECODE]
-    if exe.target.name == "ort-cuda":
-        raise UnsupportedError(
-            f"generate does not run on '{exe.target}': give it a memory budget, as in 'ort-cuda:memory=16GiB'."
-        )
+    if exe.target.name == "tvm-cuda":
+        from planish.runtime.tvm_generate import TvmCudaEntries
+
+        return TvmCudaEntries(exe.runners[PREFILL], decode, slots_of(exe.provenance))  # type: ignore[arg-type]
+    if hasattr(decode, "offline"):
+        raise UnsupportedError(f"this program is for '{exe.target}', which this machine has not: export it.")
+    if hasattr(decode, "run_there"):  # on a device; what that needs is not imported elsewhere
+        from planish.runtime.ort_device_step import DeviceEntries
+
+        slots, positions = slots_of(exe.provenance), Facts.from_provenance(exe.provenance).positions
+        return DeviceEntries(exe.runners[PREFILL], decode, slots, positions)  # type: ignore[arg-type]
     if not isinstance(decode, OrtRunner):
-        raise InputError(f"generate runs on ONNX Runtime; entry '{DECODE}' is a {type(decode).__name__}.")
+        raise InputError(f"generate runs on ONNX Runtime and tvm-cuda; entry '{DECODE}' is a {type(decode).__name__}.")
     return _Entries(exe.runners[PREFILL], decode, slots_of(exe.provenance))
 
 

@@ -47,10 +47,12 @@ class DeviceRunner:
         session: on the device's provider.
         inputs, outputs: what `run` takes and gives.
         index: the device's number.
-        graphs: for how many sets of input shapes a graph is kept; those used last are.
+        graphs: for how many sets of input shapes `run` keeps a graph; those used last are.
+        capture: whether the session can capture graphs, for fixed memory (:meth:`buffers`), without `graphs` too.
         device: ``"cuda"``; ``"cpu"`` binds the same way, to memory of the host.
 
     Attributes:
+        kept: memory that generations leave for the next ones (see :mod:`planish.runtime.ort_device_step`).
         notes: what a report should mention about this session.
         library: kernels that it uses, or None.
         host: inputs that ONNX Runtime reads on the host, as sizes are.
@@ -64,16 +66,18 @@ class DeviceRunner:
         *,
         index: int = 0,
         graphs: int = 0,
+        capture: bool = False,
         device: str = "cuda",
         keep_alive: Sequence[Any] = (),
     ) -> None:
         self.session, self.inputs, self.outputs = session, list(inputs), list(outputs)
-        self.index, self.device, self.graphs = index, device, graphs
+        self.index, self.device, self.graphs, self.capture = index, device, graphs, capture or graphs > 0
+        self.kept: OrderedDict[Any, Any] = OrderedDict()
         self.notes: list[str] = []
         self.library: CudaLibrary | None = None
         self.host = _read_on_host(session, device)
-        if graphs and self.host:
-            self.graphs = 0
+        if self.capture and self.host:
+            self.graphs, self.capture = 0, False
             self.notes.append(f"no CUDA graph is used: {', '.join(sorted(self.host))} is read on the host.")
         self._keep_alive = list(keep_alive)
         self._checks = InputChecks(self.inputs, frozenset(v.name for v in session.get_overridable_initializers()))
@@ -90,34 +94,38 @@ class DeviceRunner:
         Raises:
             InputError: an input is unknown, missing, on another device, or of another dtype or shape.
         """
-        given = {name: self._as_device(name, value) for name, value in feeds.items()}
-        seen = {name: _likeness(value) for name, value in given.items()}
-        self._checks(seen)
+        given, seen = self._taken(feeds)
         torch_in = [value for value in feeds.values() if is_torch(value)]
         on_device = any(value.device.type == self.device for value in torch_in) and self.device != "cpu"
         empty = self._empty.of(seen)
         if empty is not None:
             outputs: dict[str, Any] = dict(empty)
         else:
-            _settle(given.values())
-            if self.graphs and self._on_device:
-                with self._lock:  # of several threads, one at a time has the memory of a graph
-                    outputs = self._replayed(given, seen).outputs(on_device)
-            else:
-                outputs = self._bound(given, seen, on_device)
+            settle(given.values())
+            outputs = self._compute(given, seen, on_device)
         if not torch_in:
             return outputs
         return {name: value if is_torch(value) else to_torch(value) for name, value in outputs.items()}
 
     def check(self, arrays: Mapping[str, Any]) -> None:
         """Raises InputError if the inputs do not fit; shapes that were fine before are not checked again."""
-        self._checks({name: _likeness(self._as_device(name, value)) for name, value in arrays.items()})
+        self._like({name: self._as_device(name, value) for name, value in arrays.items()})
+
+    def _like(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Dtypes and shapes of inputs, checked."""
+        seen = {name: _likeness(value) for name, value in given.items()}
+        self._checks(seen)
+        return seen
+
+    def _compute(self, given: Mapping[str, Any], seen: Mapping[str, np.ndarray], on_device: bool) -> dict[str, Any]:
+        if self.graphs and self._on_device:
+            with self._lock:  # of several threads, one at a time has the memory of a graph
+                return self._replayed(given, seen).outputs(on_device)
+        return self._bound(given, seen, on_device)
 
     def prepared(self, feeds: Mapping[str, Any]) -> Callable[[], Any]:
         """A function without arguments that runs on these inputs, which are on the device from now on; it waits."""
-        given = {name: self._as_device(name, value) for name, value in feeds.items()}
-        seen = {name: _likeness(value) for name, value in given.items()}
-        self._checks(seen)
+        given, seen = self._taken(feeds)
         empty = self._empty.of(seen)
         if empty is not None:
             return lambda: empty
@@ -134,26 +142,44 @@ class DeviceRunner:
         Raises:
             InputError: an input does not fit.
         """
-        given = {name: self._as_device(name, value) for name, value in feeds.items()}
-        seen = {name: _likeness(value) for name, value in given.items()}
-        self._checks(seen)
-        _settle(given.values())
+        given, seen = self._taken(feeds)
+        settle(given.values())
         return self._make(given, seen)
 
     # --- one run, bound -----------------------------------------------------------------------------------
 
     def _bound(self, given: Mapping[str, Any], seen: Mapping[str, np.ndarray], on_device: bool) -> dict[str, Any]:
-        binding = self.session.io_binding()
-        held = [self._bind_input(binding, name, value, seen[name]) for name, value in given.items()]
-        for spec in self.outputs:
-            where = (self.device, self.index) if on_device else ("cpu", 0)
-            binding.bind_output(spec.name, *where)
-        self.call(binding)
-        del held
-        values = dict(zip([spec.name for spec in self.outputs], binding.get_outputs(), strict=True))
+        values = self._values(given, seen, on_device)
         if on_device:
             return {name: _to_torch(value) for name, value in values.items()}
         return {name: from_ortvalue(value, self._types[name] or 0) for name, value in values.items()}
+
+    def _values(self, given: Mapping[str, Any], seen: Mapping[str, np.ndarray], there: bool) -> dict[str, ort.OrtValue]:
+        binding = self.session.io_binding()
+        held = [self._bind_input(binding, name, value, seen[name]) for name, value in given.items()]
+        for spec in self.outputs:
+            where = (self.device, self.index) if there else ("cpu", 0)
+            binding.bind_output(spec.name, *where)
+        self.call(binding)
+        del held
+        return dict(zip([spec.name for spec in self.outputs], binding.get_outputs(), strict=True))
+
+    def run_there(self, feeds: Mapping[str, Any]) -> dict[str, ort.OrtValue]:
+        """As :meth:`run`, with all outputs left on the device.
+
+        Raises:
+            InputError: an input does not fit.
+        """
+        given, seen = self._taken(feeds)
+        settle(given.values())
+        return self._values(given, seen, True)
+
+    def graph(self) -> ort.RunOptions | None:
+        """Options under which the first run on some memory is captured and later ones replay; None: there are none."""
+        if not self.capture:
+            return None
+        self._made += 1
+        return _options(self._made)
 
     def _bind_input(self, binding: ort.IOBinding, name: str, value: Any, like: np.ndarray) -> Any:
         """Binds an input; returns what must live until the run is over."""
@@ -176,7 +202,7 @@ class DeviceRunner:
         Raises:
             InputError: a node failed.
         """
-        if options is None and self.graphs:
+        if options is None and self.capture:
             options = _options(_NO_GRAPH)
         try:
             self.session.run_with_iobinding(binding, options)
@@ -211,9 +237,7 @@ class DeviceRunner:
             binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
-        self._made += 1
-        options = _options(self._made) if self.graphs else None
-        buffers = Buffers(self, binding, options, inputs, outputs)
+        buffers = Buffers(self, binding, self.graph(), inputs, outputs)
         buffers.fill(given)
         return buffers
 
@@ -231,7 +255,7 @@ class DeviceRunner:
             shape = None if spec.shape is None else [sizes.get(d) if isinstance(d, str) else d for d in spec.shape]
             if shape is None or None in shape or spec.dtype is None:
                 return self._measured_shapes(given, seen)
-            found[spec.name] = (_element_of(spec.dtype), tuple(shape))
+            found[spec.name] = (element_of(spec.dtype), tuple(shape))
         return found
 
     def _measured_shapes(self, given: Mapping[str, Any], seen: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, Any]]:
@@ -242,12 +266,18 @@ class DeviceRunner:
         self.call(binding)
         del held
         values = zip(self.outputs, binding.get_outputs(), strict=True)
-        return {spec.name: (_element_of(value.element_type()), tuple(value.shape())) for spec, value in values}
+        return {spec.name: (element_of(value.element_type()), tuple(value.shape())) for spec, value in values}
 
     def _empty_on_device(self, element: Any, shape: Sequence[int]) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element, self.device, self.index)
 
     # --- what is given -------------------------------------------------------------------------------------
+
+    def _taken(self, feeds: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs as something to bind, and arrays that are like them, which fit."""
+        given = {name: self._as_device(name, value) for name, value in feeds.items()}
+        seen = self._like(given)
+        return given, seen
 
     def _as_device(self, name: str, value: Any) -> Any:
         """The input as something to bind: an array of the host, or a tensor on this device."""
@@ -278,6 +308,7 @@ class Buffers:
 
     Attributes:
         inputs, given: OrtValues by name; `data_ptr()` is their address, `view` a torch tensor over them.
+        written: the part of each input that a caller wrote last, where the rest is padding.
     """
 
     runner: DeviceRunner
@@ -285,6 +316,7 @@ class Buffers:
     options: ort.RunOptions | None
     inputs: dict[str, ort.OrtValue]
     given: dict[str, ort.OrtValue]
+    written: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _views: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -304,7 +336,7 @@ class Buffers:
                 self.view(name).copy_(sys.modules["torch"].from_dlpack(value))
             else:
                 raise UnsupportedError(f"input '{name}': to copy a {type(value).__name__} on a GPU takes torch.")
-        _settle(feeds.values())
+        settle(feeds.values())
 
     def view(self, name: str) -> Any:
         """An input or output as a torch tensor, without a copy."""
@@ -337,7 +369,7 @@ def _options(graph: int) -> ort.RunOptions:
     return options
 
 
-def _settle(values: Any) -> None:
+def settle(values: Any) -> None:
     """Waits for what torch still has to do to its tensors: ONNX Runtime has a stream of its own."""
     for value in values:
         if is_torch(value) and value.device.type == "cuda":
@@ -357,14 +389,15 @@ def _likeness(value: Any) -> Any:
 
 
 def _element(array: np.ndarray) -> Any:
-    """What ONNX Runtime's bindings take for a dtype: NumPy's own, or the number of the element type."""
+    """The same for a dtype: NumPy's own, or the number of the element type."""
     for number, dtype in EXTENDED.items():
         if array.dtype == dtype:
             return int(number)
     return array.dtype.type
 
 
-def _element_of(dtype: int) -> Any:
+def element_of(dtype: int) -> Any:
+    """What ONNX Runtime's bindings take for an element type."""
     return NATIVE[dtype].type if dtype in NATIVE else int(dtype)
 
 

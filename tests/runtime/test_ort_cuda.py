@@ -192,15 +192,6 @@ def test_wrong_inputs():
     assert runner.run(feeds(0))["y"].shape == (0, 4)
 
 
-def test_generation_needs_a_budget():
-    from planish.runtime.executable import Executable
-
-    runner = on_host()
-    exe = Executable(None, {"prefill": runner, "decode": runner}, target=Target.parse("ort-cuda"), provenance={})
-    with pytest.raises((UnsupportedError, InputError), match="give it a memory budget|causal"):
-        exe.generate(np.ones((1, 3), np.int64))
-
-
 class _Info:
     name = "Cpu"
 

@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from planish.ir.causal_lm import DECODE, cache_layer
 from planish.ir.graphs import constant_tensor, is_op, subgraphs_of
 from planish.ir.ledger import Declined
 from planish.ir.ops import DIALECT_DOMAIN, dialect_op, import_functions
 from planish.ir.program import Program
 from planish.passes.base import ApproximatePass, PassContext, PassResult
 from planish.passes.canonicalize.editing import Editor
+from planish.passes.precision.cache_sites import GROUP_QUERY, MICROSOFT
 from planish.passes.registry import register
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -35,14 +37,20 @@ _STAY = frozenset(
 )
 
 
+#: Inputs of com.microsoft's GroupQueryAttention: caches, and all of its type (a bias and tables of rotation among them).
+_PASTS = (3, 4)
+_STEP_INPUTS = (0, 1, 2, *_PASTS, 7, 8, 10)
+
+
 @register
 @dataclass(frozen=True)
 class Float16(ApproximatePass):
     """Turns values and weights into float16 from the first product on; a target's ``dtype=float16`` asks for it.
 
-    Inputs and outputs of the program keep their types. Products, attention and norms sum in float32 in the kernels of
-    GPUs; sums and powers of the graph itself, angles of positions and what control flow carries stay float32. Finite
-    constants beyond 65504, as masks have, become 65504.
+    Inputs and outputs of the program keep their types, but for the caches of a causal language model on ``ort-cuda``,
+    which become float16: their step then has a kernel there, and writes them in place. Products, attention and norms
+    sum in float32 in the kernels of GPUs; sums and powers of the graph itself, angles of positions and what control
+    flow carries stay float32. Finite constants beyond 65504, as masks have, become 65504.
     """
 
     name: ClassVar[str] = "float16"
@@ -53,8 +61,9 @@ class Float16(ApproximatePass):
         if ctx.target.device != "cuda":
             reason = f"target '{ctx.target}' is no faster in float16; targets on CUDA are"
             return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], [reason])
-        halving = _Halving(Editor(program, self.name))
-        for model in program.entries.values():
+        halving = _Halving(Editor(program, self.name), steps=ctx.target.name == "ort-cuda")
+        # What decode has as caches decides what prefill gives.
+        for _, model in sorted(program.entries.items(), key=lambda item: item[0] != DECODE):
             halving.opsets = model.graph.opset_imports
             halving.graph(model.graph)
             _drop_unused(model.graph)
@@ -64,9 +73,16 @@ class Float16(ApproximatePass):
 
 @dataclass
 class _Halving:
-    """One run over a program; `halved` are the values that are float16 now and were float32."""
+    """One run over a program; `halved` are the values that are float16 now and were float32.
+
+    Attributes:
+        steps: whether steps over caches become float16 with their caches.
+        presents: names of caches that are float16, as outputs.
+    """
 
     editor: Editor
+    steps: bool = False
+    presents: set[str] = field(default_factory=set)
     opsets: dict[str, int] = field(default_factory=dict)
     fired: int = 0
     halved: set[ir.Value] = field(default_factory=set)
@@ -79,6 +95,7 @@ class _Halving:
             for body in inner:
                 self.graph(body)
             types = {} if inner else self._types(node)
+            self._caches(node, types)
             for index, value in enumerate(node.inputs):
                 if value is None:
                     continue
@@ -99,8 +116,18 @@ class _Halving:
         named = self._variables(node)
         return {i: named[i] for i in floats if i in named}
 
+    def _caches(self, node: ir.Node, types: dict[int, str]) -> None:
+        """The caches that a step reads have its type from now on."""
+        for index in _PASTS if types and _is_step(node) else ():
+            value = node.inputs[index]
+            if value is not None and value.is_graph_input() and value.dtype == _FLOAT and len(value.uses()) == 1:
+                value.type = ir.TensorType(_HALF)
+                self.presents.add((value.name or "").replace("past_", "present_", 1))
+
     def _variables(self, node: ir.Node) -> dict[int, str]:
         """Input → its type variable, for inputs that can be float16."""
+        if _is_step(node):
+            return dict.fromkeys(_STEP_INPUTS, "T") if self.steps else {}
         if node.domain == DIALECT_DOMAIN:
             operands = dialect_op(node.op_type).schema.inputs
             return {i: operands[i].type_var for i in range(len(node.inputs)) if _HALF in operands[i].dtypes}
@@ -116,8 +143,11 @@ class _Halving:
             return
         self.fired += 1
         variables = set(types.values())
-        if node.domain == DIALECT_DOMAIN:
-            formals: Any = [operand.type_var for operand in dialect_op(node.op_type).schema.outputs]
+        formals: Any
+        if _is_step(node):
+            formals = ["T"]
+        elif node.domain == DIALECT_DOMAIN:
+            formals = [operand.type_var for operand in dialect_op(node.op_type).schema.outputs]
         else:
             schema = _schema(node, self.opsets)
             formals = [output.type_str for output in schema.outputs]
@@ -159,21 +189,27 @@ class _Halving:
         return made
 
     def _restore(self, graph: ir.Graph) -> None:
-        """Gives the outputs of a graph back their type, and their names."""
+        """Gives the outputs of a graph back their type, and their names; caches that are float16 have that."""
         made: dict[ir.Value, ir.Value] = {}
         for index, value in enumerate(graph.outputs):
-            if value not in self.halved:
+            cache = value.name in self.presents and cache_layer(value.name or "") is not None
+            dtype = _HALF if cache else _FLOAT
+            if value.dtype == dtype or (not cache and value not in self.halved):
                 continue
             if value not in made:
-                cast = ir.node("Cast", [value], {"to": int(_FLOAT)}, name=self.editor.names.fresh("Cast_planish"))
+                cast = ir.node("Cast", [value], {"to": int(dtype)}, name=self.editor.names.fresh("Cast_planish"))
                 producer = value.producer()
                 self.editor.mark(cast, [producer] if producer is not None else [])
                 name, cast.outputs[0].shape = value.name, value.shape
                 value.name, cast.outputs[0].name = self.editor.names.fresh(f"{name}_float16"), name
-                cast.outputs[0].type = ir.TensorType(_FLOAT)
+                cast.outputs[0].type = ir.TensorType(dtype)
                 graph.append(cast)
                 made[value] = cast.outputs[0]
             graph.outputs[index] = made[value]
+
+
+def _is_step(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (MICROSOFT, GROUP_QUERY)
 
 
 def _begins(node: ir.Node) -> bool:

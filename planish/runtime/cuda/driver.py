@@ -208,6 +208,28 @@ def copy(to: int, origin: int, size: int, stream: int) -> None:
     check(code, f"copying {size} bytes")
 
 
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D of the driver's API."""
+
+    _fields_ = [
+        (f"{end}{name}", kind)
+        for end in ("src", "dst")
+        for name, kind in (
+            ("XInBytes", ctypes.c_size_t), ("Y", ctypes.c_size_t), ("MemoryType", ctypes.c_int),
+            ("Host", ctypes.c_void_p), ("Device", ctypes.c_uint64), ("Array", ctypes.c_void_p),
+            ("Pitch", ctypes.c_size_t),
+        )
+    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]  # fmt: skip
+
+
+def copy_rows(to: int, to_pitch: int, origin: int, pitch: int, width: int, count: int, stream: int) -> None:
+    """Copies `count` rows of `width` bytes within a GPU, from rows that are `pitch` bytes apart to `to_pitch`."""
+    on_device = 2  # CU_MEMORYTYPE_DEVICE
+    made = _Copy2D(0, 0, on_device, None, origin, None, pitch, 0, 0, on_device, None, to, None, to_pitch, width, count)
+    code = library().cuMemcpy2DAsync_v2(ctypes.byref(made), ctypes.c_void_p(stream))
+    check(code, f"copying {count} rows of {width} bytes")
+
+
 def tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
     """The description of a tensor of 16-bit elements, for Hopper's copies of boxes with the 128-byte swizzle.
 
