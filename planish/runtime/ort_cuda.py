@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
-from planish.ir.buckets import Buckets
 from planish.ir.causal_lm import cache_layer
 from planish.ir.errors import InputError, UnsupportedError, unknown
 from planish.ir.machine import Machine, Needs, unmet
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
-from planish.runtime.ort_buckets import BucketedRunner
 from planish.runtime.ort_device import DeviceRunner
 
 if TYPE_CHECKING:
@@ -161,12 +159,10 @@ def device_index(target: Target) -> int:
     return int(text)
 
 
-def wants_graph(target: Target, inputs: Sequence[TensorSpec], buckets: Buckets | None = None) -> int:
+def wants_graph(target: Target, inputs: Sequence[TensorSpec]) -> int:
     """How many CUDA graphs a session for these inputs keeps."""
     if target.graphs is not None:
         return target.graphs
-    if buckets is not None:
-        return buckets.count
     return int(all(spec.shape is not None and all(isinstance(d, int) for d in spec.shape) for spec in inputs))
 
 
@@ -234,15 +230,8 @@ def compile_ort_cuda(
 
     inputs = [TensorSpec.of(v) for v in model.graph.inputs if v.name not in model.graph.initializers]
     outputs = [TensorSpec.of(v) for v in model.graph.outputs]
-    buckets, notes = None, []  # type: Buckets | None, list[str]
-    if target.buckets:
-        from planish.ir.analyses.bucket_plan import plan_buckets
-
-        buckets, notes = plan_buckets(model, target.buckets)
     if is_elsewhere(target):
-        made = Offline(inputs, outputs, target, library)
-        made.buckets, made.notes = buckets, [*made.notes, *notes]
-        return made
+        return Offline(inputs, outputs, target, library)
     require(target)
     kept: list[Any] = []
 
@@ -250,9 +239,8 @@ def compile_ort_cuda(
         made, kept[:], _ = common.open_session(model, target, wanted, optimize, options, library)
         return made
 
-    runner = on_gpu(session, target, inputs, outputs, kept, buckets)
+    runner = on_gpu(session, target, inputs, outputs, kept)
     runner.library = library
-    runner.notes = [*notes, *runner.notes]
     return runner
 
 
@@ -262,14 +250,12 @@ def on_gpu(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     kept: Sequence[Any] = (),
-    buckets: Buckets | None = None,
 ) -> DeviceRunner:
     """A runner on the GPU of a target; without a CUDA graph where a part of the model runs on the CPU.
 
     Args:
         session: makes one from providers.
         kept: what must live as long as the session, after `session` was called.
-        buckets: sizes that inputs are padded to, if they may be.
 
     Raises:
         UnsupportedError: the provider does not start, or ONNX Runtime does not take the model.
@@ -279,12 +265,10 @@ def on_gpu(
     def attempt(graphs: int, capture: bool) -> DeviceRunner:
         made = session(providers(target, graph=capture))
         check_provider(made)
-        settings: dict[str, Any] = {"index": device_index(target), "graphs": graphs, "capture": capture}
-        if buckets is None:
-            return DeviceRunner(made, inputs, outputs, **settings, keep_alive=kept)
-        return BucketedRunner(made, inputs, outputs, buckets=buckets, **settings, keep_alive=kept)
+        index = device_index(target)
+        return DeviceRunner(made, inputs, outputs, index=index, graphs=graphs, capture=capture, keep_alive=kept)
 
-    graphs = wants_graph(target, inputs, buckets)
+    graphs = wants_graph(target, inputs)
     # A step over caches runs on fixed memory whatever its shapes are.
     capture = graphs > 0 or (target.graphs is None and any(cache_layer(spec.name) is not None for spec in inputs))
     try:
@@ -301,7 +285,7 @@ class Offline:
     """An entry that was made for a GPU of another machine: it can be exported, and not run.
 
     Attributes:
-        inputs, outputs, notes, library, buckets: as of a runner.
+        inputs, outputs, notes, library: as of a runner.
         offline: always true.
     """
 
@@ -311,7 +295,6 @@ class Offline:
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], target: Target, library: CudaLibrary | None
     ) -> None:
         self.inputs, self.outputs, self.target, self.library = list(inputs), list(outputs), target, library
-        self.buckets: Buckets | None = None
         self.notes = [f"made for {target} on a machine without such a GPU: nothing was run or measured"]
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
