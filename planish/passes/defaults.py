@@ -78,7 +78,13 @@ _LOWERINGS = {
     "ort-cpu": _LOWER,
     "ort-cpu:kernels": (*_KERNELS, *_LOWER),
     "ort-cuda": _CUDA,
-    "ort-cuda:kernels": (*_CUDA, "lower-cuda-quantized"),
+    "ort-cuda:kernels": (
+        "lower-cuda-relational",
+        "lower-cuda-merging",
+        "eliminate-dead-code",
+        *_CUDA,
+        "lower-cuda-quantized",
+    ),
     "tvm-cpu": ("lower-linear", "lower-normalization", "eliminate-dead-code"),
     # Products take what is added behind them along when they are translated, in any dtype.
     "tvm-cuda": ("narrow-attention-mask", "eliminate-dead-code"),

@@ -28,8 +28,10 @@ from planish.ir.ops.feed_forward import FEED_FORWARD
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
 from planish.ir.ops.key_mask_attention import KEY_MASK_ATTENTION
 from planish.ir.ops.linear import LINEAR, LINEAR_TRANSPOSED
+from planish.ir.ops.merge_fused import MERGE_FUSED
 from planish.ir.ops.merge_tokens import MERGE_TOKENS
 from planish.ir.ops.norms import NORMS
+from planish.ir.ops.packed_attention import PACKED_ATTENTION
 from planish.ir.ops.quantized_linear import QUANTIZED_LINEAR
 from planish.ir.ops.relational import is_relational, make_op
 from planish.ir.ops.select_tokens import PRUNE_TOKENS, UNMERGE_TOKENS
@@ -160,8 +162,10 @@ for _op in (
     QUANTIZE_CACHE,
     *CACHE_STEPS.values(),
     *WINDOW_ATTENTION.values(),
+    *PACKED_ATTENTION.values(),
     *QUANTIZED_LINEAR.values(),
     *MERGE_TOKENS.values(),
+    *MERGE_FUSED.values(),
     UNMERGE_TOKENS,
     PRUNE_TOKENS,
 ):

@@ -24,17 +24,41 @@ def merge_body(schema: Schema, opset: int, energy: bool, max_norm: bool) -> ir.F
     """The function of an operator of the family."""
     made = FunctionBody(schema, opset)
     x, keys, sizes = made.values.values()
-    unit = _directions(made, keys)
+    y, *more = merged(made, _float(made, x), keys, sizes, energy, max_norm)
+    return made.function(made.add("CastLike", y, x), *more)
+
+
+def merged(
+    made: FunctionBody,
+    x: ir.Value,
+    keys: ir.Value,
+    sizes: ir.Value,
+    energy: bool,
+    max_norm: bool,
+    shift: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Tokens x in float32 merged by keys of any precision, their sizes, and where each went.
+
+    Args:
+        shift: (size,) float32, added to the means of keys over heads.
+    """
+    unit = _directions(made, _float(made, keys), shift)
     matched = (_by_energy if energy else _bipartite)(made, unit)
-    return made.function(*_merge(made, x, sizes, matched, max_norm))
+    return _merge(made, x, sizes, matched, max_norm)
 
 
-def _directions(made: FunctionBody, keys: ir.Value) -> ir.Value:
+def _float(made: FunctionBody, value: ir.Value) -> ir.Value:
+    return made.add("Cast", value, to=ir.DataType.FLOAT)
+
+
+def _directions(made: FunctionBody, keys: ir.Value, shift: ir.Value | None) -> ir.Value:
     heads = made.number("heads")
     size = made.add("Div", made.size(keys, 2), heads)
     shape = made.shape(made.size(keys, 0), made.size(keys, 1), heads, size)
     by_head = made.add("Reshape", keys, shape, allowzero=1)
     mean = made.add("ReduceMean", by_head, made.ints(2), keepdims=0)
+    if shift is not None:
+        mean = made.add("Add", mean, shift)
     norm = made.add("ReduceL2", mean, made.ints(2), keepdims=1)
     return made.add("Div", mean, made.add("Max", norm, made.floating(TINY)))
 

@@ -31,9 +31,11 @@ _COMMON = (
     Attribute("protected", _INT, default=0),
     Attribute("heads", _INT, default=1),
 )
-_ENERGY = (Attribute("margin", _FLOAT, default=0.0), Attribute("alpha", _FLOAT, default=1.0))
-_INPUTS = (Operand("x", FLOAT), Operand("keys", FLOAT), Operand("sizes", FLOAT))
-_OUTPUTS = (Operand("y", FLOAT), Operand("merged_sizes", FLOAT), Operand("index", INDEX, "I"))
+ENERGY = (Attribute("margin", _FLOAT, default=0.0), Attribute("alpha", _FLOAT, default=1.0))
+# GPUs have kernels in half precision; sizes are counts, and similarities and means are float32 in the bodies too.
+TOKENS = FLOAT | {ir.DataType.FLOAT16}
+_INPUTS = (Operand("x", TOKENS), Operand("keys", TOKENS), Operand("sizes", FLOAT, "S"))
+_OUTPUTS = (Operand("y", TOKENS), Operand("merged_sizes", FLOAT, "S"), Operand("index", INDEX, "I"))
 
 
 def dims3(info: TensorInfo | None, name: str, rank: int = 3) -> tuple[Dim, ...]:
@@ -60,10 +62,10 @@ def _infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -
     kept: Dim = None
     if isinstance(tokens, int):
         kept = tokens - merged_count(tokens, attributes["r"], attributes["ratio"], attributes["protected"])
-    dtype = ir.DataType.FLOAT
+    dtype = next((i.dtype for i in inputs[:2] if i is not None and i.dtype is not None), None)
     return [
         TensorInfo(dtype, (batch, kept, x[2])),
-        TensorInfo(dtype, (batch, kept)),
+        TensorInfo(ir.DataType.FLOAT, (batch, kept)),
         TensorInfo(ir.DataType.INT64, (batch, tokens)),
     ]
 
@@ -91,7 +93,7 @@ def _operator(name: str, energy: bool, max_norm: bool) -> DialectOp:
         name,
         _INPUTS,
         _OUTPUTS,
-        (*_COMMON, *(_ENERGY if energy else ())),
+        (*_COMMON, *(ENERGY if energy else ())),
         "Merges r + floor(ratio · tokens) tokens of x (batch, tokens, width) into others, at most half of those from "
         "position `protected` on; the first `protected` tokens stay as they are. Similarity is the cosine between "
         f"means over heads of keys (batch, tokens, heads · size). {who} Of equal numbers the one of the lower index "

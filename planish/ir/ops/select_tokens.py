@@ -10,12 +10,12 @@ import onnx_ir as ir
 
 from planish.ir.ops.base import Attribute, DialectOp, Dim, InferenceError, Operand, Schema, TensorInfo, same_dim
 from planish.ir.ops.body import FunctionBody
-from planish.ir.ops.merge_tokens import FLOAT, INDEX, dims3
+from planish.ir.ops.merge_tokens import FLOAT, INDEX, TOKENS, dims3
 
 _UNMERGE = Schema(
     "UnmergeTokens",
-    (Operand("y", FLOAT), Operand("index", INDEX, "I")),
-    (Operand("x", FLOAT),),
+    (Operand("y", TOKENS), Operand("index", INDEX, "I")),
+    (Operand("x", TOKENS),),
     doc="x[b, i] = y[b, index[b, i]]: y (batch, kept, width), index (batch, tokens) as MergeTokens gives it, x (batch, "
     "tokens, width). Indices must be at least 0 and below kept.",
 )
@@ -49,7 +49,7 @@ def kept_count(tokens: int, keep: int, ratio: float, protected: int, drop: int =
 def _infer_unmerge(inputs: Sequence[TensorInfo | None], _: Mapping[str, Any]) -> Sequence[TensorInfo]:
     y, index = dims3(inputs[0], "y"), dims3(inputs[1], "index", 2)
     batch = same_dim(y[0], index[0], "the batch of y and index")
-    return [TensorInfo(ir.DataType.FLOAT, (batch, index[1], y[2]))]
+    return [TensorInfo(inputs[0].dtype if inputs[0] is not None else None, (batch, index[1], y[2]))]
 
 
 def _infer_prune(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.ir.graphs import constant_tensor, is_op
+from planish.ir.graphs import is_op
 from planish.passes.base import Decline
 from planish.passes.fusion.mask_values import ALMOST_LOWEST
 from planish.passes.fusion.sizes import sizes
 from planish.passes.lowering.known_values import known_array
 from planish.passes.lowering.mask_parts import MaskParts, mask_parts
-from planish.passes.lowering.weights import is_matrix, is_vector
+from planish.passes.lowering.projections import Projection, packed
 from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass
 
@@ -126,13 +126,13 @@ def _parts(node: ir.Node) -> MaskParts:
 
 
 def _multi_head(op: Any, match: Match, bias: Any, settings: dict[str, Any]) -> Any:
-    projections = [_Projection.of(match[name]) for name in "qkv"]
-    packed = _packed(projections) if match.shape("q") == match.shape("k") == match.shape("v") else None
+    projections = [Projection.of(match[name]) for name in "qkv"]
+    together = packed(projections) if match.shape("q") == match.shape("k") == match.shape("v") else None
     settings["_domain"] = _MICROSOFT
-    if packed is None:
+    if together is None:
         # The biases of the projections stay with these: the operator's own bias would cost the same pass.
         return op.MultiHeadAttention(match["q"], match["k"], match["v"], None, None, bias, **settings)
-    weight, shift = packed
+    weight, shift = together
     x = projections[0].x  # type: ignore[union-attr]
     return op.Attention(x, op.initializer(weight, name="qkv_weight"), op.initializer(shift, name="qkv_bias"),
                         None, None, bias, **settings)  # fmt: skip
@@ -155,48 +155,6 @@ def _bias_of(op: Any, match: Match, parts: MaskParts) -> Any:
 def _rank_4(op: Any, value: ir.Value) -> Any:
     missing = 4 - len(sizes(value) or ())
     return op.Unsqueeze(value, list(range(missing))) if missing else value
-
-
-# --- packed projections ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Projection:
-    """``x @ weight + bias`` with constants."""
-
-    x: ir.Value
-    weight: np.ndarray
-    bias: np.ndarray | None
-
-    @classmethod
-    def of(cls, value: ir.Value) -> _Projection | None:
-        node, bias = value.producer(), None
-        if is_op(node, "Add"):
-            assert node is not None
-            for product, other in (node.inputs, node.inputs[::-1]):
-                if product is not None and is_op(product.producer(), "MatMul") and is_vector(None, other):
-                    node, bias = product.producer(), constant_tensor(other)
-                    break
-        if node is None or not is_op(node, "MatMul") or not is_matrix(None, node.inputs[1]) or node.inputs[0] is None:
-            return None
-        weight = constant_tensor(node.inputs[1])
-        assert weight is not None
-        shift = None if bias is None else np.asarray(bias.numpy())
-        if shift is not None and len(shift) != weight.shape.numpy()[1]:
-            return None
-        return cls(node.inputs[0], np.asarray(weight.numpy()), shift)
-
-
-def _packed(projections: Sequence[_Projection | None]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The weights side by side, and their biases, of products of one value."""
-    found = [item for item in projections if item is not None]
-    if len(found) < len(projections) or len({id(item.x) for item in found}) > 1:
-        return None
-    if len({(item.weight.shape[0], item.weight.dtype) for item in found}) > 1:
-        return None
-    zeros = [np.zeros(item.weight.shape[1], item.weight.dtype) for item in found]
-    biases = [zero if item.bias is None else item.bias for item, zero in zip(found, zeros, strict=True)]
-    return np.concatenate([item.weight for item in found], axis=1), np.concatenate(biases)
 
 
 # --- heads of queries that share keys, and rotated positions ---------------------------------------------------------
@@ -249,10 +207,10 @@ def _grouped(op: Any, match: Match, settings: dict[str, Any], rotations: Sequenc
         dtype = match.dtype("q").numpy()  # type: ignore[union-attr]
         tables = [op.initializer(np.ascontiguousarray(t, dtype), name="rotation") for t in (first.cos, first.sin)]
         settings |= {"do_rotary": 1, "rotary_interleaved": first.interleaved}
-    projections = [_Projection.of(value) for value in (q, k, v)]
-    packed = _packed(projections)
-    if packed is not None:
-        weight, shift = packed
+    projections = [Projection.of(value) for value in (q, k, v)]
+    together = packed(projections)
+    if together is not None:
+        weight, shift = together
         q = op.MatMul(projections[0].x, op.initializer(weight, name="qkv_weight"))  # type: ignore[union-attr]
         q = op.Add(q, op.initializer(shift, name="qkv_bias")) if shift.any() else q
         k = v = None

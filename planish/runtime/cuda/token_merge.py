@@ -39,6 +39,7 @@ class Parameters(ctypes.Structure):
         ("alpha", ctypes.c_float),
         *((n, ctypes.c_void_p) for n in ("added", "gain", "shift", "normed")),
         ("epsilon", ctypes.c_float),
+        *((n, ctypes.c_void_p) for n in ("added_shift", "key_shift")),
     ]
 
 
@@ -149,6 +150,8 @@ def merge_tokens(
     index: bool = True,
     logs: bool = False,
     added: torch.Tensor | None = None,
+    added_shift: torch.Tensor | None = None,
+    key_shift: torch.Tensor | None = None,
     norm: Norm | None = None,
 ) -> Merged:
     """Merges r + floor(ratio · tokens) tokens of each image into similar ones (planish::MergeTokens).
@@ -162,6 +165,8 @@ def merge_tokens(
         margin, alpha: if `margin` is given, merge by energy (planish::MergeTokensEnergy and MergeTokensEnergyMaxNorm).
         index, logs: give these too.
         added: (batch, tokens, width), compact: tokens are x + added, as behind a residual branch; with `norm`.
+        added_shift: (width,), added to all tokens too; with `norm`.
+        key_shift: (size,) float32, added to the mean over heads of a token's keys, as that of their bias.
         norm: give the layer norm of the merged tokens too; not with `max_norm`.
 
     Raises:
@@ -170,15 +175,18 @@ def merge_tokens(
     """
     _check(x, keys, sizes)
     settings = {"r": r, "ratio": ratio, "protected": protected}
-    return _launch(x, keys, sizes, (max_norm, margin, alpha), (index, True, logs), added, norm, settings)
+    shifts = (added_shift, key_shift)
+    return _launch(x, keys, sizes, (max_norm, margin, alpha), (index, True, logs), added, norm, settings, shifts)
 
 
-def add_norm(x: torch.Tensor, added: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + added, and the layer norm of that, (batch, tokens, width) each: the same kernel, which merges nothing."""
+def add_norm(
+    x: torch.Tensor, added: torch.Tensor, norm: Norm, added_shift: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + added + added_shift, and its layer norm, (batch, tokens, width) each: the same kernel, merging nothing."""
     keys = x[:, :, None]
     _check(x, keys, None)
     settings = {"protected": x.shape[1]}
-    made = _launch(x, keys, None, (False, None, 1.0), (False, False, False), added, norm, settings)
+    made = _launch(x, keys, None, (False, None, 1.0), (False, False, False), added, norm, settings, (added_shift, None))
     assert made.normed is not None
     return made.tokens, made.normed
 
@@ -186,6 +194,7 @@ def add_norm(x: torch.Tensor, added: torch.Tensor, norm: Norm) -> tuple[torch.Te
 def _launch(
     x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, how: tuple[bool, float | None, float],
     wanted: tuple[bool, bool, bool], added: torch.Tensor | None, norm: Norm | None, settings: dict[str, Any],
+    shifts: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> Merged:  # fmt: skip
     import torch
 
@@ -207,9 +216,10 @@ def _launch(
     strides = (x.stride(0), x.stride(1), keys.stride(0), keys.stride(1), keys.stride(2))
     each = 16 // x.element_size()
     weights = (added, norm.gain, norm.shift) if norm is not None else (None,) * 3
-    aligned = all(item is None or item.data_ptr() % 16 == 0 for item in (x, keys, *weights))
+    aligned = all(item is None or item.data_ptr() % 16 == 0 for item in (x, keys, *weights, shifts[0]))
     wide = aligned and not any(n % each for n in (*strides, width, keys.shape[3]))
     _check_norm(x, added, norm, max_norm, wide)
+    _check_shifts(x, keys, norm, shifts)
     if y.numel():
         scratch = torch.empty(batch * plan.scratch_batch, dtype=torch.uint8, device=x.device)
         parameters = Parameters(
@@ -217,6 +227,7 @@ def _launch(
             *strides, plan.scratch_batch, tokens, width, keys.shape[2], keys.shape[3], plan.count,
             settings["protected"], int(max_norm), int(wide), margin or 0.0, alpha,
             *_pointers(*weights, normed), norm.epsilon if norm is not None else 0.0,
+            *_pointers(*shifts),
         )  # fmt: skip
         kernel = _kernel(plan.source, number, plan.shared, **plan.defines)
         stream = int(torch.cuda.current_stream(x.device).cuda_stream)
@@ -271,3 +282,14 @@ def _check_norm(x: torch.Tensor, added: torch.Tensor | None, norm: Norm | None, 
             raise InputError(
                 f"{name} is {item.dtype} {tuple(item.shape)}; it must be {x.dtype} {tuple(shape)}, compact."
             )
+
+
+def _check_shifts(
+    x: torch.Tensor, keys: torch.Tensor, norm: Norm | None, shifts: tuple[torch.Tensor | None, torch.Tensor | None]
+) -> None:
+    if shifts[0] is not None and norm is None:
+        raise InputError("`added_shift` is given without `norm`.")
+    wanted = (("added_shift", x.dtype, x.shape[2]), ("key_shift", "torch.float32", keys.shape[3]))
+    for item, (name, dtype, size) in zip(shifts, wanted, strict=True):
+        if item is not None and (item.shape != (size,) or str(item.dtype) != str(dtype) or not item.is_contiguous()):
+            raise InputError(f"{name} is {item.dtype} {tuple(item.shape)}; it must be {dtype} ({size},), compact.")

@@ -12,6 +12,19 @@ enum { SLOT_COMPUTE_STREAM = 193 };
 /* CUdevice_attribute and CUfunction_attribute, by CUDA's documentation. */
 enum { PROCESSORS = 16, MAJOR = 75, MINOR = 76, MAX_DYNAMIC_SHARED = 8, DEFAULT_SHARED = 48 << 10 };
 
+/* CUlaunchAttribute, whose value is 64 bytes, and CUlaunchConfig. */
+enum { CLUSTER_DIMENSION = 4 };
+typedef struct {
+  int id, padding;
+  unsigned value[16];
+} launch_attribute;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  cuda_stream stream;
+  launch_attribute *attributes;
+  unsigned count;
+} launch_settings;
+
 static struct {
   int (*error)(int, const char **);
   int (*context)(void **);
@@ -22,12 +35,21 @@ static struct {
   int (*set_function)(void *, int, int);
   int (*launch)(
       void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, cuda_stream, void **, void **);
+  int (*launch_settings)(const launch_settings *, void *, void **, void **);
   int (*map)(
       void *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *, const uint32_t *, int, int,
       int, int);
   int (*allocate)(uintptr_t *, size_t);
   int (*fill)(uintptr_t, unsigned char, size_t);
   int (*release)(uintptr_t);
+  int (*upload)(uintptr_t, const void *, size_t);
+  int (*download)(void *, uintptr_t, size_t);
+  int (*clear)(uintptr_t, unsigned char, size_t, cuda_stream);
+  int (*copy)(uintptr_t, uintptr_t, size_t, cuda_stream);
+  int (*wait)(cuda_stream);
+  int (*capturing)(cuda_stream, int *);
+  int (*host)(void **, size_t, unsigned);
+  int (*release_host)(void *);
 } driver;
 
 static const struct {
@@ -41,6 +63,11 @@ static const struct {
     {"cuFuncSetAttribute", &driver.set_function, 0}, {"cuLaunchKernel", &driver.launch, 0},
     {"cuTensorMapEncodeTiled", &driver.map, 1},  {"cuMemAlloc_v2", &driver.allocate, 0},
     {"cuMemsetD8_v2", &driver.fill, 0},          {"cuMemFree_v2", &driver.release, 0},
+    {"cuMemcpyHtoD_v2", &driver.upload, 0},      {"cuMemcpyDtoH_v2", &driver.download, 0},
+    {"cuMemsetD8Async", &driver.clear, 0},       {"cuMemcpyDtoDAsync_v2", &driver.copy, 0},
+    {"cuStreamSynchronize", &driver.wait, 0},    {"cuStreamIsCapturing", &driver.capturing, 0},
+    {"cuMemHostAlloc", &driver.host, 0},         {"cuMemFreeHost", &driver.release_host, 0},
+    {"cuLaunchKernelEx", &driver.launch_settings, 1},
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -129,6 +156,21 @@ ort_status *planish_cuda_launch(
       driver.launch(kernel->function, x, y, z, threads, 1, 1, shared, stream, arguments, NULL), "launching a kernel");
 }
 
+ort_status *planish_cuda_launch_clusters(
+    const cuda_kernel *kernel, unsigned cluster, unsigned clusters, unsigned threads, unsigned shared,
+    cuda_stream stream, void **arguments) {
+  if (clusters > 65535) return planish_error("a grid of %u clusters of blocks; the limit is 65535", clusters);
+  if (!clusters) return NULL;
+  if (cluster == 1)
+    return said(
+        driver.launch(kernel->function, 1, clusters, 1, threads, 1, 1, shared, stream, arguments, NULL),
+        "launching a kernel");
+  if (!driver.launch_settings) return planish_error("the NVIDIA driver is too old: it has no cuLaunchKernelEx");
+  launch_attribute attribute = {CLUSTER_DIMENSION, 0, {cluster, 1, 1}};
+  launch_settings settings = {{cluster, clusters, 1}, {threads, 1, 1}, shared, stream, &attribute, 1};
+  return said(driver.launch_settings(&settings, kernel->function, arguments, NULL), "launching a kernel");
+}
+
 ort_status *planish_cuda_map(
     void *map, void *data, const int64_t *rows_heads_batch, int size, const int64_t *strides) {
   if (!driver.map) return planish_error("the NVIDIA driver is too old: it has no cuTensorMapEncodeTiled");
@@ -144,13 +186,56 @@ ort_status *planish_cuda_map(
 
 ort_status *planish_cuda_allocate(size_t bytes, void **made) {
   uintptr_t address = 0;
-  CHECK(said(driver.allocate(&address, bytes), "memory for parts of an attention"));
+  CHECK(said(driver.allocate(&address, bytes), "memory for kernels"));
   *made = (void *)address;
-  return said(driver.fill(address, 0, bytes), "memory for parts of an attention");
+  return said(driver.fill(address, 0, bytes), "memory for kernels");
 }
 
 void planish_cuda_free(void *memory) {
   if (memory && driver.release) driver.release((uintptr_t)memory); /* fails where the context is gone, and so is it */
+}
+
+ort_status *planish_cuda_context(void **context) {
+  pthread_mutex_lock(&lock);
+  ort_status *status = open_driver();
+  pthread_mutex_unlock(&lock);
+  CHECK(status);
+  CHECK(said(driver.context(context), "asking for the context"));
+  return *context ? NULL : planish_error("there is no CUDA context");
+}
+
+ort_status *planish_cuda_upload(const void *data, size_t bytes, void **made) {
+  uintptr_t address = 0;
+  CHECK(said(driver.allocate(&address, bytes ? bytes : 1), "memory for tables"));
+  *made = (void *)address;
+  return bytes ? said(driver.upload(address, data, bytes), "copying tables to the GPU") : NULL;
+}
+
+ort_status *planish_cuda_download(void *to, const void *data, size_t bytes, cuda_stream stream) {
+  CHECK(planish_cuda_wait(stream));
+  return bytes ? said(driver.download(to, (uintptr_t)data, bytes), "copying to the host") : NULL;
+}
+
+ort_status *planish_cuda_clear(void *to, size_t bytes, cuda_stream stream) {
+  return bytes ? said(driver.clear((uintptr_t)to, 0, bytes, stream), "clearing memory") : NULL;
+}
+
+ort_status *planish_cuda_copy(void *to, const void *from, size_t bytes, cuda_stream stream) {
+  return bytes ? said(driver.copy((uintptr_t)to, (uintptr_t)from, bytes, stream), "copying memory") : NULL;
+}
+
+ort_status *planish_cuda_wait(cuda_stream stream) { return said(driver.wait(stream), "waiting for the GPU"); }
+
+ort_status *planish_cuda_capturing(cuda_stream stream, int *capturing) {
+  *capturing = 0;
+  return said(driver.capturing(stream, capturing), "asking a stream");
+}
+
+/* 3: kernels of any context may write to it. */
+ort_status *planish_cuda_host(size_t bytes, void **made) { return said(driver.host(made, bytes, 3), "memory of the host"); }
+
+void planish_cuda_free_host(void *memory) {
+  if (memory && driver.release_host) driver.release_host(memory);
 }
 
 static const char *provider(const ort_custom_op *op) { return (void)op, "CUDAExecutionProvider"; }

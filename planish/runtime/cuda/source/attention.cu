@@ -3,7 +3,8 @@
 // tiles that any of them sees, and every one of its groups of four warps keeps a running softmax of its own tile.
 //
 // Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1, BIAS=0|1 (a number for each key that is added to its scores,
-// such as the logarithm of the size of a merged token; over all key tiles).
+// such as the logarithm of the size of a merged token; over all key tiles), SHIFT=0|1 (numbers that are added to queries and
+// to values, (heads · HEAD) each, which are the bias of their projection; that of keys changes no probability).
 #include "wgmma.cuh"
 
 #ifndef HEAD
@@ -14,6 +15,9 @@
 #endif
 #ifndef BIAS
 #define BIAS 0
+#endif
+#ifndef SHIFT
+#define SHIFT 0
 #endif
 #define THREADS (GROUPS * 128)
 #define TILE_BYTES (HEAD / 64 * PANEL_BYTES)
@@ -46,6 +50,9 @@ struct Parameters {
   float scale;                             // times log2(e)
   const float *bias;                       // (batch, keys), for BIAS
   long long bias_batch;
+#if SHIFT
+  const Element *q_shift, *v_shift;
+#endif
 };
 
 // The key tiles that the GROUPS tiles of queries list, in ascending order, each once.
@@ -140,6 +147,25 @@ __device__ __forceinline__ void hide(float (&s)[TILE / 8][4], int key, int query
     }
 }
 
+#if SHIFT
+// Adds 8 numbers to a chunk in shared memory.
+__device__ __forceinline__ void add_to_chunk(uint32_t at, const Element *shift) {
+  uint4 sum, other = __ldg(reinterpret_cast<const uint4 *>(shift));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(sum.x), "=r"(sum.y), "=r"(sum.z), "=r"(sum.w) : "r"(at) : "memory");
+  uint32_t *one = &sum.x, *two = &other.x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#if ELEMENT_BF16
+    __nv_bfloat162 x = __hadd2(reinterpret_cast<__nv_bfloat162 &>(one[i]), reinterpret_cast<__nv_bfloat162 &>(two[i]));
+#else
+    __half2 x = __hadd2(reinterpret_cast<__half2 &>(one[i]), reinterpret_cast<__half2 &>(two[i]));
+#endif
+    one[i] = reinterpret_cast<uint32_t &>(x);
+  }
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(sum.x), "r"(sum.y), "r"(sum.z), "r"(sum.w) : "memory");
+}
+#endif
+
 __device__ __forceinline__ void to_operand(const float (&s)[TILE / 8][4], uint32_t (&p)[TILE / 16][4]) {
 #pragma unroll
   for (int j = 0; j < TILE / 16; ++j)
@@ -221,6 +247,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     bool there = query >= 0 && query < p.queries;
     copy_chunk(base + row / TILE * TILE_BYTES + chunk_offset(row % TILE, chunk), q + (there ? query * p.q_row : 0) + chunk * 8, there);
   }
+  // Each thread adds to the chunks that it copied, once they are there.
+  auto shift_queries = [&] {
+#if SHIFT
+#pragma unroll
+    for (int i = 0; i < GROUPS * TILE * HEAD / 8 / THREADS; ++i) {
+      int at = i * THREADS + thread, row = at / (HEAD / 8), chunk = at % (HEAD / 8);
+      add_to_chunk(base + row / TILE * TILE_BYTES + chunk_offset(row % TILE, chunk), p.q_shift + head * HEAD + chunk * 8);
+    }
+#endif
+  };
   Cursor cursor;
   cursor.start(p, first_tile, offset, head, tiles);
   uint32_t now;  // what each group sees of a tile
@@ -302,6 +338,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   commit_copies();
   wait_copies<0>();  // the queries
+  shift_queries();
+  wait_copies<0>();  // what is written in the usual way is seen by wgmma behind this
   __syncthreads();
   uint32_t phase = 0;
   auto keys_at = [&](int stage) { return stages + stage * 2 * TILE_BYTES; };
@@ -355,6 +393,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #else
   int next;
   uint32_t later;
+#if SHIFT
+  wait_copies<0>();
+  shift_queries();
+#endif
   for (int stage = 0; tile != NONE; tile = next, now = later, stage ^= STAGES > 1) {
     uint32_t at = stages;
 #if STAGES > 1
@@ -390,8 +432,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     float inverse = sum > 0 ? 1 / sum : 0;
     Element *to = p.out + batch * p.out_batch + row * p.out_row + head * p.out_head;
 #pragma unroll
-    for (int j = 0; j < HEAD / 8; ++j)
-      *reinterpret_cast<uint32_t *>(to + j * 8 + lane % 4 * 2) = pack(o[j][2 * r] * inverse, o[j][2 * r + 1] * inverse);
+    for (int j = 0; j < HEAD / 8; ++j) {
+      float one = o[j][2 * r] * inverse, two = o[j][2 * r + 1] * inverse;
+#if SHIFT  // weights sum to 1, so that what is added to all values is added to their mean
+      const Element *shift = p.v_shift + kv_head * HEAD + j * 8 + lane % 4 * 2;
+      one += static_cast<float>(shift[0]), two += static_cast<float>(shift[1]);
+#endif
+      *reinterpret_cast<uint32_t *>(to + j * 8 + lane % 4 * 2) = pack(one, two);
+    }
     if (p.lse && lane % 4 == 0)
       p.lse[(static_cast<long long>(batch) * p.q_heads + head) * p.queries + row] =
           sum > 0 ? (softmax.maximum[r] + log2f(sum)) * 0.69314718056f : -INFINITY;

@@ -52,6 +52,8 @@ struct Parameters {
   const Value *gain, *shift;  // (width) of the norm; shift may be null
   Value *normed;              // (batch, left, width)
   float epsilon;
+  const Value *added_shift;   // for FUSED: (width), a third summand of all tokens, or null
+  const float *key_shift;     // (size), added to the mean of a token's keys over heads, or null
 };
 
 struct Cluster {
@@ -126,9 +128,11 @@ __device__ DIRECTIONS void directions(const Parameters &p, const Value *keys, __
 #pragma unroll
           for (int i = 0; i < N; ++i) mean[u][i] += __shfl_xor_sync(ALL, mean[u][i], step);
 #pragma unroll
-      for (int u = 0; u < 2; ++u)
+      for (int i = 0; i < N; ++i) {
+        const float shift = p.key_shift && piece < pieces ? p.key_shift[piece * N + i] : 0.f;
 #pragma unroll
-        for (int i = 0; i < N; ++i) mean[u][i] *= share;
+        for (int u = 0; u < 2; ++u) mean[u][i] = fmaf(mean[u][i], share, shift);
+      }
     };
     float square[2] = {};
     for (int piece = 0; piece < pieces; piece += lanes) {  // the whole warp takes part

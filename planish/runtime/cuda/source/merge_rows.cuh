@@ -116,7 +116,7 @@ __device__ void row_of(const Parameters &p, const Plan &plan, const Value *x, in
 }
 
 #if FUSED
-// The same of x + added, and the norm of it. A warp has a whole row in registers: pieces <= 32 PIECES.
+// The same of x + added + added_shift, and the norm of it. A warp has a whole row in registers: pieces <= 32 PIECES.
 template <int N>
 __device__ void fused_row_of(const Parameters &p, const Plan &plan, const Value *x, const Value *added, int row, long long at) {
   const int lane = threadIdx.x % 32, pieces = p.width / N;
@@ -125,12 +125,14 @@ __device__ void fused_row_of(const Parameters &p, const Plan &plan, const Value 
   float total = weight, sum[PIECES][N];
 #pragma unroll 1
   for (int k = next; k < p.count; k = plan.next[k]) total += plan.weight[plan.source[k]];
+  float part = weight / total;
+  Pieces<N> some, other;
+  if (p.added_shift) other.load(p.added_shift, lane, pieces);
 #pragma unroll
   for (int i = 0; i < PIECES; ++i)
 #pragma unroll
-    for (int c = 0; c < N; ++c) sum[i][c] = 0;
-  float part = weight / total;
-  Pieces<N> some, other;
+    for (int c = 0; c < N; ++c)
+      sum[i][c] = p.added_shift && lane + 32 * i < pieces ? static_cast<float>(other.at[i].at[c]) : 0.f;
 #pragma unroll 1
   while (true) {
     some.load(x + token * p.x_row, lane, pieces);
