@@ -18,13 +18,14 @@ from planish.passes.base import ApproximatePass, Pass, PassContext
 from planish.passes.defaults import RECOGNIZE, lowering
 from planish.passes.manager import PassManager
 from planish.passes.pipeline import as_passes, parse_pipeline
+from planish.runtime.compile import for_another_machine
 from planish.runtime.executable import Executable
 from planish.runtime.offload.account import size_text
 from planish.runtime.offload.device import Device
 from planish.runtime.offload.engine import Engine
 from planish.runtime.offload.pieces import Lower
-from planish.runtime.offload.plan import Plan, Request
-from planish.runtime.offload.rates import measure_rates
+from planish.runtime.offload.plan import Request
+from planish.runtime.offload.planned import PlannedDevice
 from planish.runtime.offload.runner import BudgetRunner
 from planish.runtime.offload.split import Split, split_decoder
 
@@ -85,7 +86,8 @@ def optimize_budgeted(
     early = as_passes(approximate or [])
     if late := [p.name for p in early if not isinstance(p, ApproximatePass) or p.lowered]:
         raise InputError(f"'{late[0]}' can not run on a program that a memory budget will cut; leave it out.")
-    own = device or _gpu(target)
+    elsewhere = device is None and for_another_machine(target, measured=(budget or Budget()).gates)
+    own = device or (PlannedDevice(target.memory, target) if elsewhere else _gpu(target))
     host = Target("ort", "cpu", threads=target.threads)
     # Gains on the CPU say nothing of the GPU: nothing is rolled back for them.
     limits = replace(budget or Budget(), min_gain=0.0)
@@ -93,9 +95,8 @@ def optimize_budgeted(
     assert exe.program is not None and exe.report is not None
     program, notes = exe.program, exe.report.ledger.notes
     program, engine = _smaller(program, target, own, limits, notes)
-    runner = BudgetRunner(engine)
-    plan = _check(engine, program)
-    notes += plan.table().splitlines()
+    runner = BudgetRunner(engine, _request(program))
+    notes += runner.notes
     return Executable(
         program, {PREFILL: runner}, report=exe.report, pipeline=exe.pipeline, provenance=exe.provenance, target=target
     )
@@ -112,7 +113,8 @@ def _gpu(target: Target) -> Device:
 def _engine(program: Program, target: Target, device: Device) -> Engine:
     split = split_for(program.entries[DECODE], target)
     engine = Engine(split, device, target)
-    engine.rates = measure_rates(engine.parts, device)
+    if not isinstance(device, PlannedDevice):
+        engine.measure()
     return engine
 
 
@@ -157,8 +159,8 @@ def _error(before: Program, after: Program, target: Target) -> float:
     return max(compare_outputs({LOGITS: a[LOGITS]}, {LOGITS: b[LOGITS]}).relative_l2 for a, b in pairs)
 
 
-def _check(engine: Engine, program: Program) -> Plan:
-    """The plan for the calibration's first prompts and one token after them."""
+def _request(program: Program) -> Request:
+    """The calibration's first prompts and one token after them."""
     calibration = program.calibration
     shape = (1, 1) if calibration is None else np.shape(calibration.batches[0][IDS])
-    return engine.plan(Request(int(shape[0]), int(shape[1]), 2))
+    return Request(int(shape[0]), int(shape[1]), 2)

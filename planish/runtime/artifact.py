@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from planish.runtime.report import Report
 
 _CHUNK = 1 << 20
+#: What an entry under a memory budget names in the place of a model.
+_SPLIT = "pieces/split.json"
 
 
 @dataclass
@@ -74,7 +76,13 @@ def export_artifact(exe: Executable, path: str | os.PathLike[str], *, overwrite:
     return artifact_writer.write(exe, Path(path), overwrite)
 
 
-def load(path: str | os.PathLike[str], *, allow_native: bool = False, threads: int | None = None) -> Executable:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    allow_native: bool = False,
+    threads: int | None = None,
+    memory: str | int | None = None,
+) -> Executable:
     """Loads an artifact. Sizes and hashes of all files are checked before any of them is parsed.
 
     Imports neither torch nor the passes, compiles nothing, and maps the weights instead of reading them.
@@ -84,12 +92,13 @@ def load(path: str | os.PathLike[str], *, allow_native: bool = False, threads: i
         allow_native: load native code (``kernels/*.so``) if the artifact has any; it runs with your rights, so
             only from a source that you trust.
         threads: intra-op threads in place of the artifact's; 0 lets the runtime choose.
+        memory: for a program under a memory budget: another budget, as ``"2GiB"`` or in bytes.
 
     Raises:
         ArtifactError: not an artifact, damaged, incomplete, of a newer schema, or with native code not allowed.
         UnsafeModelError: a file of it is a link, or refers to something outside the folder.
     """
-    return _load(*_checked(path), allow_native, threads)
+    return _load(*_checked(path), allow_native, threads, memory)
 
 
 def verify_artifact(
@@ -232,8 +241,35 @@ def _open(folder: Path, name: str) -> ConfinedFile:
         raise ArtifactError(f"the artifact is incomplete: {error}") from error
 
 
+def budget_table(path: str | os.PathLike[str], target: Target | None = None) -> tuple[dict[str, Any], list[str]] | None:
+    """The plan of an artifact under a memory budget, as data and as lines of text; None for other artifacts.
+
+    Nothing is run, and no GPU is looked for: rates are those of the machine that made it.
+
+    Args:
+        target: whose budget is planned for; None: the artifact's.
+
+    Raises:
+        InputError: as for :func:`load`; MemoryBudgetError: the budget is too small.
+    """
+    manifest = read_manifest(path)
+    if not any(entry.file == _SPLIT for entry in manifest.entries.values()):
+        return None
+    from planish.runtime.offload.artifact import planned
+
+    folder, manifest, contents = _checked(path)
+    runner, source = planned(folder, manifest, contents, target or Target.parse(manifest.target))
+    lines = [*runner.plan.table().splitlines(), f"  rates: {source}"]
+    return runner.plan.to_dict(), lines
+
+
 def _load(
-    folder: Path, manifest: Manifest, contents: Mapping[str, bytes], allow_native: bool, threads: int | None
+    folder: Path,
+    manifest: Manifest,
+    contents: Mapping[str, bytes],
+    allow_native: bool,
+    threads: int | None,
+    memory: str | int | None = None,
 ) -> Executable:
     if manifest.native and not allow_native:
         raise ArtifactError(
@@ -248,17 +284,27 @@ def _load(
         if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 9999:
             raise InputError(f"threads is {threads!r}; it must be a number from 0 to 9999.")
         target = replace(target, threads=threads)
+    budgeted = any(entry.file == _SPLIT for entry in manifest.entries.values())
+    if memory is not None:
+        if not budgeted:
+            raise InputError(f"memory is {memory!r}, but '{folder}' is no program under a memory budget.")
+        target = replace(target, memory=Target.parse(f"{target.name}:memory={memory}").memory)
     if target.device == "cuda":
         from planish.runtime.machine import machine
 
+        here = machine()
         if target.runtime == "ort":
             from planish.runtime.ort_cuda import refuse
         else:
             from planish.runtime.tvm_cuda import refuse
-        refuse(manifest, machine(), str(folder))
+        refuse(manifest, here, str(folder))
     runners: dict[str, Runner]
     with private_copies({name: contents[name] for name in manifest.native}) as native:
-        if target.runtime == "ort":
+        if budgeted:
+            from planish.runtime.offload import artifact as offload
+
+            runners = {**offload.runners(folder, manifest, contents, target, here)}
+        elif target.runtime == "ort":
             from planish.runtime import ort_artifact
 
             runners = {

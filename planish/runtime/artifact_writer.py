@@ -43,6 +43,8 @@ def write(exe: Executable, path: Path, overwrite: bool) -> Path:
     with whole_folder(target, overwrite) as folder:
         if exe.program is not None:
             write_files = _write_program if exe.target.runtime == "ort" else _write_compiled
+            if any(hasattr(runner, "engine") for runner in exe.runners.values()):
+                write_files = _write_budgeted
             write_files(exe, exe.program, _Files(folder), target)
         elif exe.source is not None:
             _copy(exe.source, _Files(folder), target)
@@ -131,6 +133,26 @@ def _write_program(exe: Executable, program: Program, files: _Files, target: Pat
     _write_rest(exe, program, files, entries, opsets, WEIGHTS if order else None, _write_kernels(exe, files))
 
 
+def _write_budgeted(exe: Executable, program: Program, files: _Files, target: Path) -> None:
+    """The files of a program under a memory budget: models of its pieces, and how they follow each other."""
+    from planish.ir.serialize import point_at
+    from planish.runtime.offload.stored import SPLIT, Writer
+
+    store = _Store()
+    runner: Any = next(iter(exe.runners.values()))
+    made = Writer(runner.engine, runner.request, store.add)
+    header, order, ranges = tensorfile.layout(store.items, tensorfile.PAGE)
+    require_space(target, len(header) + sum(item.nbytes for item in order))
+    for number, (proto, stored) in enumerate(made.models):
+        point_at(proto, WEIGHTS, {weight: ranges[key] for weight, key in stored.items()})
+        files.write(f"pieces/{number}.onnx", proto.SerializeToString(deterministic=True))
+    files.write(SPLIT, made.description())
+    files.write(WEIGHTS, header, *(item.raw for item in order))
+    entries = {name: EntryInfo(SPLIT, runner.inputs, runner.outputs) for name in exe.runners}
+    opsets = {name: dict(program.entry(name).opset_imports) for name in exe.runners}
+    _write_rest(exe, program, files, entries, opsets, WEIGHTS, {})
+
+
 def _write_compiled(exe: Executable, program: Program, files: _Files, target: Path) -> None:
     """The files of a target that compiles all of the program: code for each entry, weights as the code reads them."""
     from planish.runtime import tvm_artifact
@@ -187,6 +209,10 @@ def _needs(exe: Executable, program: Program) -> dict[str, Any]:
         return largest
     if exe.target.name != "ort-cuda":
         return {}
+    for runner in exe.runners.values():
+        if hasattr(runner, "engine"):
+            budgeted: dict[str, Any] = runner.needs().to_dict()  # type: ignore[attr-defined]
+            return budgeted
     from planish.runtime.ort_cuda import needs
 
     return needs(program, exe.target, [getattr(runner, "library", None) for runner in exe.runners.values()]).to_dict()
@@ -251,6 +277,8 @@ def _write_golden(exe: Executable, program: Program, files: _Files, notes: list[
     golden: list[Golden] = []
     left = GOLDEN_BYTES
     for part in calibration.parts:
+        if part.entry not in exe.runners:
+            continue  # under a memory budget, steps follow a prompt
         names = {spec.name for spec in exe.runners[part.entry].inputs}
         for number, batch in enumerate(part.batches[:GOLDEN_SAMPLES]):
             where = f"golden sample {number} of entry '{part.entry}'"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from planish.ir.errors import InputError, UnsupportedError, unknown
+from planish.ir.errors import InputError, unknown
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
 
@@ -177,11 +177,6 @@ class Executable:
         """
         from planish.runtime.artifact import export_artifact
 
-        if any(hasattr(runner, "engine") for runner in self.runners.values()):
-            raise UnsupportedError(
-                "a program under a memory budget is cut for the GPU at hand and has no artifact; optimize it for the "
-                "target without memory= to export it."
-            )
         return export_artifact(self, path, overwrite=overwrite)
 
     def __repr__(self) -> str:

@@ -32,7 +32,7 @@ def runner(
     from planish.runtime.ort_options import FLUSH, FOLDER, session_options
 
     where = str(folder / entry.file)
-    _check_references(model, manifest, where)
+    check_references(model, manifest, where)
     refused = ""
 
     def session(providers: Sequence[Any]) -> tuple[ort.InferenceSession, ort.SessionOptions]:
@@ -86,7 +86,7 @@ def _register_kernels(
     return ""
 
 
-def _check_references(model: bytes, manifest: Manifest, where: str) -> None:
+def check_references(model: bytes, manifest: Manifest, where: str) -> None:
     """Refuses a model that refers to any file but the weights of this artifact, or past their end."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]

@@ -15,6 +15,7 @@ from planish.ir.target import Target
 from planish.runtime.cuda.driver import check, library
 from planish.runtime.offload.account import Account, MemoryBudgetError, size_text
 from planish.runtime.offload.device import COMPUTE, COPY, Event, Rows
+from planish.runtime.offload.planned import LIBRARIES, arena
 from planish.runtime.offload.small_copies import SmallCopies
 
 _HOST_MEMORY, _DEVICE_MEMORY = 1, 2  # CUmemorytype
@@ -25,11 +26,6 @@ _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
 #: cuBLAS takes 32 MiB a handle on Hopper, and each session has a handle; this is what it takes before Hopper.
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_SMALL = ":4096:2:16:8"
-#: What libraries and the code of kernels take: 54 MiB with two sessions and 66 with four, on an H100 with CUDA 13.
-_LIBRARIES = 72 << 20
-#: What a session's arena takes for what is live in its model: scratch of kernels, and fragments. Arenas keep what they
-#: have: a chunk, the rest of a prompt and a step have blocks of their own sizes.
-_ARENA_SHARE, _ARENA_LEAST = 2.5, 4 << 20
 
 
 class CudaDevice:
@@ -135,7 +131,7 @@ class CudaDevice:
             ) from error
 
     def room(self, nbytes: int) -> int:
-        return int(nbytes * _ARENA_SHARE) + _ARENA_LEAST
+        return arena(nbytes)
 
     def workspace(self, nbytes: int) -> None:
         more = nbytes - self.account.by["sessions"]
@@ -144,7 +140,7 @@ class CudaDevice:
 
     @property
     def reserve(self) -> int:
-        return _LIBRARIES
+        return LIBRARIES
 
     @property
     def bandwidth(self) -> float:

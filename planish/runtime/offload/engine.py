@@ -15,6 +15,7 @@ from planish.runtime.offload.device import COMPUTE, COPY, Device, flat
 from planish.runtime.offload.parts import Part, Parts
 from planish.runtime.offload.plan import Plan, Rates, Request
 from planish.runtime.offload.planner import make_plan
+from planish.runtime.offload.rates import measure_rates
 from planish.runtime.offload.ring import Ring
 from planish.runtime.offload.split import Split
 
@@ -48,12 +49,12 @@ class Engine:
         split: the entry ``decode``, captured with chunks.
         device: where it runs; its account has the budget as a limit, if there is one.
         target: threads of the host.
-        rates: of the machine.
+        rates: of the machine; None: assumed, until they are measured.
     """
 
     def __init__(self, split: Split, device: Device, target: Target, rates: Rates | None = None) -> None:
-        self.parts = Parts(split, device, target)
-        self.device, self.rates = device, rates or Rates()
+        self.parts, self.split = Parts(split, device, target), split
+        self.device, self.rates, self.measured = device, rates or Rates(), rates is not None
         self.current: Plan | None = None
         self.lengths = np.zeros(0, np.int64)
         self._weights: dict[int, int] = {}  # addresses of resident units
@@ -64,6 +65,10 @@ class Engine:
         self._blocks: list[int] = []  # of the generation that is going on
         self._step: _Flow | None = None
         self._bound: dict[tuple[object, ...], Callable[[], None]] = {}
+
+    def measure(self) -> None:
+        """Measures the rates of the machine at hand."""
+        self.rates, self.measured = measure_rates(self.parts, self.device), True
 
     def plan(self, request: Request) -> Plan:
         """Where everything will be.

@@ -21,7 +21,7 @@ from planish.runtime.offload.plan import Facts, Plan
 from planish.runtime.offload.split import Split
 from planish.runtime.offload.weights import PackedWeights, value_bytes
 from planish.runtime.offload.workspace import workspace
-from planish.runtime.ort import compile_ort
+from planish.runtime.ort import OrtRunner, compile_ort
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,17 @@ class Parts:
         if last is None or not isinstance(last[-1], int):
             raise UnsupportedError("the size of the vocabulary is not known.")
         self.vocabulary = int(last[-1])
-        # Its threads would spin where those of attention on the host want to run.
-        cpu = Target("ort", "cpu", threads=target.threads, options=(("session.intra_op.allow_spinning", "0"),))
-        self._head = compile_ort(split.head.model, cpu)
+        self._head_model = split.head.model
         #: Attention on the host by the kernel of this package, where it can be compiled, not by ONNX Runtime's.
         self.own_kernel = True
         self._sessions: dict[tuple[int, bool], PieceSession] = {}
         self._spaces: dict[tuple[int, bool], int] = {}  # what they may take on the device
+
+    @functools.cached_property
+    def _head(self) -> OrtRunner:
+        # Its threads would spin where those of attention on the host want to run.
+        cpu = Target("ort", "cpu", threads=self.target.threads, options=(("session.intra_op.allow_spinning", "0"),))
+        return compile_ort(self._head_model, cpu)
 
     def head(self, ids: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
         """What the head gives for ids (batch, tokens) after `lengths` tokens, with ids and lengths, by name."""

@@ -116,9 +116,11 @@ def _times(
 def _candidates(facts: Facts, request: Request, budget: int | None, rates: Rates) -> Iterator[Plan]:
     layers, units = len(facts.kv), len(facts.units)
     chunks = sorted({min(chunk, request.prompt) for chunk in _CHUNKS}, reverse=True)
-    everything = {"resident": frozenset(range(units)), "kv_device": frozenset(range(layers))}
     for chunk in chunks:
-        whole = place(facts, request, rates, chunk=chunk, budget=budget, **everything, slots=0, kv_slots=0)
+        whole = place(
+            facts, request, rates, chunk=chunk, resident=range(units), kv_device=range(layers), slots=0, kv_slots=0,
+            budget=budget,
+        )  # fmt: skip
         if budget is None or whole.total <= budget:
             yield whole
             return  # smaller chunks only cost time then

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from planish.ir.causal_lm import IDS, LENGTHS, LOGITS
+from planish.ir.machine import Needs
 from planish.ir.spec import ElementType, TensorSpec
 from planish.runtime.checks import InputChecks
 from planish.runtime.offload.engine import Engine
 from planish.runtime.offload.plan import Plan, Request
+from planish.runtime.offload.planned import PlannedDevice
+from planish.runtime.offload.planner import least_bytes
 from planish.runtime.tensors import to_arrays, to_torch
 
 
@@ -23,11 +26,14 @@ class BudgetRunner:
     Attributes:
         inputs, outputs: what `run` takes and gives.
         notes: what a report should mention.
-        plan: of the last generation; None before the first.
+        offline: the machine at hand has no such GPU: it can be exported, and not run.
+        request: that a plan was checked with when this was made.
+        plan: of the last generation; before the first, of `request`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.engine, self.request = engine, request
+        self.offline = isinstance(engine.device, PlannedDevice)
         self.inputs = [
             TensorSpec(IDS, ElementType.INT64, ("batch", "sequence")),
             TensorSpec(LENGTHS, ElementType.INT64, ("batch",)),
@@ -36,14 +42,24 @@ class BudgetRunner:
         assert logits.dtype is not None
         kind = ElementType(int(logits.dtype))
         self.outputs = [TensorSpec(LOGITS, kind, ("batch", engine.parts.vocabulary))]
-        self.notes: list[str] = []
-        self.plan: Plan | None = None
+        self.plan: Plan = engine.plan(request)
+        self.notes = self.plan.table().splitlines()
+        if not engine.measured:
+            self.notes.append("rates of the machine are assumed, not measured")
         self._checks = InputChecks(self.inputs, frozenset())
 
     @property
     def vocabulary(self) -> int:
         """Size of the logits."""
         return self.engine.parts.vocabulary
+
+    def needs(self) -> Needs:
+        """What a machine must have: a GPU with the least that the request takes, and room for weights beside it."""
+        facts = self.engine.parts.facts()
+        return Needs(
+            gpus=1, providers=("CUDAExecutionProvider",), memory=least_bytes(facts, self.request),
+            host_memory=facts.weights,
+        )  # fmt: skip
 
     def start(self, prompts: np.ndarray, lengths: np.ndarray, new: int) -> np.ndarray:
         """Reads prompts (batch, sequence), padded on the right; returns the logits of each row's last token.
@@ -53,6 +69,7 @@ class BudgetRunner:
 
         Raises:
             MemoryBudgetError: this does not fit.
+            UnsupportedError: this was made for another machine.
         """
         self.plan = self.engine.plan(Request(len(prompts), int(lengths.max()), new))
         return self.engine.prompt([row[:length] for row, length in zip(prompts, lengths, strict=True)], self.plan)
