@@ -40,7 +40,7 @@ def layers(length: int, width: int, hidden: int, count: int = 2) -> Program:
     block = np.random.default_rng(0).random((1 << 20) + 7, np.float32) - np.float32(0.5)
 
     def weight(name: str, rows: int, columns: int) -> str:
-        made = np.resize(np.roll(block, 1009 * len(weights)), (rows, columns)) * np.float32(3 / rows**0.5)
+        made = np.resize(np.roll(block, 1009 * len(weights)) * np.float32(3 / rows**0.5), (rows, columns))
         weights.append(ir.tensor(made, name=name))
         return name
 

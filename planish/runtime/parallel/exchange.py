@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from planish.ir.errors import InputError
+from planish.ir.errors import InputError, UnsupportedError
 from planish.runtime.parallel.rank import Received, Reducer
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def exchange(kind: str, devices: Sequence[str]) -> Exchange:
 
     Raises:
         InputError: another name, or a number of devices that the exchange does not take.
-        UnsupportedError: NCCL is not there, or the devices are not GPUs.
+        UnsupportedError: NCCL is not there, or GPUs can not reach each other's memory.
     """
     if kind not in KINDS:
         raise InputError(f"exchange is {kind!r}; it is one of {', '.join(KINDS)}.")
@@ -83,6 +83,7 @@ class CopyExchange:
 
     Raises:
         InputError: there are not two devices.
+        UnsupportedError: they are GPUs that can not reach each other's memory.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
@@ -210,13 +211,19 @@ def _lane(device: str) -> _Lane:
 
 
 def _let_in(devices: Sequence[str]) -> None:
-    """Lets each GPU reach the other's memory: a copy between GPUs would otherwise go through the host."""
+    """Lets each GPU reach the other's memory.
+
+    Raises:
+        UnsupportedError: they are not linked: a copy would go through the host.
+    """
     import torch
 
-    for there in set(devices):
-        for here in set(devices):
-            if here != there:
-                torch.zeros(1, device=here).copy_(torch.zeros(1, device=there))  # torch enables it in this direction
+    gpus = {torch.device(device) for device in devices if device.startswith("cuda")}
+    for there in gpus:
+        for here in gpus - {there}:
+            if not torch.cuda.can_device_access_peer(here, there):
+                raise UnsupportedError(f"{here} can not reach the memory of {there}; take exchange='nccl'.")
+            torch.zeros(1, device=here).copy_(torch.zeros(1, device=there))  # torch enables it in this direction
 
 
 class NcclExchange:

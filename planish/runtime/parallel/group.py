@@ -67,8 +67,16 @@ class Group:
             raise InputError("the ranks differ in their nodes; run the same passes on all of them.")
         self._streams = [_stream(device) for device in self.devices]
 
-    def run(self, feeds: Mapping[str, Any]) -> Tensors:
-        """Inputs of the whole program → its outputs by name, on the first device.
+    def place(self, feeds: Mapping[str, Any]) -> list[Tensors]:
+        """Inputs of the whole program as the ranks read them, each on its device, for `run`.
+
+        Raises:
+            InputError: an input is missing.
+        """
+        return [self._part(rank, feeds) for rank in range(len(self.ranks))]
+
+    def run(self, feeds: Mapping[str, Any] | Sequence[Tensors]) -> Tensors:
+        """Inputs of the whole program, or what `place` made of them → its outputs by name, on the first device.
 
         Nothing is waited for on the host: outputs are as any result of torch's current streams.
 
@@ -82,7 +90,7 @@ class Group:
                 stream.wait_stream(torch.cuda.current_stream(device))
             for _, stream in self._cuda():
                 stack.enter_context(torch.cuda.stream(stream))
-            found = self._all([self._part(rank, feeds) for rank in range(len(self.ranks))])
+            found = self._all(self.place(feeds) if isinstance(feeds, Mapping) else feeds)
         for device, stream in self._cuda():
             torch.cuda.current_stream(device).wait_stream(stream)
         return found
@@ -168,6 +176,14 @@ def _on(device: str) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext()
 
 
+def _pool(device: str) -> Any:
+    """Memory of a GPU that lasts as long as this; it belongs to the GPU that is current when it is made."""
+    import torch
+
+    with _on(device):
+        return torch.cuda.MemPool()
+
+
 class Graph:
     """A captured run. Its outputs are the same tensors at every call; see `Group.graph`."""
 
@@ -175,8 +191,8 @@ class Graph:
         import torch
 
         self._group = group
-        self._feeds = [{n: x.clone() for n, x in group._part(r, feeds).items()} for r in range(len(group.ranks))]
-        self._pools = [torch.cuda.MemPool() for _ in group.devices[1:]]
+        self._feeds = [{name: item.clone() for name, item in mine.items()} for mine in group.place(feeds)]
+        self._pools = [_pool(device) for device in group.devices[1:]]
         for _ in range(2):  # what is made once, by libraries too, is made outside of the graph
             group.run(feeds)
         group.synchronize()
@@ -184,7 +200,8 @@ class Graph:
         first, *others = (stream for _, stream in group._cuda())
         self._graph = torch.cuda.CUDAGraph()
         for device in group.devices[1:]:  # attention asks for one, though it draws nothing
-            self._graph.register_generator_state(torch.cuda.default_generators[torch.device(device).index or 0])
+            if device != group.devices[0] and hasattr(self._graph, "register_generator_state"):
+                self._graph.register_generator_state(torch.cuda.default_generators[torch.device(device).index or 0])
         with contextlib.ExitStack() as stack:
             for device, pool in zip(group.devices[1:], self._pools, strict=True):
                 stack.enter_context(torch.cuda.use_mem_pool(pool, device=torch.device(device)))
@@ -207,8 +224,8 @@ class Graph:
         devices = self._group.devices
         here = [torch.cuda.current_stream(device) for device in devices]
         if feeds is not None:
-            for rank, mine in enumerate(self._feeds):
-                for name, item in self._group._part(rank, feeds).items():
+            for mine, given in zip(self._feeds, self._group.place(feeds), strict=True):
+                for name, item in given.items():
                     mine[name].copy_(item, non_blocking=True)
         for stream in here[1:]:
             here[0].wait_stream(stream)
@@ -261,8 +278,10 @@ def fastest(
         raise InputError("there is nothing to choose from; give at least one group.")
 
     def call(group: Group) -> Callable[[], None]:
+        placed = group.place(feeds)
+
         def run() -> None:
-            group.run(feeds)
+            group.run(placed)
             group.synchronize()
 
         return run

@@ -136,7 +136,7 @@ class Rank:
                     above = read.producer() if read is not None else None
                     if above is not None and is_all_reduce(above):
                         self._places[above.inputs[0]] = (node, index)  # type: ignore[index]
-                    elif above is not None and above.op_type == "MatMul":
+                    else:
                         self._places[read] = (node, index)  # type: ignore[index]
         readers = {value: node for node in self.graph for value in node.inputs if value is not None}
         for value, node in readers.items():
@@ -204,17 +204,24 @@ class Rank:
         return held
 
     def _placed(self, node: ir.Node, given: list[Any], wholes: dict[ir.Node, Any]) -> Any:
-        """A product that is written to its rows of the whole, where its Concat would have copied it."""
+        """A product or sum that is written to its rows of the whole, where its Concat would have copied it."""
         import torch
 
         concat, index = self._places[node.outputs[0]]
-        if node.op_type != "MatMul" or given[0].dim() != 3:
-            return OPS[node.domain, node.op_type](node, given, self.attend)
         sizes = [int(dims_of(value)[1]) for value in concat.inputs]  # type: ignore[index, arg-type]
+        product = node.op_type == "MatMul" and given[0].dim() == 3 and given[1].dim() == 2
+        alike = node.op_type == "Add" and given[0].shape == given[1].shape
+        result = None if product or alike else OPS[node.domain, node.op_type](node, given, self.attend)
         if concat not in wholes:
-            wholes[concat] = given[0].new_empty(1, sum(sizes), given[1].shape[-1])
+            width = (given[1] if result is None else result).shape[-1]
+            wholes[concat] = given[0].new_empty(1, sum(sizes), width)
         rows = wholes[concat][:, sum(sizes[:index]) : sum(sizes[: index + 1])]
-        torch.mm(given[0][0], given[1], out=rows[0])
+        if product:
+            torch.mm(given[0][0], given[1], out=rows[0])
+        elif alike:
+            torch.add(given[0], given[1], out=rows)
+        else:
+            rows.copy_(result)
         return rows
 
 
@@ -234,7 +241,7 @@ def _own(addend: ir.Value | None) -> bool:
 def _one_batch(node: ir.Node) -> bool:
     """Whether a Concat joins chunks of one sequence, of known lengths: each is then one piece of memory.
 
-    All of them must be products, since what is not written there would be missing.
+    All of them must be written there, since what is not would be missing.
     """
     shapes = [dims_of(value) for value in node.inputs]
     return (
@@ -245,10 +252,10 @@ def _one_batch(node: ir.Node) -> bool:
 
 
 def _product(value: ir.Value | None) -> bool:
-    """Whether a value is a product, or the sum of one, that its Concat alone reads."""
+    """Whether a value is new memory, of a product or a sum, that its Concat alone reads."""
     producer = value.producer() if value is not None else None
     if value is None or producer is None or value.is_graph_output() or len(value.uses()) != 1:
         return False
     if is_all_reduce(producer):
         return _product(producer.inputs[0])
-    return producer.op_type == "MatMul" and not producer.domain
+    return producer.op_type in ("MatMul", "Add") and not producer.domain
