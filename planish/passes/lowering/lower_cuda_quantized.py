@@ -70,7 +70,7 @@ class LowerCudaQuantized(DialectRewritePass):
             raise Decline("how many rows it has is known only when the model runs, and prompts have many")
         if not isinstance(batch, int):
             batch = match.program.sizes().get(batch or "", 1)
-        rows = batch * math.prod(others)
+        rows = batch * math.prod(n for n in others if isinstance(n, int))
         if rows > self.rows:
             raise Decline(f"it has {rows} rows, and the kernel is for {self.rows} at most")
 

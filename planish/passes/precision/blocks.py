@@ -57,20 +57,33 @@ def choose_block(weight: Floats, alpha: float) -> int:
     return size
 
 
-def round_to_nearest(weight: Floats, bits: int, block: int) -> Blocks:
-    """Each number to the nearest multiple of its block's scale; of some scales the one with the least squared error."""
+def round_to_nearest(weight: Floats, bits: int, block: int, *, half: bool = False) -> Blocks:
+    """Each number to the nearest multiple of its block's scale; of some scales the one with the least squared error.
+
+    Args:
+        half: scales are numbers of float16.
+    """
     parts = _in_blocks(weight, block)
-    scales = _scales(parts, bits)
+    scales = _scales(parts, bits, half)
     return _pack(_codes(parts, scales[..., None], bits), scales, bits, block, weight.shape[1])
 
 
-def corrected(weight: Floats, moments: npt.NDArray[np.float64], bits: int, block: int, damp: float = 0.01) -> Blocks:
+def corrected(
+    weight: Floats,
+    moments: npt.NDArray[np.float64],
+    bits: int,
+    block: int,
+    damp: float = 0.01,
+    *,
+    half: bool = False,
+) -> Blocks:
     """Rounding column by column, where the columns still to come make up for the error so far (GPTQ, arXiv:2210.17323).
 
     Args:
         weight: (n, k).
         moments: (k, k): xᵀx of what the weight is multiplied by.
         damp: share of the mean of the diagonal that is added to it.
+        half: scales are numbers of float16.
     """
     n, depth = weight.shape
     moments = moments.copy()
@@ -89,7 +102,7 @@ def corrected(weight: Floats, moments: npt.NDArray[np.float64], bits: int, block
         for column in range(start, end):
             at = column // block
             if column % block == 0:
-                scales[at] = _scales(_in_blocks(left[column : column + block].T, block), bits)[:, 0]
+                scales[at] = _scales(_in_blocks(left[column : column + block].T, block), bits, half)[:, 0]
             codes[column] = _codes(left[column], scales[at], bits)
             rounded = (codes[column].astype(np.float32) - np.float32(middle)) * scales[at]
             errors[column - start] = (left[column] - rounded) / factor[column, column]
@@ -107,21 +120,28 @@ def _in_blocks(weight: Floats, block: int) -> Floats:
     return weight.reshape(n, blocks, block)
 
 
-def _scales(parts: Floats, bits: int) -> Floats:
+def _scales(parts: Floats, bits: int, half: bool) -> Floats:
     """(n, blocks). The extreme of a block gets the lowest code, of which there is one more than of the highest."""
     at = np.abs(parts).argmax(axis=2)[..., None]
     whole = -np.take_along_axis(parts, at, axis=2)[..., 0] / np.float32(1 << (bits - 1))
     whole = np.where(whole == 0, np.float32(1), whole).astype(np.float32)
     if bits == 8:
-        return whole
+        return _halved(whole) if half else whole
     best, least = whole, np.full(whole.shape, np.inf, np.float32)
     for share in _SHRINK:
-        scale = whole * np.float32(share)
+        scale = _halved(whole * np.float32(share)) if half else whole * np.float32(share)
         codes = _codes(parts, scale[..., None], bits).astype(np.float32) - np.float32(1 << (bits - 1))
         error = np.square(codes * scale[..., None] - parts).sum(axis=2)
         best = np.where(error < least, scale, best)
         least = np.minimum(error, least)
     return best.astype(np.float32)
+
+
+def _halved(scales: Floats) -> Floats:
+    """To the nearest numbers of float16 but zero, which no code could make up for."""
+    least, most = np.float32(2.0**-24), np.float32(np.finfo(np.float16).max)
+    rounded = np.clip(scales, -most, most).astype(np.float16).astype(np.float32)
+    return np.where(rounded == 0, np.copysign(least, scales), rounded).astype(np.float32)
 
 
 def _codes(numbers: Floats, scale: Floats, bits: int) -> npt.NDArray[np.uint8]:

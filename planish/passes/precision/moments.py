@@ -10,7 +10,7 @@ from planish.ir.errors import InputError
 from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.layers.importance import observe
-from planish.passes.precision.products import Product, products
+from planish.passes.precision.products import FLOATS, Product, products
 
 #: (id of the weight's tensor, whether it has a row for each output) → (k, k) float64.
 Moments = dict[tuple[int, bool], npt.NDArray[np.float64]]
@@ -30,14 +30,14 @@ def moments_of(program: Program, entries: list[str], ctx: PassContext) -> Moment
         # Clones share the tensors, so that their ids serve as keys.
         trial = Program({entry: program.entry(entry).clone()}, program.target, dict(program.provenance))
         graph = trial.entry(entry).graph
-        sites = [item for item in products(graph) if isinstance(item, Product) and item.node.graph is graph]
+        sites = [item for item in products(graph, FLOATS) if isinstance(item, Product) and item.node.graph is graph]
         names: dict[ir.Value, str] = {}
         for site in sites:
             if site.x not in names:
                 names[site.x] = _OBSERVED.format(len(names))
                 observe(graph, site.x, names[site.x])
         for batch in ctx.run(trial, entry):
-            sums = {name: _moment(np.asarray(batch[name])) for name in names.values()}
+            sums = {name: _moment(np.asarray(batch[name], np.float32)) for name in names.values()}
             for site in sites:
                 key = (id(site.tensor), site.rows)
                 moment = sums[names[site.x]]

@@ -15,6 +15,9 @@ from planish.ir.program import Program
 from planish.passes.base import Decline
 
 MICROSOFT = "com.microsoft"
+FLOAT32_ONLY = (ir.DataType.FLOAT,)
+#: Of weights that operators of few bits take beside activations of the same type.
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 #: Operators whose weights are in few bits already.
 QUANTIZED = (
     "MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger",
@@ -29,7 +32,7 @@ class Product:
     Attributes:
         node: a MatMul or a Gemm.
         x: (…, k).
-        tensor: the weight, float32 with two axes.
+        tensor: the weight, with two axes.
         rows: whether the tensor is (n, k), a row for each output, and not (k, n).
         bias: (n,) constant that Gemm adds, or None.
         transpose: the Transpose that the weight goes through, or None.
@@ -50,7 +53,7 @@ class Product:
 
     def weight(self) -> npt.NDArray[np.float32]:
         """(n, k)."""
-        array: npt.NDArray[np.float32] = self.tensor.numpy()
+        array: npt.NDArray[np.float32] = np.asarray(self.tensor.numpy(), np.float32)
         return array if self.rows else array.T
 
 
@@ -67,11 +70,11 @@ def named_entries(program: Program, names: Sequence[str] | None) -> list[str]:
     return list(names)
 
 
-def products(graph: ir.Graph) -> Iterator[Product | tuple[ir.Node, str]]:
+def products(graph: ir.Graph, dtypes: Sequence[ir.DataType] = FLOAT32_ONLY) -> Iterator[Product | tuple[ir.Node, str]]:
     """The products of a graph that have a constant weight of two axes; for others that might, the reason."""
     for node in list(graph.all_nodes()):
         try:
-            found = product(node)
+            found = product(node, dtypes)
         except Decline as decline:
             yield node, decline.reason
             continue
@@ -79,8 +82,8 @@ def products(graph: ir.Graph) -> Iterator[Product | tuple[ir.Node, str]]:
             yield found
 
 
-def product(node: ir.Node) -> Product | None:
-    """`node` as a product with a weight; None if it is none.
+def product(node: ir.Node, dtypes: Sequence[ir.DataType] = FLOATS) -> Product | None:
+    """`node` as a product with a weight of one of `dtypes`; None if it is none.
 
     Raises:
         Decline: it is one, of a form or dtype that is left alone.
@@ -97,7 +100,7 @@ def product(node: ir.Node) -> Product | None:
     tensor = constant_tensor(transpose.inputs[0] if transpose is not None else right)
     if x is None or tensor is None or len(tensor.shape) != 2:
         return None
-    if tensor.dtype != ir.DataType.FLOAT:
+    if tensor.dtype not in dtypes:
         raise Decline(f"its weight is {tensor.dtype.name.lower()}; float32 ones are quantized")
     if node.op_type == "MatMul":
         if len(dims_of(x) or ()) < 2:

@@ -20,7 +20,15 @@ from planish.passes.canonicalize.editing import Editor
 from planish.passes.precision.blocks import BITS, BLOCKS, Blocks, choose_block, corrected, round_to_nearest
 from planish.passes.precision.integer_choice import within_error
 from planish.passes.precision.moments import Moments, moments_of
-from planish.passes.precision.products import MICROSOFT, QUANTIZED, Product, named_entries, products
+from planish.passes.precision.products import (
+    FLOAT32_ONLY,
+    FLOATS,
+    MICROSOFT,
+    QUANTIZED,
+    Product,
+    named_entries,
+    products,
+)
 from planish.passes.registry import register
 
 _METHODS = ("nearest", "gptq")
@@ -35,6 +43,8 @@ class _Run:
 
     editor: Editor
     moments: Moments
+    dtypes: tuple[ir.DataType, ...]
+    on_cpu: bool
     declined: list[Declined] = field(default_factory=list)
     made: dict[tuple[int, bool], Blocks] = field(default_factory=dict)
     stored: dict[tuple[int, bool, str], ir.TensorProtocol] = field(default_factory=dict)
@@ -47,7 +57,7 @@ class _Run:
 @register
 @dataclass(frozen=True)
 class QuantizeWeights(ApproximatePass):
-    """Keeps weights of products, and embeddings, as 8- or 4-bit integers; inputs and sums stay float32.
+    """Keeps weights of products, and embeddings, as 8- or 4-bit integers; inputs stay what they are, sums float32.
 
     A step of decoding reads every weight once for one row of inputs, so its time is that of reading them. Prompts use
     the same weights, at about the speed of float32. Goes in front of what lowers products (``lower-feed-forward``).
@@ -104,13 +114,13 @@ class QuantizeWeights(ApproximatePass):
         if program.target.device == "cpu" and precision.keeps_float32(support):
             return PassResult(False, 0, [Declined(self.name, program.default_entry, support.form)], [support.form])
         if self.error is not None:
-            found = {name: [s.node for s in self._sites(program.entry(name).graph)] for name in names}
+            found = {name: [s.node for s in self._sites(program, name)] for name in names}
             return within_error(self, program, ctx, found, self._left)
         moments = moments_of(program, names, ctx) if self.method == "gptq" else Moments()
-        run = _Run(Editor(program, self.name), moments)
+        run = _Run(Editor(program, self.name), moments, _dtypes(program), program.target.device == "cpu")
         for name in names:
             model = program.entry(name)
-            for item in products(model.graph):
+            for item in products(model.graph, run.dtypes):
                 if isinstance(item, Product):
                     if item.node.name not in self.exclude:
                         self._product(run, item)
@@ -131,9 +141,12 @@ class QuantizeWeights(ApproximatePass):
             notes.append(reason)
         return PassResult(fired > 0, fired, run.declined, notes)
 
-    def _sites(self, graph: ir.Graph) -> list[Product]:
+    def _sites(self, program: Program, entry: str) -> list[Product]:
         """What an error is measured for: products in the main graph that are large enough."""
-        found = (s for s in products(graph) if isinstance(s, Product) and s.node.name not in self.exclude)
+        graph = program.entry(entry).graph
+        found = (
+            s for s in products(graph, _dtypes(program)) if isinstance(s, Product) and s.node.name not in self.exclude
+        )
         return [s for s in found if s.tensor.size >= _LEAST and s.node.graph is graph]
 
     def _left(self, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -152,7 +165,8 @@ class QuantizeWeights(ApproximatePass):
         inputs: list[ir.Value | None] = [found.x, *self._values(run, graph, found.tensor, found.rows)]
         if found.bias is not None:
             inputs += [None, None, found.bias]
-        settings = {"K": k, "N": n, "accuracy_level": _ACCURACY_LEVEL, "bits": self.bits, "block_size": blocks.block}
+        level = {"accuracy_level": _ACCURACY_LEVEL} if run.on_cpu else {}
+        settings = {"K": k, "N": n, **level, "bits": self.bits, "block_size": blocks.block}
         _swap(run.editor, node, "MatMulNBits", inputs, settings)
         if found.transpose is not None and not found.transpose.outputs[0].uses():
             run.editor.remove(found.transpose)
@@ -169,7 +183,7 @@ class QuantizeWeights(ApproximatePass):
             ):
                 continue
             rows, width = (int(n) for n in table.shape.numpy())
-            if table.dtype != ir.DataType.FLOAT or rows * width < _LEAST or rows < 2:
+            if table.dtype not in run.dtypes or rows * width < _LEAST or rows < 2:
                 continue
             blocks = self._blocks(run, table, True)
             reason = ""
@@ -186,7 +200,7 @@ class QuantizeWeights(ApproximatePass):
         graph, old, editor = node.graph, node.outputs[0], run.editor
         assert isinstance(graph, ir.Graph)
         codes, _ = self._values(run, graph, table, True)
-        scales = self._stored(run, graph, table, True, "scales_by_row", blocks.scales[..., None])
+        scales = self._stored(run, graph, table, True, "scales_by_row", _typed(blocks, table)[..., None])
         settings = {"bits": self.bits, "block_size": blocks.block, "gather_axis": 0, "quantize_axis": 2}
         ids = node.inputs[1]
         rows = ir.node("GatherBlockQuantized", [codes, ids, scales], settings, domain=MICROSOFT)
@@ -205,13 +219,14 @@ class QuantizeWeights(ApproximatePass):
     def _blocks(self, run: _Run, tensor: ir.TensorProtocol, rows: bool) -> Blocks:
         key = (id(tensor), rows)
         if key not in run.made:
-            weight = np.ascontiguousarray(tensor.numpy() if rows else tensor.numpy().T)
+            array, half = np.asarray(tensor.numpy(), np.float32), tensor.dtype == ir.DataType.FLOAT16
+            weight = np.ascontiguousarray(array if rows else array.T)
             block = self.block if self.block is not None else choose_block(weight, self.alpha)
             moments = run.moments.get(key)
             if moments is not None:
-                made = corrected(weight, moments, self.bits, block)
+                made = corrected(weight, moments, self.bits, block, half=half)
             else:
-                made = round_to_nearest(weight, self.bits, block)
+                made = round_to_nearest(weight, self.bits, block, half=half)
             run.made[key] = made
             run.tensors.append(tensor)  # kept, so that no other tensor gets its id
             run.missed += float(np.square(made.weight() - weight, dtype=np.float64).sum())
@@ -220,7 +235,7 @@ class QuantizeWeights(ApproximatePass):
 
     def _values(self, run: _Run, graph: ir.Graph, tensor: ir.TensorProtocol, rows: bool) -> tuple[ir.Value, ir.Value]:
         blocks = self._blocks(run, tensor, rows)
-        scales = np.ascontiguousarray(blocks.scales.reshape(-1))
+        scales = _typed(blocks, tensor).reshape(-1)
         return (
             self._stored(run, graph, tensor, rows, "codes", blocks.codes),
             self._stored(run, graph, tensor, rows, "scales", scales),
@@ -245,6 +260,16 @@ class QuantizeWeights(ApproximatePass):
         error = (run.missed / run.total) ** 0.5 if run.total else 0.0
         count = f"{len(run.made)} weight{'s' * (len(run.made) != 1)}"
         return f"{count} in {self.bits} bits, in blocks of {how}; relative error of the weights {error:.2g}"
+
+
+def _dtypes(program: Program) -> tuple[ir.DataType, ...]:
+    """Of weights that are quantized: on a CPU in float16 products would be slower than what they replace."""
+    return FLOATS if program.target.device == "cuda" else FLOAT32_ONLY
+
+
+def _typed(blocks: Blocks, tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """Scales in the weight's type, which they are numbers of."""
+    return np.ascontiguousarray(blocks.scales, np.float16 if tensor.dtype == ir.DataType.FLOAT16 else np.float32)
 
 
 def _drop_replaced(graph: ir.Graph, tensors: list[ir.TensorProtocol]) -> None:

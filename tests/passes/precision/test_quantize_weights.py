@@ -11,6 +11,7 @@ from planish.ir import processor
 from planish.ir.errors import InputError, PlanishError
 from planish.ir.names import ensure_names
 from planish.ir.program import Program
+from planish.ir.target import Target
 from planish.passes.base import PassContext
 from planish.passes.precision.blocks import round_to_nearest
 from planish.passes.precision.quantize_weights import QuantizeWeights
@@ -134,6 +135,38 @@ def test_correction_by_calibration_inputs():
         got = run(changed, x=x)
         errors[method] = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert errors["gptq"] < 0.8 * errors["nearest"]
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float16_on_a_gpu(method, bits):
+    """Weights that are float16 by then get scales of float16, by which their codes are rounded."""
+    source = model("r = Gather(e, i) p = MatMul(r, w) y = Add(p, b)", "int64[B, S] i", f"float16[B, S, {N}] y", "f2")
+    program = program_of(source, "ort-cuda:dtype=float16")
+    apply_pass("infer-shapes", program)
+    ids = np.random.default_rng(0).integers(0, 100, (2, 30))
+    want = source.graph.initializers["e"].const_value.numpy()[ids].astype("f8")
+    want = want @ source.graph.initializers["w"].const_value.numpy().astype("f8")
+    want = want + source.graph.initializers["b"].const_value.numpy()
+
+    def batches(trial: Program, entry: str):
+        found = compile_ort(trial.entry(entry), Target()).run({"i": ids})
+        return [found]
+
+    passed = QuantizeWeights(bits=bits, method=method, embeddings=bits == 8)
+    apply_pass(passed, program, PassContext(program.target, run=batches))
+    node = next(n for n in program.main.graph if n.op_type == "MatMulNBits")
+    assert [v.dtype.name for v in node.inputs] == ["FLOAT16", "UINT8", "FLOAT16"]
+    assert "accuracy_level" not in node.attributes and node.outputs[0].dtype == ir.DataType.FLOAT16
+    got = compile_ort(program.main, Target()).run({"i": ids})["y"].astype("f8")
+    assert np.linalg.norm(got - want) < (0.02 if bits == 8 else 0.15) * np.linalg.norm(want)
+
+
+def test_small_scales_of_float16():
+    weight = np.array([[1e-9, -2e-9] * 16, [3e-5, 1e-4] * 16, [0, 0] * 16], "f4")
+    blocks = round_to_nearest(weight, 8, 32, half=True)
+    assert (blocks.scales.astype("f2").astype("f4") == blocks.scales).all() and (blocks.scales != 0).all()
+    assert (np.abs(blocks.weight() - weight) <= 1.2 * np.abs(blocks.scales)).all()  # the last code is one step short
 
 
 @pytest.mark.parametrize(
