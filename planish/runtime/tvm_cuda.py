@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planish.ir.causal_lm import cache_layer
 from planish.ir.errors import ArtifactError, InputError, UnsupportedError
 from planish.ir.machine import Machine, Needs, unmet
 from planish.ir.spec import TensorSpec
@@ -173,6 +175,9 @@ class TvmCudaRunner:
         self._checks = InputChecks(self.inputs, more=self._fitting)
         self._symbols = symbols_of(self.inputs)
         self._lock = threading.Lock()  # the machine has one stack
+        # Code for caches writes into them.
+        given = {name.replace("present_", "past_", 1) for name in self._names if cache_layer(name) is not None}
+        self._in_place = given & {spec.name for spec in self.inputs}
         if module is None:
             return
         tvm = import_runtime()
@@ -181,7 +186,8 @@ class TvmCudaRunner:
         self._main = self._machine["main"]
         self._check_sizes = module.get_function(CHECK, query_imports=True)
         self._planned = module.get_function(PLANNED, query_imports=True)
-        self._weights = [self._to_device(array) for array in self.weights.values()]
+        self._held = [_weight(array, self._to_device) for array in self.weights.values()]
+        self._weights = [weight.tensor for weight in self._held]
         self._weight_bytes = sum(array.nbytes for array in self.weights.values())
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,10 +208,25 @@ class TvmCudaRunner:
             return {name: to_torch(array) for name, array in empty.items()} if torch else dict(empty)
         stays = any(not isinstance(value, np.ndarray) for value in given.values())
         with self._stream(feeds):
-            values = self._call([self._to_device(given[spec.name]) for spec in self.inputs])
+            values, _ = self._call([self._own(spec.name, given[spec.name]) for spec in self.inputs])
             if not stays:
                 return self._to_host(values, torch)
         return {name: _as_torch(v) if torch else v for name, v in zip(self._names, values, strict=False)}
+
+    def on_stream(self, tensors: Mapping[str, Any], stream: int) -> tuple[dict[str, Any], Any]:
+        """Runs on tensors of TVM on the GPU, which fit and are not copied, so that caches are updated in place.
+
+        Args:
+            stream: the address of one; nothing waits for it.
+
+        Returns:
+            Outputs by name; and, where caches are updated, what holds all memory that the run has used.
+        """
+        import tvm_ffi
+
+        with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", 0), stream):
+            values, memory = self._call([tensors[spec.name] for spec in self.inputs])
+        return dict(zip(self._names, values, strict=False)), memory
 
     def check(self, feeds: Mapping[str, Any]) -> None:
         """Raises InputError if the inputs do not fit; shapes that were fine before are not checked again."""
@@ -261,14 +282,24 @@ class TvmCudaRunner:
             return tvm.runtime.from_dlpack(value)
         return value
 
-    def _call(self, tensors: list[Any]) -> Any:
+    def _own(self, name: str, value: Any) -> Any:
+        """An input on the GPU; of a cache that stays there, which the code writes into, a copy."""
+        made = self._to_device(value)
+        if name not in self._in_place or isinstance(value, np.ndarray):
+            return made
+        return made.copyto(import_runtime().runtime.empty(made.shape, str(made.dtype), self._device))
+
+    def _call(self, tensors: list[Any]) -> tuple[list[Any], Any]:
+        """The values that ``main`` gives; and the memory of the run, if it gives that behind them."""
         with self._lock:
             try:
-                return self._main(*tensors, *self._weights)
+                values = list(self._main(*tensors, *self._weights))
             except Exception as error:
                 raise run_error(error) from error
+        memory = None if hasattr(values[-1], "shape") else values.pop()
+        return values, memory
 
-    def _to_host(self, values: Any, torch: bool) -> dict[str, Any]:
+    def _to_host(self, values: list[Any], torch: bool) -> dict[str, Any]:
         arrays = [value.numpy() for value in values]
         if len(arrays) > len(self._names) and arrays.pop().any():
             raise InputError("a gather failed on these inputs: an index is outside of the tensor.")
@@ -290,6 +321,25 @@ class TvmCudaRunner:
         sizes = check_symbols(self.inputs, arrays, self._symbols, self._check_sizes, "tvm-cuda")
         if self.target.memory is not None:
             _require_memory(self.target, self._weight_bytes + int(self._planned(*sizes)))
+
+
+class _Weight:
+    """A weight on the GPU, and the array that it is a copy of."""
+
+    def __init__(self, array: np.ndarray, tensor: Any) -> None:
+        self.array, self.tensor = array, tensor
+
+
+#: Those that a runner holds: the entries of a program share them.
+_weights: weakref.WeakValueDictionary[Any, _Weight] = weakref.WeakValueDictionary()
+
+
+def _weight(array: np.ndarray, copy: Callable[[np.ndarray], Any]) -> _Weight:
+    key = (array.ctypes.data, array.shape, array.strides, str(array.dtype))
+    found = _weights.get(key)
+    if found is None:
+        found = _weights[key] = _Weight(array, copy(array))
+    return found
 
 
 def _shadow(value: Any) -> Any:

@@ -279,8 +279,10 @@ class ShardAttention(ApproximatePass):
         return layout, Bounds(least, longest)
 
     def _check_target(self, target: Target, block: int) -> None:
-        if target.runtime != "ort":
+        if target.name == "tvm-cpu":
             raise Decline(f"target '{target}' has no form of block-sparse attention")
+        if target.name == "tvm-cuda" and block % _CUDA_BLOCK:
+            raise Decline(f"block is {block}; CUDA kernels take multiples of {_CUDA_BLOCK}")
         if target.name == "ort-cpu" and target.kernels and block % KERNEL_BLOCK:
             raise Decline(f"block is {block}; generated kernels take multiples of {KERNEL_BLOCK}")
         if target.name == "ort-cuda" and target.kernels and block % _CUDA_BLOCK:

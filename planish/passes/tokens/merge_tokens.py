@@ -90,8 +90,8 @@ class MergeTokens(ApproximatePass):
         from planish.passes.canonicalize.eliminate_dead_code import EliminateDeadCode
         from planish.passes.tokens.recognized import recognize
 
-        if ctx.target.runtime != "ort":
-            reason = f"target '{ctx.target}' does not run it; those of ONNX Runtime do"
+        if ctx.target.name == "tvm-cpu":
+            reason = f"target '{ctx.target}' does not run it; tvm-cuda and those of ONNX Runtime do"
             return PassResult(False, declined=[Declined(self.name, "main", reason)])
         result, found = PassResult(False), list[Declined]()
 

@@ -14,6 +14,7 @@ from planish.ir.errors import UnsupportedError
 from planish.ir.graphs import constant_tensor, dims_of
 from planish.runtime.kernels.template import Template, import_tvm
 from planish.runtime.relax.device import Device
+from planish.runtime.relax.needed import needed
 from planish.runtime.relax.operand import Lazy, Operand, Parameter, digest, identifier, same_array, shown
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ class Translator:
             self.values[value] = Operand(dtype, own, var)
         with self._function("main"):
             with self.builder.dataflow():
-                for node in graph:
+                for node in needed(graph):
                     self.node(node)
                 outputs = [self._output(value, variables) for value in graph.outputs]
                 outputs += self.device.more_outputs(self)

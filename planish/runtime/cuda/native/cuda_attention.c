@@ -1,12 +1,13 @@
 /* planish::FlashAttention and BlockSparseAttention in float16 on GPUs: heads side by side in the last axis. */
 #include "cuda_attention.h"
 
-#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { TILE = 64, MOST_SPLITS = 64, DECODE_THREADS = 256 };
+#include "launch_attention.h"
+
+enum { TILE = ATTENTION_TILE };
 enum { Q, K, V, INDPTR, INDICES, LAYOUT, Y, TENSORS };
 
 /* Memory for the parts of one query's attention; one for each stream, since what runs on a stream is in order. */
@@ -24,28 +25,6 @@ typedef struct {
   pthread_mutex_t lock;
   workspace *spaces;
 } attention;
-
-/* As attention.cu and attention_decode.cu have them. */
-typedef struct {
-  void *q, *k, *v, *out;
-  float *lse;
-  long long q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head;
-  const int *indptr, *indices, *head_layout, *lengths;
-  int queries, keys, q_heads, kv_heads, causal, rows, block;
-  float scale;
-  const float *bias;
-  long long bias_batch;
-} prefill_parameters;
-
-typedef struct {
-  void *q, *k, *v, *out;
-  float *parts;
-  unsigned *done;
-  long long q_batch, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_head;
-  const int *indptr, *indices, *head_layout, *lengths;
-  int keys, q_heads, kv_heads, rows, block, splits;
-  float scale;
-} decode_parameters;
 
 static void destroy(void *given) {
   attention *kernel = given;
@@ -69,7 +48,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
   kernel->kv_heads = planish_int(info, "kv_num_heads", 0);
   kernel->causal = planish_int(info, "is_causal", 0) != 0;
   kernel->block = kernel->op->lists ? planish_int(info, "block_size", TILE) : TILE;
-  kernel->scale = planish_float(info, "scale", 0) * 1.44269504088896f; /* kernels use powers of two */
+  kernel->scale = planish_float(info, "scale", 0);
   ort_status *status = NULL;
   if (kernel->heads < 1 || kernel->kv_heads < 1 || kernel->heads % kernel->kv_heads)
     status = planish_error(
@@ -106,41 +85,40 @@ static ort_status *check(const attention *kernel, const tensor *all, int64_t *si
   return NULL;
 }
 
-static ort_status *prefill(
-    const attention *kernel, const cuda_attention_form *form, const tensor *all, cuda_stream stream) {
-  const int64_t *q = all[Q].shape, *k = all[K].shape, size = form->head_size, offset = kernel->causal ? k[1] - q[1] : 0;
-  cuda_kernel code;
-  int groups = 1;
-  CHECK(planish_cuda_kernel(&form->one, &code));
-  /* Two tiles of queries share the keys that they load; with lists they would have to share these too. */
-  if (q[1] > TILE && !kernel->op->lists && code.arch >= 80) {
-    groups = 2;
-    CHECK(planish_cuda_kernel(&form->two, &code));
-  }
-  prefill_parameters p;
-  memset(&p, 0, sizeof p);
-  p.q = all[Q].data, p.k = all[K].data, p.v = all[V].data, p.out = all[Y].data;
-  p.q_batch = p.out_batch = q[1] * q[2], p.q_row = p.out_row = q[2];
-  p.k_batch = p.v_batch = k[1] * k[2], p.k_row = p.v_row = k[2];
-  p.q_head = p.k_head = p.v_head = p.out_head = size;
-  p.queries = (int)q[1], p.keys = (int)k[1], p.q_heads = (int)kernel->heads, p.kv_heads = (int)kernel->kv_heads;
-  p.causal = (int)kernel->causal, p.block = (int)kernel->block, p.scale = kernel->scale;
+static attention_call call_of(const attention *kernel, const tensor *all, int64_t size) {
+  const int64_t *q = all[Q].shape;
+  attention_call c;
+  memset(&c, 0, sizeof c);
+  c.q = all[Q].data, c.k = all[K].data, c.v = all[V].data, c.out = all[Y].data;
+  c.batch = q[0], c.queries = q[1], c.keys = all[K].shape[1];
+  c.heads = kernel->heads, c.kv_heads = kernel->kv_heads, c.size = size;
+  attention_side_by_side(&c);
+  c.block = kernel->block, c.causal = (int)kernel->causal, c.scale = kernel->scale;
   if (kernel->op->lists) {
-    p.indptr = all[INDPTR].data, p.indices = all[INDICES].data, p.head_layout = all[LAYOUT].data;
-    p.rows = (int)all[INDPTR].shape[1] - 1;
+    c.indptr = all[INDPTR].data, c.indices = all[INDICES].data, c.head_layout = all[LAYOUT].data;
+    c.rows = all[INDPTR].shape[1] - 1;
   }
+  return c;
+}
+
+static ort_status *prefill(const cuda_attention_form *form, const attention_call *c, cuda_stream stream) {
+  cuda_kernel code;
+  CHECK(planish_cuda_kernel(&form->one, &code));
+  int groups = attention_groups(c, code.arch);
+  if (groups == 2) CHECK(planish_cuda_kernel(&form->two, &code));
+  attention_prefill p;
+  attention_fill_prefill(&p, c);
   _Alignas(64) unsigned char maps[2][128];
   memset(maps, 0, sizeof maps);
-  if (code.arch == 90 && k[1]) {
-    const int64_t sizes[3] = {k[1], kernel->kv_heads, k[0]}, strides[3] = {k[2], size, k[1] * k[2]};
-    CHECK(planish_cuda_map(maps[0], p.k, sizes, (int)size, strides));
-    CHECK(planish_cuda_map(maps[1], p.v, sizes, (int)size, strides));
+  if (code.arch == 90 && c->keys) {
+    const int64_t sizes[3] = {c->keys, c->kv_heads, c->batch}, strides[3] = {c->kv_row, c->kv_head, c->kv_batch};
+    CHECK(planish_cuda_map(maps[0], p.k, sizes, (int)c->size, strides));
+    CHECK(planish_cuda_map(maps[1], p.v, sizes, (int)c->size, strides));
   }
   void *arguments[] = {&p, maps[0], maps[1]};
-  unsigned tiles = (unsigned)((offset + q[1] + TILE - 1) / TILE - offset / TILE);
   return planish_cuda_launch(
-      &code, (tiles + (unsigned)groups - 1) / (unsigned)groups, (unsigned)kernel->heads, (unsigned)q[0],
-      (unsigned)groups * 128, stream, arguments);
+      &code, attention_grid(c, groups), (unsigned)c->heads, (unsigned)c->batch, (unsigned)groups * ATTENTION_GROUP_THREADS,
+      stream, arguments);
 }
 
 static ort_status *space(attention *kernel, cuda_stream stream, size_t bytes, void **memory) {
@@ -161,35 +139,21 @@ static ort_status *space(attention *kernel, cuda_stream stream, size_t bytes, vo
   return NULL;
 }
 
-static ort_status *decode(attention *kernel, const cuda_attention_form *form, const tensor *all, cuda_stream stream) {
-  const int64_t *q = all[Q].shape, *k = all[K].shape, size = form->head_size;
+static ort_status *decode(
+    attention *kernel, const cuda_attention_form *form, const attention_call *c, cuda_stream stream) {
   cuda_kernel code;
   CHECK(planish_cuda_kernel(&form->decode, &code));
-  int64_t blocks = q[0] * kernel->heads, tiles = (k[1] + TILE - 1) / TILE, splits = 2 * code.processors / blocks;
-  splits = splits > tiles ? tiles : splits > MOST_SPLITS ? MOST_SPLITS : splits;
-  splits = splits < 1 ? 1 : splits;
-  size_t counters = ((size_t)blocks * 4 + 255) / 256 * 256;
-  size_t parts = (size_t)blocks * (size_t)splits * ((size_t)size + 2) * sizeof(float);
+  int splits = attention_splits(c, code.processors, 1);
   void *memory = NULL;
   pthread_mutex_lock(&kernel->lock);
-  ort_status *status = space(kernel, stream, counters + parts, &memory);
+  ort_status *status = space(kernel, stream, attention_counters(c) + attention_parts(c, splits), &memory);
   pthread_mutex_unlock(&kernel->lock);
   CHECK(status);
-  decode_parameters p;
-  memset(&p, 0, sizeof p);
-  p.q = all[Q].data, p.k = all[K].data, p.v = all[V].data, p.out = all[Y].data;
-  p.done = memory, p.parts = (float *)((char *)memory + counters);
-  p.q_batch = p.out_batch = q[2], p.k_batch = p.v_batch = k[1] * k[2], p.k_row = p.v_row = k[2];
-  p.q_head = p.k_head = p.v_head = p.out_head = size;
-  p.keys = (int)k[1], p.q_heads = (int)kernel->heads, p.kv_heads = (int)kernel->kv_heads;
-  p.block = (int)kernel->block, p.splits = (int)splits, p.scale = kernel->scale;
-  if (kernel->op->lists) {
-    p.indptr = all[INDPTR].data, p.indices = all[INDICES].data, p.head_layout = all[LAYOUT].data;
-    p.rows = (int)all[INDPTR].shape[1] - 1;
-  }
+  attention_step p;
+  attention_fill_step(&p, c, memory, splits);
   void *arguments[] = {&p};
   return planish_cuda_launch(
-      &code, (unsigned)splits, (unsigned)kernel->heads, (unsigned)q[0], DECODE_THREADS, stream, arguments);
+      &code, (unsigned)splits, (unsigned)c->heads, (unsigned)c->batch, ATTENTION_DECODE_THREADS, stream, arguments);
 }
 
 static ort_status *compute(void *given, ort_context *context) {
@@ -208,7 +172,8 @@ static ort_status *compute(void *given, ort_context *context) {
   if (!all[Y].bytes) return NULL;
   CHECK(planish_cuda_stream(context, &stream));
   int one = all[Q].shape[1] == 1 && all[K].shape[1] && (kernel->causal || !kernel->op->lists);
-  return one ? decode(kernel, form, all, stream) : prefill(kernel, form, all, stream);
+  attention_call call = call_of(kernel, all, size);
+  return one ? decode(kernel, form, &call, stream) : prefill(form, &call, stream);
 }
 
 void planish_cuda_attention(cuda_attention_op *op) {

@@ -22,6 +22,8 @@ ARCHITECTURES, PTX = ("sm_75", "sm_80", "sm_90"), "compute_80"
 #: Tiles that attention has on their way on Hopper: decides about its shared memory, which the caller asks for.
 AHEAD = 2
 _NATIVE = Path(__file__).parent / "native"
+#: How kernels are launched, for whatever launches them.
+_LAUNCHES = Path(toolchain.__file__).parent / "native"
 _CALLBACK = "tvm_callback_cuda_compile"
 _lock = threading.Lock()
 
@@ -82,8 +84,28 @@ def assembling(codes: Codes) -> Iterator[None]:
                 tvm_ffi.register_global_func(_CALLBACK, before, override=True)
 
 
-def native_objects(folder: Path, codes: Codes, calls: set[str], heads: set[tuple[int, int]]) -> list[Path]:
-    """Compiles the packed functions that a program calls; attention with its kernels inside.
+@dataclass(frozen=True, order=True)
+class Code:
+    """A source of ours, compiled for a size and a form, as the packed functions of a family look for it.
+
+    Attributes:
+        family: the C file in ``native/`` that launches it.
+        number: of the source in that file.
+        size, form: what a call asks for.
+        source: the file in ``runtime/cuda/source``.
+        defines: macros, sorted by name.
+    """
+
+    family: str
+    number: int
+    size: int
+    form: int
+    source: str
+    defines: tuple[tuple[str, int], ...]
+
+
+def native_objects(folder: Path, codes: Codes, calls: set[str], ours: set[Code]) -> list[Path]:
+    """Compiles the packed functions that a program calls, with the kernels that they launch inside.
 
     Raises:
         UnsupportedError: there is no C compiler, or no nvcc.
@@ -91,31 +113,29 @@ def native_objects(folder: Path, codes: Codes, calls: set[str], heads: set[tuple
     made = []
     if calls & {"planish_linear", "planish_batched"}:
         made.append(_compile("products", folder))
-    if heads:
-        lines = []
-        forms = [(head, groups, bias) for head, bias in sorted(heads) for groups in (1, 2)]
-        for number, (head, groups, bias) in enumerate(forms):
-            (folder / f"attention{number}.fatbin").write_bytes(_attention(codes, head, groups, bias))
-            lines.append(f"BINARY({number}, {head}, {groups}, {bias})\n")
-        (folder / "binaries.h").write_text("".join(lines))
-        made.append(_compile("attention", folder))
+    lines: dict[str, list[str]] = {}
+    for number, code in enumerate(sorted(ours)):
+        (folder / f"code{number}.fatbin").write_bytes(_binary(codes, code))
+        line = f"BINARY({number}, {code.number}, {code.size}, {code.form})\n"
+        lines.setdefault(code.family, []).append(line)
+    for family, own in lines.items():
+        (folder / f"{family}_binaries.h").write_text("".join(own))
+        made.append(_compile(family, folder))
     return made
 
 
-def _attention(codes: Codes, head: int, groups: int, bias: int) -> bytes:
-    # As `cuda.attention` asks for them, so that both find them in the cache.
-    defines = {"AHEAD": AHEAD, "BIAS": bias, "ELEMENT_BF16": 0, "GROUPS": groups, "HEAD": head}
+def _binary(codes: Codes, code: Code) -> bytes:
     if codes == Codes():
-        return binary("attention.cu", tuple(sorted(defines.items())))
+        return binary(code.source, code.defines)  # which may be in the cache
     # Hopper's own instructions are in the code for sm_90a alone.
     architectures = tuple("sm_90a" if arch == "sm_90" else arch for arch in codes.architectures)
-    return toolchain.fatbin("attention.cu", defines, architectures=architectures, ptx=codes.ptx)
+    return toolchain.fatbin(code.source, dict(code.defines), architectures=architectures, ptx=codes.ptx)
 
 
 def _compile(name: str, folder: Path) -> Path:
     from tvm_ffi import libinfo
 
-    includes = [folder, _NATIVE, libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
+    includes = [folder, _NATIVE, _LAUNCHES, libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
     output = folder / f"{name}.o"
     flags = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
     flags.append(f"-DAHEAD={AHEAD}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from planish.ir.errors import UnsupportedError
 from planish.runtime.relax.cuda import rows
+from planish.runtime.relax.cuda.assemble import AHEAD, Code
 
 if TYPE_CHECKING:
     from planish.runtime.relax.cuda.device import CudaDevice
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 #: Sizes of heads that attention.cu has kernels for.
 FLASH_SIZES = (64, 128)
+HALVES = ("float16", "bfloat16")
 
 
 def attention(device: CudaDevice, t: Translator, template: Any, inputs: list[Any], types: list[Any]) -> Any:
@@ -22,13 +24,26 @@ def attention(device: CudaDevice, t: Translator, template: Any, inputs: list[Any
     scale = rest.pop(0)
     causal = _causal(t, template, q, k, rest)
     size, dtype = template.head_size, str(q.ty.dtype)
-    flash = dtype == "float16" and size in FLASH_SIZES and causal in ("", "end")
+    flash = dtype in HALVES and size in FLASH_SIZES and causal in ("", "end")
     if flash and (mask is None or _is_padding(mask)):
         biases = [] if mask is None else [_bias(t, mask)]
-        device.heads.add((size, len(biases)))
+        use_prefill(device, size, len(biases), dtype)
         inputs = [q, k, v, *biases, size, int(causal == "end"), float(scale)]
         return device.packed(t, "planish_attention", inputs, types)
-    return _by_products(device, t, (q, k, v), mask, (size, float(scale), causal), dtype)
+    return by_products(device, t, (q, k, v), mask, (size, float(scale), causal), dtype)
+
+
+def use_prefill(device: CudaDevice, size: int, bias: int, dtype: str) -> None:
+    """Adds the kernels that planish_attention chooses from."""
+    bfloat = int(dtype == "bfloat16")
+    for groups in (1, 2):
+        defines = {"AHEAD": AHEAD, "BIAS": bias, "ELEMENT_BF16": bfloat, "GROUPS": groups, "HEAD": size}
+        use(device, 0, size, groups + 2 * bias + 4 * bfloat, "attention.cu", defines)
+
+
+def use(device: CudaDevice, number: int, size: int, form: int, source: str, defines: dict[str, int]) -> None:
+    """Adds a kernel that the functions of native/attention.c launch; numbers and forms as there."""
+    device.ours.add(Code("attention", number, size, form, source, tuple(sorted(defines.items()))))
 
 
 def _is_padding(mask: Any) -> bool:
@@ -65,7 +80,7 @@ def _causal(t: Translator, template: Any, q: Any, k: Any, rest: list[Any]) -> st
     raise UnsupportedError(f"target tvm-cuda: causal attention with a past of {past} and {k.ty.shape[1]} keys.")
 
 
-def _by_products(
+def by_products(
     device: CudaDevice, t: Translator, qkv: tuple[Any, Any, Any], mask: Any, how: tuple[int, float, str], dtype: str
 ) -> Any:
     """Scores are float32, and written to memory: for masks, float32 and other sizes of heads."""

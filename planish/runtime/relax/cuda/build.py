@@ -50,7 +50,7 @@ class CudaProgram:
             UnsupportedError: there is no C compiler that links it, or no nvcc for a kernel.
         """
         with tempfile.TemporaryDirectory(prefix="planish-cuda-") as scratch:
-            objects = native_objects(Path(scratch), self.codes, self.device.calls, self.device.heads)
+            objects = native_objects(Path(scratch), self.codes, self.device.calls, self.device.ours)
             try:
                 self.executable.export_library(str(path), addons=[str(item) for item in objects])
             except (RuntimeError, OSError, ValueError) as error:
@@ -77,6 +77,7 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], arch: str | None, graph
     # Every emitter is registered by its module.
     from planish.runtime.relax import blocks, elementwise, gathers, images, products, views  # noqa: F401
     from planish.runtime.relax.build import last_line, lowering
+    from planish.runtime.relax.cuda import caches, merging, sparse  # noqa: F401
     from planish.runtime.relax.schedules import schedule_module
 
     codes = Codes.of(arch)
@@ -114,6 +115,8 @@ class _Plan:
             total = self.translator.plain(self._total(module["main"]))
             self.planned = total if isinstance(total, int) else None
             module[PLANNED] = self._function(total)
+            if self.translator.device.in_place:  # type: ignore[attr-defined]
+                module["main"] = _with_memory(module["main"])
             return module
 
         return tvm.transform.module_pass(read, opt_level=0, name="ReadMemoryPlan")
@@ -144,3 +147,24 @@ class _Plan:
             own = {var: T.arg(var.name, T.int64()) for var in t.symbols.values()}
             T.Return(t._substitute(t.dim(total), own))
         return built[0]
+
+
+def _with_memory(function: Any) -> Any:
+    """The function with a tuple of all tensors that it allocates behind its outputs.
+
+    Whoever runs it as part of a CUDA graph holds them, so that nothing else gets their memory.
+    """
+    from tvm import relax
+
+    body, made = function.body, []
+    for block in body.blocks:
+        for binding in block.bindings:
+            operator = getattr(getattr(binding, "value", None), "op", None)
+            if getattr(operator, "name", "") in ("relax.memory.alloc_tensor", "relax.builtin.alloc_tensor"):
+                made.append(binding.var)
+    results = next(b.value for block in body.blocks for b in block.bindings if b.var.same_as(body.body))
+    result = relax.Var("results", relax.TupleType([*results.ty.fields, relax.TupleType([var.ty for var in made])]))
+    last = relax.BindingBlock([relax.VarBinding(result, relax.Tuple([*results.fields, relax.Tuple(made)]))])
+    return relax.Function(
+        function.params, relax.SeqExpr([*body.blocks, last], result), result.ty, function.is_pure, function.attrs
+    )

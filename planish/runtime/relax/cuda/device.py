@@ -15,6 +15,7 @@ from planish.runtime.kernels.norms import LayerNorm, RmsNorm
 from planish.runtime.kernels.reductions import Reduce, Softmax
 from planish.runtime.kernels.template import Template, import_tvm
 from planish.runtime.relax.cuda import rows, windows
+from planish.runtime.relax.cuda.assemble import Code
 from planish.runtime.relax.cuda.attention import attention
 from planish.runtime.relax.cuda.schedules import schedule
 from planish.runtime.relax.device import Device
@@ -36,13 +37,15 @@ class CudaDevice(Device):
 
     Attributes:
         calls: names of the packed functions that the program calls.
-        heads: (size of heads, whether keys have a bias) of calls of our attention.
+        ours: kernels of ours that the packed functions launch.
+        in_place: whether the program writes into caches that it is given.
         bad: variables that are not 0 where an index of a gather was outside of its tensor.
     """
 
     arch: str = "sm_75"
     calls: set[str] = field(default_factory=set)
-    heads: set[tuple[int, int]] = field(default_factory=set)
+    ours: set[Code] = field(default_factory=set)
+    in_place: bool = False
     bad: list[Any] = field(default_factory=list)
     name = "tvm-cuda"
     floats = ("float32", "float16")

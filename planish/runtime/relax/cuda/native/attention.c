@@ -1,104 +1,47 @@
-// Flash attention, planish's own kernels: fat binaries that are in this library, loaded on each GPU when first called.
-#include "calls.h"
+// Attention by planish's own kernels: of many queries, and of one token a row behind a cache that is updated in place.
+#define BINARIES "attention_binaries.h"
+#include "kernels.h"
+#include "launch_attention.h"
 
-enum { ATTRIBUTE_MAJOR = 75, ATTRIBUTE_MINOR = 76, MAX_DYNAMIC_SHARED = 8, TILE = 64 };
+enum { PREFILL, DECODE, STEP };  // sources
+enum { HALF, BFLOAT, SINGLE };   // forms of cache_step.cu
+static const char too_large[] = "an axis is longer than 2^31, or the batch than 65535";
 
-// As in attention.cu.
-typedef struct {
-  const void *q, *k, *v;
-  void *out, *lse;
-  long long q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head;
-  const int *indptr, *indices, *head_layout, *lengths;
-  int queries, keys, q_heads, kv_heads, causal, rows, block;
-  float scale;
-  const float *bias;
-  long long bias_batch;
-} Parameters;
-
-typedef struct {
-  const unsigned char *code;
-  int head, groups, bias;
-} Binary;
-
-// A list of BINARY(number, head, groups, bias), made when the library is linked; each is a file of that number.
-#define BINARY(n, head, groups, bias)                                                               \
-  __asm__(".section .rodata\n.balign 64\n.hidden planish_code_" #n "\n.globl planish_code_" #n      \
-          "\nplanish_code_" #n ":\n.incbin \"attention" #n ".fatbin\"\n.byte 0\n.previous\n");      \
-  extern const unsigned char planish_code_##n[];
-#include "binaries.h"
-#undef BINARY
-#define BINARY(n, head, groups, bias) {planish_code_##n, head, groups, bias},
-static const Binary binaries[] = {
-#include "binaries.h"
-};
-#define COUNT (int)(sizeof binaries / sizeof *binaries)
-
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static Driver cu;
-static void *functions[DEVICES][sizeof binaries / sizeof *binaries];
-static int arches[DEVICES];
-
-static int wrong(const char *doing, int code) {
-  const char *why = "the driver refuses";
-  if (cu.get_error) cu.get_error(code, &why);
-  return failed(doing, why ? why : "the driver refuses", code);
-}
-
-static int find_driver(void) {
-  static const char *const names[] = {"cuGetErrorString", "cuDeviceGet", "cuDeviceGetAttribute", "cuModuleLoadData",
-                                      "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel",
-                                      "cuTensorMapEncodeTiled"};
-  if (cu.tensor_map) return 0;
-  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL), *found[sizeof names / sizeof *names];
-  if (!library) return failed("attention", "there is no NVIDIA driver", 0);
-  for (size_t i = 0; i < sizeof names / sizeof *names; ++i)
-    if (!(found[i] = dlsym(library, names[i]))) return failed("attention: the driver lacks", names[i], 0);
-  memcpy(&cu, found, sizeof cu);
+// For Hopper's copies of tiles; others do not read them.
+static int maps(const attention_call *c, unsigned char (*made)[128]) {
+  attention_map map = attention_map_of(c);
+  void *const sources[] = {c->k, c->v};
+  for (int i = 0; i < 2; ++i) {
+    int code = cu.tensor_map(made[i], ATTENTION_MAP_TYPE, 4, sources[i], map.sizes, map.strides, map.box, map.ones, 0,
+                             ATTENTION_MAP_SWIZZLE, ATTENTION_MAP_L2, 0);
+    if (code) return wrong("describing keys and values", code);
+  }
   return 0;
 }
 
-// Shared memory of a block: the queries' tiles, the keys' and values' of each stage, barriers, biases.
-static int shared_bytes(int arch, int head, int groups, int bias) {
-  int stages = arch == 90 ? AHEAD + 2 : arch >= 80 ? 2 : 1;
-  return (groups + 2 * stages) * TILE * head * 2 + 64 + bias * stages * TILE * 4;
-}
+static int is_bfloat(const DLTensor *t) { return t->dtype.code == kDLBfloat; }
 
-// The kernel of a head size on a GPU, whose context is current. The lock is held.
-static int kernel(int device, int head, int groups, int bias, void **function) {
-  int code, major, minor, handle;
-  if (!arches[device]) {
-    if ((code = cu.device(&handle, device)) || (code = cu.attribute(&major, ATTRIBUTE_MAJOR, handle)) ||
-        (code = cu.attribute(&minor, ATTRIBUTE_MINOR, handle)))
-      return wrong("attention", code);
-    arches[device] = 10 * major + minor;
-  }
-  for (int i = 0; i < COUNT; ++i) {
-    if (binaries[i].head != head || binaries[i].groups != groups || binaries[i].bias != bias) continue;
-    void **kept = &functions[device][i], *module;
-    if (!*kept) {
-      if ((code = cu.load(&module, binaries[i].code)) || (code = cu.function(kept, module, "attention")) ||
-          (code = cu.set_attribute(*kept, MAX_DYNAMIC_SHARED, shared_bytes(arches[device], head, groups, bias)))) {
-        *kept = NULL;
-        return wrong("loading attention", code);
-      }
-    }
-    *function = *kept;
-    return 0;
-  }
-  return failed("attention", "no kernel for heads of this size", head);
-}
+// The element types of attention.cu: form is groups, bias and type.
+static int prefill_form(int groups, int bias, int bfloat) { return groups + 2 * bias + 4 * bfloat; }
 
-// For Hopper's copies of tiles; others do not read it.
-static int map(unsigned char *made, const DLTensor *t, int heads, int head) {
-  uint64_t sizes[] = {(uint64_t)head, (uint64_t)t->shape[1], (uint64_t)heads, (uint64_t)t->shape[0]};
-  uint64_t row = 2 * (uint64_t)t->shape[2], strides[] = {row, 2 * (uint64_t)head, row * (uint64_t)t->shape[1]};
-  uint32_t box[] = {64, TILE, 1, 1}, one[] = {1, 1, 1, 1};
-  // 16-bit elements, not interleaved, 128-byte swizzle, L2 sectors of 128 bytes, zeros outside
-  return cu.tensor_map(made, 6, 4, data(t), sizes, strides, box, one, 0, 3, 2, 0);
+static int prefill(const attention_call *c, int device, int bfloat, void *on) {
+  int arch = arch_of(device), bias = c->bias != NULL;
+  if (!arch) return -1;
+  if (c->queries > ATTENTION_LONGEST || c->keys > ATTENTION_LONGEST) return failed("attention", too_large, 0);
+  int groups = attention_groups(c, arch), shared = attention_shared(arch, c->size, groups, bias, AHEAD);
+  void *function = NULL;
+  if (kernel(device, PREFILL, (int)c->size, prefill_form(groups, bias, bfloat), "attention", 0, shared, &function)) return -1;
+  attention_prefill p;
+  attention_fill_prefill(&p, c);
+  _Alignas(64) unsigned char described[2][128] = {{0}};
+  if (arch == 90 && maps(c, described)) return -1;
+  void *arguments[] = {&p, described[0], described[1]};
+  return launch(function, "attention", attention_grid(c, groups), (unsigned)c->heads, (unsigned)c->batch,
+                (unsigned)groups * ATTENTION_GROUP_THREADS, shared, on, arguments);
 }
 
 // (q (batch, queries, heads · size), k, v (batch, keys, kv heads · size), [bias (batch or 1, keys) float32], size,
-// causal, scale, out as q), float16
+// causal, scale, out as q); 16-bit elements
 EXPORT int __tvm_ffi_planish_attention(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
   (void)self, (void)result;
   int biased = count == 8;
@@ -106,33 +49,119 @@ EXPORT int __tvm_ffi_planish_attention(void *self, const TVMFFIAny *args, int32_
   if (count < 7 || count > 8 || rest[2].type_index != kTVMFFIFloat)
     return failed("planish_attention", "arguments", count);
   const DLTensor *q = tensor(args), *k = tensor(args + 1), *v = tensor(args + 2), *out = tensor(rest + 3);
-  int head = (int)rest[0].v_int64, causal = (int)rest[1].v_int64, device = q->device.device_id;
-  if (device < 0 || device >= DEVICES) return failed("planish_attention", "no such GPU", device);
-  int64_t batch = q->shape[0], queries = q->shape[1], width = q->shape[2], keys = k->shape[1], narrow = k->shape[2];
-  if (queries > 0x7fffffff || keys > 0x7fffffff || batch > 65535) return failed("planish_attention", "too large", 0);
-  Parameters p;
+  attention_call c;
+  memset(&c, 0, sizeof c);
+  c.q = data(q), c.k = data(k), c.v = data(v), c.out = data(out);
+  c.size = rest[0].v_int64, c.causal = (int)rest[1].v_int64, c.scale = (float)rest[2].v_float64;
+  c.batch = q->shape[0], c.queries = q->shape[1], c.keys = k->shape[1];
+  c.heads = q->shape[2] / c.size, c.kv_heads = k->shape[2] / c.size;
+  attention_side_by_side(&c);
+  if (biased) c.bias = data(tensor(args + 3)), c.bias_batch = tensor(args + 3)->shape[0] == 1 ? 0 : c.keys;
+  return prefill(&c, q->device.device_id, is_bfloat(q), stream(q));
+}
+
+static int decode(const attention_call *c, int device, int bfloat, int shared, const DLTensor *workspace, void *on) {
+  int arch = arch_of(device);
+  if (!arch) return -1;
+  int splits = attention_splits(c, processors[device], shared);
+  while (splits > 1 && attention_counters(c) + attention_parts(c, splits) > (size_t)workspace->shape[0]) --splits;
+  attention_step p;
+  attention_fill_step(&p, c, data(workspace), splits);
+  void *function = NULL, *arguments[] = {&p};
+  int bytes = attention_decode_shared(arch, c->size);
+  if (kernel(device, DECODE, (int)c->size, shared + 16 * bfloat, "attention_decode", 0, bytes, &function)) return -1;
+  return launch(function, "attention_decode", (unsigned)splits, (unsigned)(c->heads / shared), (unsigned)c->batch,
+                ATTENTION_DECODE_THREADS, bytes, on, arguments);
+}
+
+// As cache_step.cu has them.
+typedef struct {
+  void *q, *new_k, *new_v, *k, *v, *out;
+  const int *lengths;
+  unsigned *done;
+  int heads, kv_heads, capacity, window;
+  float scale, softcap;
+} Step;
+
+// Zeros for the counters of a decode; with caches, the new key and value too.
+static int clear(Step *p, int device, int size, int bfloat, int64_t batch, void *on) {
+  void *function = NULL, *arguments[] = {p};
+  if (kernel(device, STEP, size, bfloat ? BFLOAT : HALF, "cache_append", 1, 0, &function)) return -1;
+  return launch(function, "cache_append", (unsigned)p->kv_heads, (unsigned)batch, 1, 128, 0, on, arguments);
+}
+
+static Step step_of(const TVMFFIAny *args, int64_t size) {
+  Step p;
   memset(&p, 0, sizeof p);
-  p.q = data(q), p.k = data(k), p.v = data(v), p.out = data(out);
-  p.q_batch = p.out_batch = queries * width, p.q_row = p.out_row = width, p.q_head = p.out_head = head;
-  p.k_batch = p.v_batch = keys * narrow, p.k_row = p.v_row = narrow, p.k_head = p.v_head = head;
-  p.queries = (int)queries, p.keys = (int)keys, p.q_heads = (int)(width / head), p.kv_heads = (int)(narrow / head);
-  p.causal = causal, p.block = TILE;
-  p.scale = (float)(rest[2].v_float64 * 1.4426950408889634);
-  if (biased) p.bias = data(tensor(args + 3)), p.bias_batch = tensor(args + 3)->shape[0] == 1 ? 0 : keys;
-  _Alignas(64) unsigned char k_map[128] = {0}, v_map[128] = {0};
-  pthread_mutex_lock(&lock);
-  void *function = NULL;
-  int code = find_driver(), groups = 1;
-  if (!code && !(code = kernel(device, head, 1, biased, &function)) && queries > TILE && arches[device] >= 80)
-    code = kernel(device, head, groups = 2, biased, &function);
-  pthread_mutex_unlock(&lock);
-  if (code) return -1;
-  if (arches[device] == 90 && ((code = map(k_map, k, p.kv_heads, head)) || (code = map(v_map, v, p.kv_heads, head))))
-    return wrong("describing keys and values", code);
-  int64_t offset = causal ? keys - queries : 0;
-  int64_t tiles = (offset + queries + TILE - 1) / TILE - offset / TILE;
-  void *arguments[] = {&p, k_map, v_map};
-  code = cu.launch(function, (unsigned)((tiles + groups - 1) / groups), (unsigned)p.q_heads, (unsigned)batch, groups * 128,
-                   1, 1, (unsigned)shared_bytes(arches[device], head, groups, biased), stream(q), arguments, NULL);
-  return code ? wrong("launching attention", code) : 0;
+  const DLTensor *cache = tensor(args + 3);
+  p.q = data(tensor(args)), p.new_k = data(tensor(args + 1)), p.new_v = data(tensor(args + 2));
+  p.k = data(cache), p.v = data(tensor(args + 4)), p.lengths = data(tensor(args + 5));
+  p.heads = (int)(tensor(args)->shape[2] / size), p.kv_heads = (int)cache->shape[1], p.capacity = (int)cache->shape[2];
+  return p;
+}
+
+// (q (batch, 1, heads · size), k, v (batch, 1, kv heads · size), keys, values (batch, kv heads, capacity, size), held
+// (batch) int32, size, window, scale, softcap, out as q): the new key and value are written behind the `held` first.
+EXPORT int __tvm_ffi_planish_cache_step(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
+  (void)self, (void)result;
+  if (count != 11 || args[8].type_index != kTVMFFIFloat) return failed("planish_cache_step", "arguments", count);
+  const DLTensor *q = tensor(args);
+  int64_t size = args[6].v_int64;
+  if (tensor(args + 3)->shape[2] > ATTENTION_LONGEST) return failed("planish_cache_step", too_large, 0);
+  Step p = step_of(args, size);
+  p.out = data(tensor(args + 10));
+  p.window = (int)args[7].v_int64, p.scale = (float)args[8].v_float64, p.softcap = (float)args[9].v_float64;
+  int form = q->dtype.bits == 32 ? SINGLE : is_bfloat(q) ? BFLOAT : HALF;
+  void *function = NULL, *arguments[] = {&p};
+  if (kernel(q->device.device_id, STEP, (int)size, form, "cache_step", 0, 0, &function)) return -1;
+  return launch(function, "cache_step", (unsigned)p.heads, (unsigned)q->shape[0], 1, 256, 0, stream(q), arguments);
+}
+
+// (as planish_cache_step: q … held; total (batch) int32, held + 1; size, heads that share keys, scale, out as q,
+// workspace (bytes)): the keys are split among thread blocks.
+EXPORT int __tvm_ffi_planish_cache_decode(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
+  (void)self, (void)result;
+  if (count != 12 || args[9].type_index != kTVMFFIFloat) return failed("planish_cache_decode", "arguments", count);
+  const DLTensor *q = tensor(args), *cache = tensor(args + 3), *workspace = tensor(args + 11);
+  int device = q->device.device_id, bfloat = is_bfloat(q), shared = (int)args[8].v_int64;
+  attention_call c;
+  memset(&c, 0, sizeof c);
+  c.q = data(q), c.k = data(cache), c.v = data(tensor(args + 4)), c.out = data(tensor(args + 10));
+  c.size = args[7].v_int64, c.scale = (float)args[9].v_float64;
+  c.batch = q->shape[0], c.queries = 1, c.keys = cache->shape[2];
+  c.heads = q->shape[2] / c.size, c.kv_heads = cache->shape[1];
+  if (c.keys > ATTENTION_LONGEST) return failed("planish_cache_decode", too_large, 0);
+  attention_side_by_side(&c);
+  attention_by_heads(&c, c.keys);
+  c.lengths = data(tensor(args + 6));
+  Step append = step_of(args, c.size);
+  append.done = data(workspace);
+  if (clear(&append, device, (int)c.size, bfloat, c.batch, stream(q))) return -1;
+  return decode(&c, device, bfloat, shared, workspace, stream(q));
+}
+
+// (q, k, v as planish_attention; indptr (layouts, rows + 1), indices, head_layout (heads), int32; size, block, causal,
+// scale, out as q, [workspace (bytes)]): with a workspace one query is at the end of the keys, which are split.
+EXPORT int __tvm_ffi_planish_block_sparse(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
+  (void)self, (void)result;
+  if (count < 11 || count > 12 || args[9].type_index != kTVMFFIFloat)
+    return failed("planish_block_sparse", "arguments", count);
+  const DLTensor *q = tensor(args), *k = tensor(args + 1), *indptr = tensor(args + 3);
+  int device = q->device.device_id, bfloat = is_bfloat(q);
+  attention_call c;
+  memset(&c, 0, sizeof c);
+  c.q = data(q), c.k = data(k), c.v = data(tensor(args + 2)), c.out = data(tensor(args + 10));
+  c.size = args[6].v_int64, c.block = args[7].v_int64, c.causal = (int)args[8].v_int64, c.scale = (float)args[9].v_float64;
+  c.batch = q->shape[0], c.queries = q->shape[1], c.keys = k->shape[1];
+  c.heads = q->shape[2] / c.size, c.kv_heads = k->shape[2] / c.size;
+  if (c.causal && c.queries > c.keys) return failed("planish_block_sparse", "there are more queries than keys", 0);
+  attention_side_by_side(&c);
+  c.indptr = data(indptr), c.indices = data(tensor(args + 4)), c.head_layout = data(tensor(args + 5));
+  c.rows = indptr->shape[1] - 1;
+  if (count == 11 || c.queries != 1) return prefill(&c, device, bfloat, stream(q));
+  Step counters;
+  memset(&counters, 0, sizeof counters);
+  counters.heads = counters.kv_heads = (int)c.heads, counters.done = data(tensor(args + 11));
+  if (clear(&counters, device, (int)c.size, bfloat, c.batch, stream(q))) return -1;
+  return decode(&c, device, bfloat, 1, tensor(args + 11), stream(q));
 }

@@ -33,6 +33,18 @@ static inline void *data(const DLTensor *t) { return (char *)t->data + t->byte_o
 
 static inline void *stream(const DLTensor *t) { return TVMFFIEnvGetStream(t->device.device_type, t->device.device_id); }
 
+// CUlaunchAttribute and CUlaunchConfig.
+typedef struct {
+  int id, padding;
+  unsigned value[16];
+} Attribute;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  void *on;
+  Attribute *attributes;
+  unsigned count;
+} Settings;
+
 // CUDA's driver functions that are used, and whether they are all there.
 typedef struct {
   int (*get_error)(int, const char **);
@@ -44,6 +56,7 @@ typedef struct {
   int (*launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **);
   int (*tensor_map)(void *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *, const uint32_t *,
                     int, int, int, int);
+  int (*launch_settings)(const Settings *, void *, void **, void **);
 } Driver;
 
 #endif
