@@ -25,9 +25,10 @@ class Target:
         threads: intra-op threads; 0 lets the runtime choose.
         memory: memory budget in bytes, or None.
         kernels: generated kernels may be used; a program then holds native code.
-        dtype: preferred floating dtype (``"float32"``, ``"float16"``), or None for the model's own.
+        dtype: preferred floating dtype (``"float32"``, ``"float16"``, ``"bfloat16"``), or None for the model's own.
         graphs: for how many sets of input shapes a CUDA graph is kept; 0: none is made; None: one, where the shapes of
             all inputs are fixed.
+        buckets: the sizes that dimensions of inputs are padded to, each with a CUDA graph: (name, ascending sizes).
         options: further options of the runtime, as sorted (name, value) pairs.
     """
 
@@ -39,6 +40,7 @@ class Target:
     dtype: str | None = None
     kernels: bool = False
     graphs: int | None = None
+    buckets: tuple[tuple[str, tuple[int, ...]], ...] = ()
     options: tuple[tuple[str, str], ...] = field(default=())
 
     @property
@@ -79,6 +81,12 @@ class Target:
                 values["threads"] = _integer(text, key, value)
             elif key == "graphs" and device == "cuda":
                 values["graphs"] = _integer(text, key, value)
+            elif key == "buckets" and (runtime, device) == ("ort", "cuda"):
+                values["buckets"] = _buckets(text, value)
+            elif key == "buckets":
+                raise InputError(
+                    f"target '{text}': buckets= pads inputs to sizes with a CUDA graph, on 'ort-cuda' only."
+                )
             elif key == "memory":
                 values["memory"] = _bytes(text, value)
             elif key in ("arch", "dtype"):
@@ -86,7 +94,8 @@ class Target:
             elif key.startswith(("session.", "cuda.") if device == "cuda" else "session.") and equals:
                 options.append((key, value))
             else:
-                known = ["threads", "memory", "arch", "dtype", "kernels", *(["graphs"] if device == "cuda" else [])]
+                known = ["threads", "memory", "arch", "dtype", "kernels"]
+                known += ["graphs", "buckets"] if device == "cuda" else []
                 raise unknown(f"feature in target '{text}':", key, known)
         return cls(runtime, device, options=tuple(sorted(options)), **values)  # type: ignore[arg-type]
 
@@ -103,6 +112,9 @@ class Target:
             parts.append("kernels")
         if self.graphs is not None:
             parts.append(f"graphs={self.graphs}")
+        if self.buckets:
+            listed = (f"{name}:{'/'.join(map(str, sizes))}" for name, sizes in self.buckets)
+            parts.append(f"buckets={'+'.join(listed)}")
         parts += [f"{key}={value}" for key, value in self.options]
         return self.name + (":" + ",".join(parts) if parts else "")
 
@@ -118,3 +130,22 @@ def _bytes(text: str, value: str) -> int:
     if not match:
         raise InputError(f"target '{text}': memory='{value}' is not a size such as 512MiB or 4GiB.")
     return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def _buckets(text: str, value: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """``"batch:1/2/4+seq:32..512"``: sizes, or powers of two times the first of a range up to its last."""
+    found: dict[str, tuple[int, ...]] = {}
+    for part in value.split("+"):
+        name, colon, listed = part.strip().partition(":")
+        sizes: set[int] = set()
+        for item in listed.split("/"):
+            match = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", item.strip())
+            low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+            if not 1 <= low <= high or not colon or not name or name in found:
+                raise InputError(
+                    f"target '{text}': buckets='{value}' is not a list such as batch:1/2/4/8 or seq:32..512, for each "
+                    "dimension one, joined by '+'."
+                )
+            sizes |= {low << k for k in range(20) if low << k <= high} | {high}
+        found[name] = tuple(sorted(sizes))
+    return tuple(found.items())
