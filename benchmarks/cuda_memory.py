@@ -160,7 +160,7 @@ def prompt_of(tokens: int) -> np.ndarray:
 
 def ours(options: argparse.Namespace) -> Row:
     """One generation with a budget, and one without to compare tokens with, if asked."""
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from planish.ir.target import Target
     from planish.offload import split_for
@@ -182,9 +182,9 @@ def ours(options: argparse.Namespace) -> Row:
     measured = peak.start - device.memory()[0]
     engine.rates = rates
     if options.way == "stream":
-        engine.rates = replace(rates, host=1.0)
+        engine.rates = replace(rates, host=1.0, shared_host=1.0)
     if options.way == "host":
-        engine.rates = replace(rates, host=1e15, latency=0.0)
+        engine.rates = replace(rates, host=1e15, shared_host=1e15, latency=0.0)
     request = Request(1, options.prompt, options.new)
     plan = engine.plan(request)
     print(plan.table(), flush=True)
@@ -196,7 +196,7 @@ def ours(options: argparse.Namespace) -> Row:
         "weights": total, "limit": limit, "peak": most, "account": device.account.peak, "planned": plan.total,
         "after_rates": measured,
         "prompt_seconds": first, "tokens_per_second": 1 / step, "plan": plan.to_dict(),
-        "rates": {"link": rates.link, "host": rates.host, "latency": rates.latency},
+        "step_seconds": step, "estimated_seconds": plan.seconds, "rates": asdict(rates),
     }  # fmt: skip
     if options.compare:
         engine.parts._sessions.clear()
@@ -281,19 +281,20 @@ def worker(arguments: list[str], seconds: float = 90) -> Row:
 
 def describe(name: str, row: Row) -> str:
     if "error" in row:
-        return f"| {name} | {row['error']} | | | | | | |"
+        return f"| {name} | {row['error']} | | | | | | | | |"
     mib = {key: f"{row[key] / (1 << 20):.0f}" if row.get(key) else "–" for key in ("limit", "peak", "planned")}
     same = f"{row['equal']:.0%}" if "equal" in row else "–"
     error = f"{row['logits_error']:.1e}" if "logits_error" in row else "–"
+    step = f"{row['estimated_seconds'] * 1e3:.1f}" if "estimated_seconds" in row else "–"
     return (
-        f"| {name} | {mib['limit']} | {mib['planned']} | {mib['peak']} | {row['prompt_seconds']:.2f} | "
-        f"{row['tokens_per_second']:.1f} | {same} | {error} |"
+        f"| {name} | {mib['limit']} | {mib['planned']} | {mib['peak']} | {row['prompt_seconds']:.2f} | {step} | "
+        f"{1e3 / row['tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} | {same} | {error} |"
     )
 
 
 HEADER = (
-    "| row | budget, MiB | planned | peak | prompt, s | tokens/s | same tokens | logits, error |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| row | budget, MiB | planned | peak | prompt, s | step estimated, ms | measured | tokens/s | same tokens "
+    "| logits, error |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 #: Name → arguments of its worker.
 ROWS = {

@@ -229,6 +229,8 @@ def inspect(path: str | Path | None, target: Target, dims: Mapping[str, int] | N
         found |= machine.needed(path)
         if found["compiled"]:
             return found
+        if plan := machine.planned(path, target, dims or {}):
+            return found | plan
     from planish.ir.inspect import inspect_program
     from planish.runtime.coverage import ort_cpu_coverage
 

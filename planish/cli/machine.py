@@ -50,6 +50,21 @@ def needed(path: str | Path) -> dict[str, Any]:
     return found | {"made_for": manifest.target, "pipeline": manifest.pipeline, "compiled": compiled} | interface
 
 
+def planned(path: str | Path, target: Target, dims: Mapping[str, int]) -> dict[str, Any]:
+    """The plan of an artifact under a memory budget, or why there is none; empty for other artifacts."""
+    from planish.runtime.artifact import budget_table, is_budgeted, read_manifest
+    from planish.runtime.offload.account import MemoryBudgetError
+
+    if not is_budgeted(read_manifest(path)):
+        return {}
+    asked = target if target.name == "ort-cuda" and target.memory is not None else None
+    try:
+        found = budget_table(path, asked, dims)
+    except MemoryBudgetError as error:
+        return {"plan": None, "table": [str(error)]}
+    return {} if found is None else {"plan": found[0], "table": found[1]}
+
+
 def _points(needs: Needs, here: Machine) -> dict[str, Any]:
     from planish.ir.machine import points, unmet
 
@@ -89,6 +104,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         console.print(facts)
     if found.get("needs"):
         console.print(_needs(found))
+    if found.get("table"):
+        console.print(Text("\n".join(found["table"])))
     if found.get("precision"):
         table = Table(title=Text("Low precision here", style="bold"), title_justify="left")
         for name in ("", "fast", "what it is here"):

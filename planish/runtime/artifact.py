@@ -241,26 +241,32 @@ def _open(folder: Path, name: str) -> ConfinedFile:
         raise ArtifactError(f"the artifact is incomplete: {error}") from error
 
 
-def budget_table(path: str | os.PathLike[str], target: Target | None = None) -> tuple[dict[str, Any], list[str]] | None:
+def budget_table(
+    path: str | os.PathLike[str], target: Target | None = None, sizes: Mapping[str, int] | None = None
+) -> tuple[dict[str, Any], list[str]] | None:
     """The plan of an artifact under a memory budget, as data and as lines of text; None for other artifacts.
 
     Nothing is run, and no GPU is looked for: rates are those of the machine that made it.
 
     Args:
         target: whose budget is planned for; None: the artifact's.
+        sizes: ``batch``, ``prompt`` and ``new``, in tokens, where they differ from those that it was made with.
 
     Raises:
-        InputError: as for :func:`load`; MemoryBudgetError: the budget is too small.
+        InputError: as for :func:`load`, or another size; MemoryBudgetError: the budget is too small.
     """
-    manifest = read_manifest(path)
-    if not any(entry.file == _SPLIT for entry in manifest.entries.values()):
+    if not is_budgeted(read_manifest(path)):
         return None
     from planish.runtime.offload.artifact import planned
 
     folder, manifest, contents = _checked(path)
-    runner, source = planned(folder, manifest, contents, target or Target.parse(manifest.target))
-    lines = [*runner.plan.table().splitlines(), f"  rates: {source}"]
-    return runner.plan.to_dict(), lines
+    plan, source = planned(folder, manifest, contents, target or Target.parse(manifest.target), sizes or {})
+    return plan.to_dict(), [*plan.table().splitlines(), f"  rates: {source}"]
+
+
+def is_budgeted(manifest: Manifest) -> bool:
+    """Whether an artifact is one of a program under a memory budget."""
+    return any(entry.file == _SPLIT for entry in manifest.entries.values())
 
 
 def _load(
@@ -284,7 +290,7 @@ def _load(
         if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= 9999:
             raise InputError(f"threads is {threads!r}; it must be a number from 0 to 9999.")
         target = replace(target, threads=threads)
-    budgeted = any(entry.file == _SPLIT for entry in manifest.entries.values())
+    budgeted = is_budgeted(manifest)
     if memory is not None:
         if not budgeted:
             raise InputError(f"memory is {memory!r}, but '{folder}' is no program under a memory budget.")

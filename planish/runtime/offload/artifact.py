@@ -8,12 +8,12 @@ they were cut.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from planish.ir.confined import open_confined
-from planish.ir.errors import ArtifactError
+from planish.ir.errors import ArtifactError, unknown
 from planish.ir.machine import Machine
 from planish.ir.target import Target
 from planish.runtime import tensorfile
@@ -21,14 +21,10 @@ from planish.runtime.manifest import Manifest
 from planish.runtime.offload.account import size_text
 from planish.runtime.offload.device import Device
 from planish.runtime.offload.engine import Engine
+from planish.runtime.offload.plan import Plan
 from planish.runtime.offload.planned import PlannedDevice
 from planish.runtime.offload.runner import BudgetRunner
-from planish.runtime.offload.stored import SPLIT, Reader
-
-
-def is_budgeted(manifest: Manifest) -> bool:
-    """Whether an artifact is one of these."""
-    return any(entry.file == SPLIT for entry in manifest.entries.values())
+from planish.runtime.offload.stored import Reader
 
 
 def runners(
@@ -54,17 +50,28 @@ def runners(
 
 
 def planned(
-    folder: Path, manifest: Manifest, contents: Mapping[str, bytes], target: Target
-) -> tuple[BudgetRunner, str]:
-    """The plan of an artifact for a target, without a GPU, and where its rates are from."""
+    folder: Path, manifest: Manifest, contents: Mapping[str, bytes], target: Target, sizes: Mapping[str, int]
+) -> tuple[Plan, str]:
+    """The plan of an artifact for a target, without a GPU, and where its rates are from.
+
+    Args:
+        sizes: of the request, in the place of those that the artifact was made with.
+
+    Raises:
+        InputError: a size that a request has not.
+        MemoryBudgetError: the budget is too small.
+    """
     reader = _read(folder, manifest, contents)
+    known = asdict(reader.request)
+    for name in sizes:
+        if name not in known:
+            raise unknown("size", name, known)
     engine = Engine(reader.split, PlannedDevice(target.memory, target), target, reader.rates)
-    rates = engine.rates
-    source = "assumed"
+    source, rates = "assumed", engine.rates
     if reader.rates is not None:
-        source = f"measured where it was made: {rates.link / 1e9:.0f} GB/s to the GPU"
-        source += f", {rates.host / 1e9:.0f} GB/s of attention on the host"
-    return BudgetRunner(engine, reader.request), source
+        source = f"measured where it was made: {rates.link / 1e9:.3g} GB/s to the GPU"
+        source += f", {rates.host / 1e9:.3g} GB/s of attention on the host"
+    return engine.plan(replace(reader.request, **sizes)), source
 
 
 def available(target: Target, machine: Machine) -> tuple[int | None, str]:

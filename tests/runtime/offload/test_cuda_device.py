@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -13,6 +15,7 @@ from planish.ir.errors import UnsupportedError
 from planish.ir.target import Target
 from planish.offload import optimize_budgeted
 from planish.runtime.cuda import driver
+from planish.runtime.executable import Executable
 from planish.runtime.offload.device import COMPUTE, COPY, HostDevice, flat
 from planish.runtime.offload.engine import Engine
 from planish.runtime.offload.plan import Rates, Request
@@ -45,9 +48,8 @@ def decoder(half: bool = True) -> torch.nn.Module:
     ("memory", "prompt"), [(112 << 20, 300), (86 << 20, 300), (100 << 20, 3000)], ids=["free", "weights", "caches"]
 )
 def test_a_capped_model_generates_the_tokens_of_a_simulated_device(memory: int, prompt: int) -> None:
-    options = {"task": "causal-lm", "budget": Budget(gates=False)}
-    exe = optimize(decoder(), f"ort-cuda:memory={memory}", **options)
-    reference = optimize_budgeted(decoder(), Target.parse("ort-cuda:memory=1GiB"), device=HostDevice(), **options)
+    exe = optimize(decoder(), f"ort-cuda:memory={memory}", task="causal-lm", budget=Budget(gates=False))
+    reference = simulated()
     ids = np.random.default_rng(1).integers(3, VOCABULARY, (2, prompt))
     mask = np.ones_like(ids)
     mask[1, : prompt // 3] = 0
@@ -56,6 +58,12 @@ def test_a_capped_model_generates_the_tokens_of_a_simulated_device(memory: int, 
     assert (found == wanted).mean() > 0.99
     engine = exe.runners["prefill"].engine  # type: ignore[attr-defined]
     assert engine.device.account.peak <= memory
+
+
+@functools.cache
+def simulated() -> Executable:
+    target = Target.parse("ort-cuda:memory=1GiB")
+    return optimize_budgeted(decoder(), target, task="causal-lm", budget=Budget(gates=False), device=HostDevice())
 
 
 @needs_gpu

@@ -110,7 +110,7 @@ def test_less_memory_than_the_budget_is_planned_for_and_too_little_refused(
     assert gpu[-1].account.peak <= LIMIT - 5000
     assert "of the GPU are free: the plan is for these" in exe.runners["prefill"].notes[-1]  # type: ignore[attr-defined]
     on_machine(monkeypatch, 10_000)
-    with pytest.raises(UnsupportedError, match="10 KiB of it free: .* too little"):
+    with pytest.raises(UnsupportedError, match="needs 0.1 MiB of GPU memory; .* too little"):
         planish.load(folder)
     assert len(gpu) == 1
 
@@ -198,6 +198,25 @@ def test_the_table_of_an_artifact(made: tuple[Path, np.ndarray]) -> None:
     assert "a step is estimated at" in text and "GB/s of attention on the host" in text
     with pytest.raises(MemoryBudgetError, match="memory=.*MiB is the least"):
         budget_table(made[0])  # a GPU has libraries, which ordinary memory has not
+
+
+def test_inspect_prints_the_table(
+    made: tuple[Path, np.ndarray], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from planish.cli import invoke
+
+    monkeypatch.setenv("COLUMNS", "200")
+    where = [str(made[0]), "-t", "ort-cuda:memory=128MiB"]
+    assert invoke(["inspect", *where]) == 0
+    text = capsys.readouterr().out
+    assert "memory for 2 x (16 + 2) tokens" in text and "libraries" in text and "a step is estimated at" in text
+    assert invoke(["inspect", *where, "--dim", "prompt=40", "--dim", "batch=5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["prompt"] == 40 and found["plan"]["batch"] == 5 and found["plan"]["new_tokens"] == 2
+    assert invoke(["inspect", str(made[0]), "-t", "ort-cuda:memory=1MiB"]) == 0
+    assert "more than the budget of 1.0 MiB" in capsys.readouterr().out
+    assert invoke(["inspect", *where, "--dim", "promt=40"]) != 0
+    assert "prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
