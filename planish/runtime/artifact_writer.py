@@ -127,7 +127,9 @@ def _write_program(exe: Executable, program: Program, files: _Files, target: Pat
         file = f"{name}.onnx"
         files.write(file, proto.SerializeToString(deterministic=True))
         opsets[name] = {item.domain: item.version for item in proto.opset_import}
-        entries[name] = EntryInfo(file, exe.runners[name].inputs, exe.runners[name].outputs)
+        runner = exe.runners[name]
+        buckets = getattr(runner, "buckets", None)
+        entries[name] = EntryInfo(file, runner.inputs, runner.outputs, buckets=buckets)
     if order:
         files.write(WEIGHTS, header, *(item.raw for item in order))
     _write_rest(exe, program, files, entries, opsets, WEIGHTS if order else None, _write_kernels(exe, files))

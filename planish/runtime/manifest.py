@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
+from planish.ir.buckets import Buckets
 from planish.ir.confined import parse_location
 from planish.ir.errors import ArtifactError, UnsafeModelError
 from planish.ir.spec import TensorSpec
@@ -37,13 +38,15 @@ class FileInfo:
 class EntryInfo:
     """An entry: its ONNX file (or its library, for ``tvm-cpu``), inputs and outputs.
 
-    `parameters` are the weights that a library takes behind the inputs, in its order.
+    `parameters` are the weights that a library takes behind the inputs, in its order; `buckets` what padding was proved
+    to take.
     """
 
     file: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     parameters: list[str] = field(default_factory=list)
+    buckets: Buckets | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Manifest:
                 "inputs": [s.to_dict() for s in entry.inputs],
                 "outputs": [s.to_dict() for s in entry.outputs],
                 **({"parameters": entry.parameters} if entry.parameters else {}),
+                **({"buckets": entry.buckets.to_dict()} if entry.buckets is not None else {}),
             }
             for name, entry in self.entries.items()
         ]
@@ -180,15 +184,13 @@ def _read(data: dict[str, Any]) -> Manifest:
             raise ValueError(f"file '{path}' is used and not listed")
         return path
 
-    entries = {
-        _text(e["name"]): EntryInfo(
-            listed(e["file"]),
-            [TensorSpec.from_dict(s) for s in e["inputs"]],
-            [TensorSpec.from_dict(s) for s in e["outputs"]],
-            [_text(name) for name in e.get("parameters", [])],
-        )
-        for e in data["entries"]
-    }
+    def entry(e: Any) -> EntryInfo:
+        inputs, outputs = ([TensorSpec.from_dict(s) for s in e[kind]] for kind in ("inputs", "outputs"))
+        parameters = [_text(name) for name in e.get("parameters", [])]
+        buckets = Buckets.from_dict(e["buckets"], inputs, outputs) if "buckets" in e else None
+        return EntryInfo(listed(e["file"]), inputs, outputs, parameters, buckets)
+
+    entries = {_text(e["name"]): entry(e) for e in data["entries"]}
     if not entries:
         raise ValueError("there is no entry")
     golden = [Golden(_text(g["entry"]), listed(g["inputs"]), listed(g["outputs"]), g["synthetic"] is True)

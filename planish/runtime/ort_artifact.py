@@ -53,7 +53,8 @@ def runner(
     if target.device == "cuda":
         from planish.runtime.ort_cuda import on_gpu
 
-        found = on_gpu(lambda providers: session(providers)[0], target, entry.inputs, entry.outputs)
+        made_by = lambda providers: session(providers)[0]  # noqa: E731
+        found = on_gpu(made_by, target, entry.inputs, entry.outputs, buckets=entry.buckets)
     else:
         made, settings = session(["CPUExecutionProvider"])
         flushing = settings.get_session_config_entry(FLUSH) == "1"

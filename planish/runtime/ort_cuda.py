@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
+from planish.ir.buckets import Buckets
 from planish.ir.causal_lm import cache_layer
 from planish.ir.errors import InputError, UnsupportedError, unknown
 from planish.ir.machine import Machine, Needs, unmet
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
+from planish.runtime.ort_buckets import BucketedRunner
 from planish.runtime.ort_device import DeviceRunner
 
 if TYPE_CHECKING:
@@ -159,10 +161,12 @@ def device_index(target: Target) -> int:
     return int(text)
 
 
-def wants_graph(target: Target, inputs: Sequence[TensorSpec]) -> int:
+def wants_graph(target: Target, inputs: Sequence[TensorSpec], buckets: Buckets | None = None) -> int:
     """How many CUDA graphs a session for these inputs keeps."""
     if target.graphs is not None:
         return target.graphs
+    if buckets is not None:
+        return buckets.count
     return int(all(spec.shape is not None and all(isinstance(d, int) for d in spec.shape) for spec in inputs))
 
 
@@ -230,8 +234,15 @@ def compile_ort_cuda(
 
     inputs = [TensorSpec.of(v) for v in model.graph.inputs if v.name not in model.graph.initializers]
     outputs = [TensorSpec.of(v) for v in model.graph.outputs]
+    buckets, notes = None, []  # type: Buckets | None, list[str]
+    if target.buckets:
+        from planish.ir.analyses.bucket_plan import plan_buckets
+
+        buckets, notes = plan_buckets(model, target.buckets)
     if is_elsewhere(target):
-        return Offline(inputs, outputs, target, library)
+        made = Offline(inputs, outputs, target, library)
+        made.buckets, made.notes = buckets, [*made.notes, *notes]
+        return made
     require(target)
     kept: list[Any] = []
 
@@ -239,8 +250,9 @@ def compile_ort_cuda(
         made, kept[:], _ = common.open_session(model, target, wanted, optimize, options, library)
         return made
 
-    runner = on_gpu(session, target, inputs, outputs, kept)
+    runner = on_gpu(session, target, inputs, outputs, kept, buckets)
     runner.library = library
+    runner.notes = [*notes, *runner.notes]
     return runner
 
 
@@ -250,12 +262,14 @@ def on_gpu(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     kept: Sequence[Any] = (),
+    buckets: Buckets | None = None,
 ) -> DeviceRunner:
     """A runner on the GPU of a target; without a CUDA graph where a part of the model runs on the CPU.
 
     Args:
         session: makes one from providers.
         kept: what must live as long as the session, after `session` was called.
+        buckets: sizes that inputs are padded to, if they may be.
 
     Raises:
         UnsupportedError: the provider does not start, or ONNX Runtime does not take the model.
@@ -265,10 +279,12 @@ def on_gpu(
     def attempt(graphs: int, capture: bool) -> DeviceRunner:
         made = session(providers(target, graph=capture))
         check_provider(made)
-        index = device_index(target)
-        return DeviceRunner(made, inputs, outputs, index=index, graphs=graphs, capture=capture, keep_alive=kept)
+        settings: dict[str, Any] = {"index": device_index(target), "graphs": graphs, "capture": capture}
+        if buckets is None:
+            return DeviceRunner(made, inputs, outputs, **settings, keep_alive=kept)
+        return BucketedRunner(made, inputs, outputs, buckets=buckets, **settings, keep_alive=kept)
 
-    graphs = wants_graph(target, inputs)
+    graphs = wants_graph(target, inputs, buckets)
     # A step over caches runs on fixed memory whatever its shapes are.
     capture = graphs > 0 or (target.graphs is None and any(cache_layer(spec.name) is not None for spec in inputs))
     try:
@@ -285,7 +301,7 @@ class Offline:
     """An entry that was made for a GPU of another machine: it can be exported, and not run.
 
     Attributes:
-        inputs, outputs, notes, library: as of a runner.
+        inputs, outputs, notes, library, buckets: as of a runner.
         offline: always true.
     """
 
@@ -295,6 +311,7 @@ class Offline:
         self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], target: Target, library: CudaLibrary | None
     ) -> None:
         self.inputs, self.outputs, self.target, self.library = list(inputs), list(outputs), target, library
+        self.buckets: Buckets | None = None
         self.notes = [f"made for {target} on a machine without such a GPU: nothing was run or measured"]
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:

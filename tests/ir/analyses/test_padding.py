@@ -15,6 +15,7 @@ from planish.ir.errors import InputError
 from planish.passes.testing import program_of
 from tests.ir.analyses.padding_cases import DECLINED, HOLDS, text
 
+
 def prove(case) -> tuple[object, Proof]:
     signature, body, constants, dim = case[:4]
     program = program_of(text(signature, body, constants))
