@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from planish.ir.ledger import ErrorStats
+
+if TYPE_CHECKING:
+    from planish.ir.program import Program
 
 _TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 _EXACT = ErrorStats(0.0, 0.0, 1.0)
@@ -22,6 +25,13 @@ def tolerance(outputs: Mapping[str, Any]) -> float:
     """
     names = {np.asarray(v).dtype.name for v in outputs.values() if not isinstance(v, list | dict)}
     return max((_TOLERANCE[n] for n in names if n in _TOLERANCE), default=_TOLERANCE["float32"])
+
+
+def inner_tolerance(program: Program) -> float:
+    """The same by what a program computes in: with inner values of 16 bits, outputs of 32 are no more precise."""
+    nodes = (node for model in program.entries.values() for node in model.graph.all_nodes())
+    kinds = {value.dtype.name.lower() for node in nodes for value in node.outputs if value.dtype is not None}
+    return max((_TOLERANCE[kind] for kind in kinds & {"float16", "bfloat16"}), default=0.0)
 
 
 def compare_outputs(expected: Mapping[str, Any], got: Mapping[str, Any]) -> ErrorStats:

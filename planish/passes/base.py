@@ -109,6 +109,8 @@ class ApproximatePass(Pass):
             (10), then tokens (30), what attention sees (50), and the formats of numbers (60).
         lowered: whether it goes behind the passes that lower operators to the target, and not in front of them.
         tuned_within_error: while the pass is tuned, the gain of a variant that exceeds the error budget is 0.
+        selects: whether comparing numbers decides what the program does, as which tokens merge: rounding may decide
+            otherwise, so that exact passes behind it may change outputs, though not their distance to the original.
     """
 
     gives_up: ClassVar[str]
@@ -116,6 +118,7 @@ class ApproximatePass(Pass):
     order: ClassVar[int] = 50
     lowered: ClassVar[bool] = False
     tuned_within_error: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def entry_names(self, program: Program) -> list[str]:
         """The entries that the pass is to make faster; in others it may only follow."""

@@ -19,7 +19,7 @@ import numpy as np
 from planish.ir.analyses.liveness import liveness
 from planish.ir.budget import Budget
 from planish.ir.causal_lm import cache_layer
-from planish.ir.compare import compare_outputs, tolerance, worst_of
+from planish.ir.compare import compare_outputs, inner_tolerance, tolerance, worst_of
 from planish.ir.errors import PlanishError
 from planish.ir.ledger import EntryMeasure, ErrorStats, Ledger, LedgerEntry, Ratio
 from planish.ir.program import Program
@@ -116,6 +116,7 @@ class Gates:
         self.original, self.best, self.ledger = program, program, Ledger()
         self.checkpoints: list[tuple[Program, int]] = []  # (program before an approximate pass, ledger length)
         self.parts = program.calibration.parts if program.calibration is not None else []
+        self.selects, self.best_error = False, 0.0  # whether rounding decides what it does; its error to the original
         self.ratios: dict[Ratio, dict[str, Ratio]] = {}  # what was measured → the same by entry
         seconds = DEFAULT_SECONDS if self.budget.seconds is None else self.budget.seconds
         try:
@@ -158,9 +159,10 @@ class Gates:
         asked = self.budget.error
         if kind == "approximate":
             return DEFAULT_APPROXIMATE_ERROR if asked is None else asked
+        rounding = max(self.tolerance, inner_tolerance(self.best))
         if self.budget.metric is not None:
-            return self.tolerance
-        return self.tolerance if asked is None else min(self.tolerance, asked)
+            return rounding
+        return rounding if asked is None else min(rounding, asked)
 
     def _error(self, expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> ErrorStats:
         stats = worst_of(self._errors(expected, got))
@@ -196,6 +198,10 @@ class Gates:
         original = self._error(self.expected, outputs)
         previous = original if self.best_outputs is self.expected else self._error(self.best_outputs, outputs)
         cost = previous.relative_l2 if kind == "exact" else original.cost
+        if kind == "exact" and self.selects:
+            # Rounding decides what is selected: such a program may differ from the one before it, and is as near to
+            # the original.
+            cost = min(cost, max(original.relative_l2 - self.best_error, 0.0))
         return Trial(cost, previous, original, outputs, by_entry=self._by_entry(outputs))
 
     # --- one group -----------------------------------------------------------------------------------------
@@ -219,7 +225,8 @@ class Gates:
         self._enter(group, candidate, kind, trial, ratio, time.monotonic() - started)
         self.best = candidate.program if candidate.changed else group.base
         if trial is not None:
-            self.best_outputs = trial.outputs
+            self.best_outputs, self.best_error = trial.outputs, trial.original.relative_l2
+            self.selects |= kind == "approximate" and any(getattr(p, "selects", False) for p in group.passes)
 
     def _settle(self, group: PassGroup, kind: str) -> tuple[Candidate, Trial | None, Ratio | None]:
         limit = self._limit(kind)

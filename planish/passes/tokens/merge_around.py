@@ -49,6 +49,7 @@ class MergeAround(ApproximatePass):
     """
 
     name: ClassVar[str] = "merge-around"
+    selects: ClassVar[bool] = True
     gives_up: ClassVar[str] = "In some branches, the difference between tokens that are alike."
     requires: ClassVar[tuple[str, ...]] = ("shapes", "opset>=18")
 

@@ -38,6 +38,7 @@ class MergeConnector(ApproximatePass):
     """
 
     name: ClassVar[str] = "merge-connector"
+    selects: ClassVar[bool] = True
     gives_up: ClassVar[str] = "The difference between image tokens that are alike, and their number."
     requires: ClassVar[tuple[str, ...]] = ("shapes", "opset>=18")
 

@@ -52,6 +52,7 @@ class MergeTokens(ApproximatePass):
     requires: ClassVar[tuple[str, ...]] = ("shapes",)
     gives_up: ClassVar[str] = "The difference between tokens that are alike."
     order: ClassVar[int] = 30
+    selects: ClassVar[bool] = True
 
     r: int | tuple[int, ...] | None = None
     inflection: float = 0.0

@@ -61,6 +61,7 @@ class PruneTokens(ApproximatePass):
     name: ClassVar[str] = "prune-tokens"
     gives_up: ClassVar[str] = "What later layers would read from the tokens that are dropped; fine detail goes first."
     order: ClassVar[int] = 30
+    selects: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("shapes", "opset>=18")
 
     method: str = "feather"
