@@ -67,6 +67,7 @@ RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
 # What the CUDA provider has one kernel for; there is nothing to choose by length.
 _CUDA = (
     "lower-cuda-cache",
+    "lower-cuda-step",
     "lower-cuda-attention",
     "lower-cuda-normalization",
     "lower-cuda-activation",

@@ -1,4 +1,4 @@
-"""Generation on a device: on the memory of the host with the CPU provider everywhere, and on a GPU where there is one."""
+"""Generation on a device: with the CPU provider on the memory of the host, and on a GPU where there is one."""
 
 from __future__ import annotations
 
