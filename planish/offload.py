@@ -20,17 +20,23 @@ from planish.passes.manager import PassManager
 from planish.passes.pipeline import as_passes, parse_pipeline
 from planish.runtime.compile import for_another_machine
 from planish.runtime.executable import Executable
-from planish.runtime.offload.account import size_text
+from planish.runtime.offload.account import MemoryBudgetError, size_text
 from planish.runtime.offload.device import Device
 from planish.runtime.offload.engine import Engine
 from planish.runtime.offload.pieces import Lower
-from planish.runtime.offload.plan import Request
+from planish.runtime.offload.plan import Plan, Request
 from planish.runtime.offload.planned import PlannedDevice
+from planish.runtime.offload.planner import request_seconds
 from planish.runtime.offload.runner import BudgetRunner
 from planish.runtime.offload.split import Split, split_decoder
+from planish.runtime.offload.table import milliseconds
 
 #: What makes weights smaller, tried in this order if the error budget allows.
 _LOWER_PRECISION = ("float16", "quantize-weights,float16", "quantize-weights{bits=4},float16")
+#: How much faster a lower precision must be than one that loses less, by the estimate.
+_WORTH = 1.05
+#: Tokens after the calibration's prompts that estimates are for.
+_TOKENS = 32
 
 
 def lower_for(target: Target) -> Lower:
@@ -121,14 +127,17 @@ def _engine(program: Program, target: Target, device: Device) -> Engine:
 def _smaller(
     program: Program, target: Target, device: Device, budget: Budget, notes: list[str]
 ) -> tuple[Program, Engine]:
-    """The program in the first precision in which its weights fit, of those that the error budget allows."""
+    """The program in the precision that the error budget allows and whose estimated time is the least.
+
+    What streams nothing is not made smaller, and precisions are tried in the order of what they lose.
+    """
     original, engine = program, _engine(program, target, device)
     if budget.error is None or budget.metric is not None or not budget.gates:
         return program, engine
-    before = engine.parts.facts().weights
+    request = replace(_request(program), new=_TOKENS)
+    best, before = _planned(engine, request), engine.parts.facts().weights
     for passes in _LOWER_PRECISION:
-        size = engine.parts.facts().weights
-        if device.account.limit is None or size <= device.account.limit:
+        if best is not None and not best.streamed() and not best.kv_host():
             break
         candidate = original.clone()
         if not PassManager(as_passes(passes)).apply(candidate, PassContext(target)).modified:
@@ -138,13 +147,28 @@ def _smaller(
             notes.append(f"{passes} was taken back: error {error:.2g} > {budget.error:.2g}")
             continue
         made = _engine(candidate, target, device)
-        now = made.parts.facts().weights
-        if now < size:
-            program, engine = candidate, made
-            notes.append(
-                f"{passes} for the memory budget: weights {size_text(before)} → {size_text(now)}, error {error:.2g}"
-            )
+        found, now = _planned(made, request), made.parts.facts().weights
+        if found is None:
+            notes.append(f"{passes} was taken back: weights of {size_text(now)} do not fit either")
+            continue
+        step = f"a step is estimated at {milliseconds(found.seconds)}"
+        if best is not None:
+            step += f" in the place of {milliseconds(best.seconds)}"
+            if request_seconds(found) > request_seconds(best) / _WORTH:
+                notes.append(f"{passes} was taken back: error {error:.2g}, {step}")
+                continue
+        program, engine, best = candidate, made, found
+        sizes = f"{size_text(before)} → {size_text(now)}"
+        notes.append(f"{passes} for the memory budget: weights {sizes}, error {error:.2g}, {step}")
     return program, engine
+
+
+def _planned(engine: Engine, request: Request) -> Plan | None:
+    """The plan of a request; None where nothing fits."""
+    try:
+        return engine.plan(request)
+    except MemoryBudgetError:
+        return None
 
 
 def _error(before: Program, after: Program, target: Target) -> float:

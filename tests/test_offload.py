@@ -13,9 +13,11 @@ from planish.ir.errors import InputError
 from planish.ir.target import Target
 from planish.offload import optimize_budgeted
 from planish.runtime.executable import Executable
+from planish.runtime.offload import engine
 from planish.runtime.offload.account import MemoryBudgetError
 from planish.runtime.offload.device import HostDevice
-from planish.runtime.offload.plan import Request
+from planish.runtime.offload.plan import Rates, Request
+from planish.runtime.offload.planner import place
 from tests.causal_models import causal_model, greedy, prompts
 
 TARGET = Target.parse("ort-cuda:sm_80,threads=1,memory=1MiB")
@@ -41,6 +43,21 @@ def test_generate_under_a_budget_is_that_of_transformers() -> None:
     assert logits[0].argmax() == tokens[0, 11]
 
 
+def test_a_prompt_that_is_longer_than_activations_allow_is_read_in_chunks(slow_link: None) -> None:
+    roomy, _ = budgeted(1 << 20)
+    facts = roomy.runners["prefill"].engine.parts.facts()  # type: ignore[attr-defined]
+    request, kept = Request(1, 50, 6), {"resident": range(3), "kv_device": range(2), "slots": 0, "kv_slots": 0}
+    whole, chunked = (place(facts, request, Rates(), chunk=chunk, **kept).total for chunk in (50, 16))
+    assert chunked < whole
+    exe, device = budgeted(chunked)
+    ids, mask = prompts(1, 50)
+    tokens = exe.generate(ids, 6, attention_mask=mask)
+    np.testing.assert_array_equal(tokens, greedy(causal_model("Llama"), ids, mask, 6))
+    plan = exe.runners["prefill"].plan  # type: ignore[attr-defined]
+    assert plan.chunk == 16 and not plan.streamed() and not plan.kv_host()
+    assert device.account.peak <= chunked < whole
+
+
 def test_what_does_not_fit_is_an_error_in_words() -> None:
     with pytest.raises(MemoryBudgetError, match=r"take at least .* more than the budget of 20 KiB"):
         budgeted(20_000)
@@ -51,13 +68,21 @@ def test_what_does_not_fit_is_an_error_in_words() -> None:
     assert exe.generate(ids, 2).shape == (1, 6)  # goes on
 
 
-def test_weights_get_a_lower_precision_where_the_error_allows() -> None:
+@pytest.fixture
+def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where what streams decides about the time of a step."""
+    rates = Rates(link=1e6, device=1e12, host=1e5, launch=1e-7)
+    monkeypatch.setattr(engine, "measure_rates", lambda parts, device: rates)
+
+
+def test_weights_get_a_lower_precision_where_the_error_allows(slow_link: None) -> None:
     limit = 60_000
     exact, _ = budgeted(limit, Budget(error=1e-9, seconds=0.5))
     assert exact.report is not None and any("float16 was taken back: error" in n for n in exact.report.ledger.notes)
     smaller, device = budgeted(limit, Budget(error=0.02, seconds=0.5))
     assert smaller.report is not None
-    assert any(note.startswith("float16 for the memory budget: weights") for note in smaller.report.ledger.notes)
+    note = next(n for n in smaller.report.ledger.notes if n.startswith("float16 for the memory budget: weights"))
+    assert "a step is estimated at" in note
     ids, mask = prompts(2, 9)
     tokens = smaller.generate(ids, 4, attention_mask=mask)
     plan = smaller.runners["prefill"].plan  # type: ignore[attr-defined]
@@ -65,7 +90,17 @@ def test_weights_get_a_lower_precision_where_the_error_allows() -> None:
     np.testing.assert_array_equal(tokens, greedy(causal_model("Llama"), ids, mask, 4))
 
 
-def test_weights_in_few_bits_where_half_precision_is_not_enough() -> None:
+def test_a_lower_precision_must_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where starting layers takes longer than copying them, weights stream as they are."""
+    monkeypatch.setattr(engine, "measure_rates", lambda parts, device: Rates(link=1e9, launch=1.0))
+    exe, _ = budgeted(70_000, Budget(error=0.03, seconds=0.5))
+    assert exe.report is not None
+    notes = exe.report.ledger.notes
+    assert any(n.startswith("float16 was taken back: error") and "in the place of" in n for n in notes)
+    assert exe.program is not None and exe.program.weight_bytes() > 70_000
+
+
+def test_weights_in_few_bits_where_half_precision_is_not_enough(slow_link: None) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

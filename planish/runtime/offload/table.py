@@ -42,7 +42,7 @@ def _places(plan: Plan) -> list[tuple[str, str, str]]:
 def _weights(plan: Plan, unit: int) -> str:
     if unit in plan.resident:
         return "weights on the device"
-    return f"weights streamed, {_ms(plan.facts.units[unit] / plan.rates.link)}"
+    return f"weights streamed, {milliseconds(plan.facts.units[unit] / plan.rates.link)}"
 
 
 def _cache(plan: Plan, layer: int) -> str:
@@ -50,17 +50,18 @@ def _cache(plan: Plan, layer: int) -> str:
         return "cache on the device"
     size = plan.kv_bytes(layer)
     if plan.cooperative:
-        return f"cache on the host, attended to there, {_ms(size / plan.rates.host + plan.rates.latency)}"
-    return f"cache on the host, copied, {_ms(size / plan.rates.link)}"
+        return f"cache on the host, attended to there, {milliseconds(size / plan.rates.host + plan.rates.latency)}"
+    return f"cache on the host, copied, {milliseconds(size / plan.rates.link)}"
 
 
 def _estimate(plan: Plan) -> str:
     times = plan.times
     parts = [("copies", times.copies), ("attention on the host", times.attention), ("the device", times.device)]
-    text = ", ".join(f"{what} {_ms(seconds)}" for what, seconds in parts if seconds)
-    return f"a step is estimated at {_ms(times.step)}: {text}"
+    text = ", ".join(f"{what} {milliseconds(seconds)}" for what, seconds in parts if seconds)
+    return f"a step is estimated at {milliseconds(times.step)}: {text}"
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """``"28.3 ms"``."""
     ms = seconds * 1e3
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms:.2g} ms"
