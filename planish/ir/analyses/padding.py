@@ -13,6 +13,7 @@ The proof is about numbers, not about rounding: a kernel may sum in another orde
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,7 @@ from planish.ir.spec import TensorSpec
 _SAMPLES = (10007, 10037, 10007)
 _OTHERS = (20011, 20011, 20021)
 _MOST_FILLS = 24
+_FUNCTION = re.compile(r"\w\(|[%?]|//")
 _INTEGERS = frozenset((ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL))
 Rule = Callable[["Flow", ir.Node, Sequence[Held | None]], "Sequence[Held | None]"]
 
@@ -238,7 +240,8 @@ class Flow:
         if dim is None or isinstance(dim, int):
             return None if dim is None else (dim,) * len(self.samples)
         if dim not in self._sizes:
-            found = [evaluate_dim(dim, sample) for sample in self.samples]
+            # A minimum of a size and a number is not the same function of it everywhere.
+            found = [None if _FUNCTION.search(dim) else evaluate_dim(dim, sample) for sample in self.samples]
             self._sizes[dim] = None if None in found else tuple(int(n) for n in found if n is not None)
         return self._sizes[dim]
 
@@ -298,6 +301,7 @@ class Flow:
                 return [self._clean(value, State.ANY) for value in node.outputs]
             self._count(node, args)
             results = self._apply(node, args)
+            self._check(results)
         except Mixes as reason:
             return [self._mixed(value, f"{describe(node)}: {reason}") for value in node.outputs]
         data = any(a is not None and a.data for k, a in enumerate(args) if k not in _shape_operands(node))
@@ -305,6 +309,13 @@ class Flow:
             held and replace(held, dtype=_dtype(value), data=data)
             for value, held in zip(node.outputs, results, strict=False)
         ]
+
+    def _check(self, results: Sequence[Held | None]) -> None:
+        """What has the size of the dimension carries it."""
+        for held in results:
+            for axis, size in enumerate((held.sizes or ()) if held is not None and not held.mixed else ()):
+                if held is not None and self.carries(size) != (axis in held.spans) and (size or axis in held.spans):
+                    raise Mixes(f"has a size of {self.dim} in a way that is not known")
 
     def _apply(self, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Held | None]:
         from planish.ir.analyses.padding_rules import rule_of

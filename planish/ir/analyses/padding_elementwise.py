@@ -78,6 +78,8 @@ def elementwise(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Seque
         spans[axis] = carried[0]
     for axis, span in list(spans.items()):
         facts = [_fact(a, axis - rank + (a.rank or 0)) for a in given]
+        if node.op_type in ("Div", "Mod") and _whole(given[1]) and facts[1] in (*Fact, Known(0.0)):
+            raise Mixes("may divide by zero in the padding")
         fact = _combine(node, facts, given)
         if node.op_type in _LOGIC and fact is Fact.ANY:
             fact = _compare(flow, node, given, rank, axis, spans)
@@ -98,6 +100,10 @@ def _operands(node: ir.Node, args: Sequence[Held | None]) -> list[Held]:
     if channels and any(table is None or table.size > 1 for table in channels):
         raise Mixes("its scale is not one number")
     return [a for a in args if a is not None]
+
+
+def _whole(arg: Held) -> bool:
+    return "INT" in arg.dtype
 
 
 def _broadcast(sizes: Sequence[Size | None]) -> Size | None:

@@ -134,6 +134,8 @@ def hidden(fact: Fact | Known) -> bool:
 def _matmul(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Held | None]:
     a, b = args[0], args[1]
     assert a is not None and b is not None
+    if any(node.attributes.get_int(name, 0) for name in ("transBatchA", "transBatchB")):
+        raise Mixes("transposes its batch")
     if node.attributes.get_int("transA", 0):
         a = views.permuted(a, [*range((a.rank or 2) - 2), (a.rank or 2) - 1, (a.rank or 2) - 2])
     if node.attributes.get_int("transB", 0):
@@ -233,6 +235,10 @@ def _batched(leading: int) -> Rule:
             raise Mixes(f"works across {flow.dim}")
         spans = {axis: replace(s, fact=Fact.ANY) for axis, s in x.spans.items()}
         state = x.state if x.state is State.FINITE else State.ANY
+        for value in node.outputs:
+            sizes = flow.declared(value)
+            if sizes is None or any(sizes[axis] != x.size(axis) for axis in spans):
+                raise Mixes(f"changes the size of {flow.dim}")
         return [Held(flow.declared(value), spans, state) for value in node.outputs]
 
     return rule
@@ -277,7 +283,16 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Range": (1,), "Slice": (2,), "Shape": (0,), "Size": (0,),
 }  # fmt: skip
 _BATCHED: dict[int, tuple[str, ...]] = {
-    1: ("Conv", "ConvTranspose", "InstanceNormalization", "GroupNormalization", "LRN", "DepthToSpace", "SpaceToDepth"),
+    1: (
+        "Conv",
+        "ConvTranspose",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "LRN",
+        "DepthToSpace",
+        "SpaceToDepth",
+        "Resize",
+    ),
     2: ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"),
 }
 _REDUCTIONS = ["Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSum", "LogSumExp"]
