@@ -143,19 +143,34 @@ def _rows(program: Any, inputs: Sequence[TensorInfo | None]) -> dict[Any, Dim]:
     return rows
 
 
-def _graph(program: Any, arrays: Sequence[np.ndarray]) -> Any:
+def graph_of(program: Any, index: np.ndarray, types: np.ndarray, rows: Sequence[Dim]) -> Any:
+    """The graph of edges, whose numbers of nodes and types the first axes of the program's arguments say.
+
+    Args:
+        rows: by argument; None if one that is needed is not a number.
+
+    Raises:
+        InputError: an edge that is out of range.
+    """
     from planish.ir.relational.domains import EDGE_TYPE, NODE
     from planish.ir.relational.graph import Graph
 
-    sizes: dict[Any, int] = {}
-    for variable, array in zip(program.arguments, arrays[2:], strict=True):
+    sizes: dict[Any, Dim] = {}
+    for variable, size in zip(program.arguments, rows, strict=True):
         if variable.domain.kind != "none":
-            sizes[variable.domain] = array.shape[0]
+            sizes[variable.domain] = size
     parts = sorted((d for d in sizes if d.index is not None), key=lambda d: d.index)
-    counts = [sizes[d] for d in parts] or [sizes[NODE]]
-    pointers = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    index, types = (np.asarray(a, np.int64) for a in arrays[:2])
-    return Graph(index, types, node_ptr=pointers, num_edge_types=sizes.get(EDGE_TYPE))
+    counts = [sizes[d] for d in parts] or [sizes.get(NODE)]
+    kinds = sizes.get(EDGE_TYPE)
+    known = [count for count in counts if isinstance(count, int)]
+    if len(known) < len(counts) or isinstance(kinds, str):
+        return None
+    pointers = np.concatenate([[0], np.cumsum(known)]).astype(np.int64)
+    return Graph(np.asarray(index, np.int64), np.asarray(types, np.int64), node_ptr=pointers, num_edge_types=kinds)
+
+
+def _graph(program: Any, arrays: Sequence[np.ndarray]) -> Any:
+    return graph_of(program, arrays[0], arrays[1], [array.shape[0] if array.ndim else 0 for array in arrays[2:]])
 
 
 def _reference(*arrays: np.ndarray, program: str) -> tuple[np.ndarray, ...]:

@@ -80,3 +80,19 @@ def compiled(name: str, text: str, arch: str) -> bytes:
             return toolchain.fatbin(f"{name}.cu", architectures=(arch,), ptx=None, folder=Path(folder))
 
     return _kept(name, repr((text, arch, str(toolchain.nvcc()))), make)
+
+
+@functools.cache
+def generated_binary(name: str, text: str) -> bytes:
+    """The fat binary of a generated source, for all architectures, compiled once on a machine.
+
+    Raises:
+        UnsupportedError: it is not in the cache, and there is no nvcc.
+    """
+
+    def make() -> bytes:
+        with tempfile.TemporaryDirectory(prefix="planish-cuda-") as folder:
+            (Path(folder) / f"{name}.cu").write_text(text)
+            return toolchain.fatbin(f"{name}.cu", folder=Path(folder))
+
+    return _kept(name, repr((text, toolchain.ARCHITECTURES, toolchain.PTX, str(toolchain.nvcc()))), make)

@@ -7,8 +7,10 @@ is looked for when a kernel first runs. A model keeps the operators' functions, 
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from collections.abc import Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 from planish.ir.machine import Version
 from planish.ir.schemas import DIALECT_DOMAIN
 from planish.runtime.cuda import toolchain
-from planish.runtime.cuda.ort_ops import FAMILIES
+from planish.runtime.cuda.ort_ops import family_of
 from planish.runtime.cuda.ort_ops.family import Code, Family
 from planish.runtime.kernels.library import ORT_MINORS
 from planish.runtime.kernels.linker import link
@@ -25,7 +27,6 @@ from planish.runtime.scratch import process_folder
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FAMILY: dict[str, Family] = {op: family for family in FAMILIES for op in family.operators}
 _NATIVE = Path(__file__).with_name("native")
 _HOST = Path(__file__).parents[1] / "kernels" / "native"
 #: What drivers must take for machine code and PTX of a compiler of version 13.
@@ -60,9 +61,8 @@ def has_kernel(node: ir.Node) -> bool:
 
 
 def _form(node: ir.Node) -> Hashable | None:
-    if node.domain != DIALECT_DOMAIN or node.op_type not in _FAMILY:
-        return None
-    return _FAMILY[node.op_type].form(node)
+    family = family_of(node.op_type) if node.domain == DIALECT_DOMAIN else None
+    return None if family is None else family.form(node)
 
 
 def library_for(models: Iterable[ir.Model]) -> CudaLibrary | None:
@@ -88,20 +88,23 @@ def library_for(models: Iterable[ir.Model]) -> CudaLibrary | None:
 @functools.cache
 def _library(needed: tuple[tuple[str, tuple[Hashable, ...]], ...]) -> CudaLibrary:
     folder = Path(tempfile.mkdtemp(prefix="cuda-", dir=process_folder("planish-cuda-")))
-    families = sorted({_FAMILY[op].native for op, _ in needed})
-    codes: dict[str, Code] = {code.label: code for op, forms in needed for code in _FAMILY[op].codes(op, forms)}
+    family: dict[str, Family] = {op: found for op, _ in needed if (found := family_of(op)) is not None}
+    families = sorted({family[op].native for op, _ in needed})
+    codes: dict[str, Code] = {code.label: code for op, forms in needed for code in family[op].codes(op, forms)}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        binaries = list(pool.map(lambda code: code.binary(), codes.values()))
     lines = ["/* Generated: the operators of this library, and their code. */"]
     lines += [f'#include "{family}.h"' for family in families]
     lines += _INCLUDE
-    for label, code in codes.items():
+    for label, binary in zip(codes, binaries, strict=True):
         file = folder / f"{label}.fatbin"
-        file.write_bytes(code.binary())
+        file.write_bytes(binary)
         lines.append(f'FAT_BINARY(code_{label}, "{file}")')
     for op, forms in needed:
-        lines += _FAMILY[op].define(op, forms)
+        lines += family[op].define(op, forms)
     lines += [
         "planish_op *const planish_ops[] = {", *(f"  &op_{op}.base," for op, _ in needed), "  0};",
-        "void planish_setup(void) {", *(f"  planish_{_FAMILY[op].native}(&op_{op});" for op, _ in needed), "}",
+        "void planish_setup(void) {", *(f"  planish_{family[op].native}(&op_{op});" for op, _ in needed), "}",
         "const char *const planish_features[] = {0};",
         f"const int planish_minor_first = {ORT_MINORS[0]}, planish_minor_last = {ORT_MINORS[1]};",
     ]  # fmt: skip

@@ -91,7 +91,7 @@ def place_values(lowered: Lowered, graph: Graph) -> tuple[dict[str, Place], int,
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for number, step in enumerate(lowered.steps):
-        for name in _touched(lowered, step):
+        for name in touched(lowered, step):
             root = owner[name].base
             first.setdefault(root, number)
             last[root] = number
@@ -152,7 +152,8 @@ def _written(step: Kernel | View) -> Sequence[str]:
     return tuple(step.writes()) if isinstance(step, Kernel) else (step.result.name,)
 
 
-def _touched(lowered: Lowered, step: Kernel | View) -> list[str]:
+def touched(lowered: Lowered, step: Kernel | View) -> list[str]:
+    """Values that a step reads, writes, or begins with."""
     names = [*step.reads(), *step.writes()] if isinstance(step, Kernel) else [*step.parts, step.result.name]
     starts = [start for name in _written(step) if (start := lowered.start.get(name)) is not None]
     return names + starts

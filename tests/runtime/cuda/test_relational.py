@@ -26,6 +26,11 @@ gpu = pytest.mark.skipif(not (torch.cuda.is_available() and driver.available()),
 
 GRAPHS = {name: graph for name, graph in graphs().items() if name != "any types"}
 GRAPHS["500 types"] = random_graph(11, (20, 13), 500, 700)
+for end, label in enumerate(("power law out", "power law in")):  # rows of all lengths, long ones at one end
+    ends = np.random.default_rng(5).random((2, 30_000)) ** np.array([[6, 1], [1, 6]])[end][:, None]
+    GRAPHS[label] = rel.Graph(
+        (2011 * ends).astype(np.int64), np.arange(30_000) % 97 // 33, num_nodes=2011, num_edge_types=3
+    )
 GRAPHS["hub"] = rel.Graph(  # most edges lead to one node, through many tiles
     np.stack([np.arange(9000) % 37, np.where(np.arange(9000) % 50 < 49, 3, np.arange(9000) % 37)]),
     np.minimum(np.arange(9000) ** 2 % 11, 7),
@@ -54,7 +59,7 @@ def engine(program: rel.Program, deterministic: bool = False) -> CudaEngine:
 def test_gathered_rows_are_reduced_multiplied_and_added_in_one_kernel() -> None:
     (kernel,) = engine(plain(64, 32)).kernels.values()
     text = kernel.text
-    assert text.count("__global__") == 1
+    assert [launch.grid for launch in kernel.launches] == ["parts", "items"]  # the first for long rows only
     for part in (
         "const float* __restrict__ m_x, const float* __restrict__ m_W, float* m_h",
         "load_matrix<64, 32, 40, 256>(weights, matrix, 64, 32, 0, 0);",  # once for an item of work
@@ -79,14 +84,25 @@ def test_lanes_share_the_edges_of_a_node_where_there_is_one_number_for_each() ->
     assert "join<Most, G>" in softmax.text and "join<Plus, G>" in softmax.text
 
 
-def test_long_loops_are_shared_by_a_block() -> None:
+def test_long_loops_are_cut_into_parts() -> None:
     gemm, scores = (
-        next(k.text for k in engine(rgat(64, 64)).kernels.values() if name in str(k.kernel))
-        for name in ("tile:", "a_max")
+        next(k for k in engine(rgat(64, 64)).kernels.values() if name in str(k.kernel)) for name in ("tile:", "a_max")
     )
-    for part in ("__syncthreads_or(threadIdx.x < rows_here", "p += 32)", "across<Plus, G>", "if (threadIdx.x < G) {"):
-        assert part in gemm, part
-    assert "> 512) return;" in scores and "_long(" in scores and "listed[row]" in scores
+    for part in ("__syncthreads_or(threadIdx.x < rows_here", "p += 32)", "join_parts<Plus, 256>(joined", "find_row("):
+        assert part in gemm.text, part
+    assert (gemm.long, gemm.long_room, gemm.long_rows) == ("dst_pair_ptr", 64, 0)
+    assert "> 512) return;" in scores.text and "listed[blockIdx.x]" in scores.text
+    assert [launch.grid for launch in scores.launches] == ["groups", "parts", "parts", "listed"]
+    first, second, last = scores.text.split("__global__")[2:]
+    assert "join_parts" not in first
+    assert second.count("join_parts<Most, 256>") == last.count("join_parts<Most, 256>") == 1  # the softmax's maximum
+    assert "join_parts<Plus, 256>" in last and "expf" in second and "expf" not in last
+
+
+def test_results_that_a_long_loop_reads_go_to_memory() -> None:
+    kernel = next(k for k in engine(hgt(12, 6, 2)).kernels.values() if k.long_rows)
+    assert [launch.grid for launch in kernel.launches] == ["items", "parts"]
+    assert (kernel.long_room, kernel.long_rows) == (0, 12)
 
 
 def test_gradients_of_weights_are_summed_by_items_in_order() -> None:
@@ -117,6 +133,8 @@ def test_items_of_work() -> None:
     rows = np.concatenate([np.arange(b, e) for _, b, e, _ in work])
     assert (rows == np.arange(701)).all() and (np.diff(work[:, 1:3]) <= 64).all()
     assert items(np.array([0, 10**6]), 64, 1, 4)[0][0].tolist() == [0, 0, 256, 0]
+    some, starts = items(pointers, 64, 1, 4, np.array([1, 3]))
+    assert some[0].tolist() == [0, 0, 5, 0] and some[1].tolist() == [1, 700, 701, 1] and starts.tolist() == [0, 1, 2]
     empty, starts = items(np.array([0]), 64, 1, 4)
     assert len(empty) == 0 and starts.tolist() == [0]
 

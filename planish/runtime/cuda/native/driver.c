@@ -227,7 +227,9 @@ ort_status *planish_cuda_copy(void *to, const void *from, size_t bytes, cuda_str
 ort_status *planish_cuda_wait(cuda_stream stream) { return said(driver.wait(stream), "waiting for the GPU"); }
 
 ort_status *planish_cuda_capturing(cuda_stream stream, int *capturing) {
+  void *context = NULL;
   *capturing = 0;
+  CHECK(planish_cuda_context(&context));
   return said(driver.capturing(stream, capturing), "asking a stream");
 }
 

@@ -16,15 +16,12 @@ from planish.ir.relational.intra import Kernel, Lowered, View
 from planish.runtime.cuda import cache, driver
 from planish.runtime.cuda.relational.generate import generate
 from planish.runtime.cuda.relational.text import LONG, THREADS, Generated, header
-from planish.runtime.cuda.relational.work import items
+from planish.runtime.cuda.relational.work import LONG_UNIT, MOST_ROWS, cut, items
 from planish.runtime.relational.engine import Memory, full_shape
 from planish.runtime.relational.plan import Place, elements, merged_starts, place_values
 
 if TYPE_CHECKING:
     import torch
-
-#: Rows of an item of a product that keeps its weight, as a multiple of a tile; of others, in rows.
-_MOST_TILES, _MOST_ROWS = 4, 4096
 
 
 @dataclass
@@ -237,15 +234,11 @@ class _Planner:
 
     def _work(self, g: Generated) -> _Work | None:
         """The items of a kernel."""
-        if g.long is not None:
-            return self._long(g.long)
         if g.segments is None:
             return None
         rows = self.graph.rows(g.kernel.rows)
         pointers = np.array([0, rows]) if g.segments == "" else self.graph.table(g.segments)
-        linear = g.kernel.gemm is not None and g.kernel.gemm.kind == "linear"
-        most = _MOST_TILES if linear else max(1, _MOST_ROWS // g.item_rows)
-        unit = g.item_rows if linear else 64
+        unit, most = cut(g)
         key = f"{g.segments or g.kernel.rows} by {unit} up to {most}"
         work, starts = items(pointers, unit, self.processors, most)
         if g.kernel.rows.kind in ("src_pair", "dst_pair"):
@@ -255,26 +248,30 @@ class _Planner:
             key += " by node"
         return _Work(self._table(f"work {key}", work), self._table(f"items {key}", starts), len(work), len(starts) - 1)
 
-    def _long(self, table: str) -> _Work | None:
-        """Rows with many inner rows, and the items that these are cut into."""
+    def _long(self, table: str | None) -> _Work | None:
+        """Rows with many inner rows, and the parts that these are cut into."""
+        if table is None:
+            return None
         pointers = self.graph.table(table)
         rows = np.flatnonzero(np.diff(pointers) > LONG)
         if not len(rows):
             return None
-        work, starts = items(pointers, 64, self.processors, 4, rows)
+        work, starts = items(pointers, LONG_UNIT, self.processors, MOST_ROWS // LONG_UNIT, rows)
         made = [self._table(f"{name} {table}", a) for name, a in (("long", work), ("parts", starts), ("rows", rows))]
         return _Work(made[0], made[1], len(work), len(rows), made[2])
 
     def _call(self, g: Generated, module: driver.Module) -> None:
         rows = self.graph.rows(g.kernel.rows)
-        work = self._work(g)
+        work, long = self._work(g), self._long(g.long)
         count = work.count if work is not None else 0
-        self.workspace = max(self.workspace, 4 * count * g.room)
+        parts, listed = (long.count, long.segments) if long is not None else (0, 0)
+        self.workspace = max(self.workspace, 4 * count * g.room, 4 * (parts * g.long_room + listed * g.long_rows))
         for launch in g.launches:
             x = {
                 "groups": -(-rows // launch.per),
                 "rows": work.segments if work is not None else rows,
-                "listed": work.segments if work is not None else 0,
+                "listed": listed,
+                "parts": parts,
                 "one": min(rows, 1),
                 "items": count,
             }[launch.grid]
@@ -289,11 +286,15 @@ class _Planner:
             for slot, name in enumerate(g.tables, tail):
                 slots[slot] = self._table(name).data_ptr()
             tail += len(g.tables)
-            if work is not None:
-                slots[tail], slots[tail + 1] = work.items.data_ptr(), work.starts.data_ptr()
-                slots[tail + 2] = work.listed.data_ptr() if work.listed is not None else 0
+            own = work if launch.grid == "items" else long
+            if own is not None:
+                slots[tail] = own.items.data_ptr()
+            if (starts := long or work) is not None:
+                slots[tail + 1] = starts.starts.data_ptr()
+            if long is not None and long.listed is not None:
+                slots[tail + 2] = long.listed.data_ptr()
             bound.append((tail + 3, "", self.arena))
-            slots[tail + 4] = rows
+            slots[tail + 4] = listed if g.segments is not None and g.long is not None else rows
             pointers = _addresses(slots)
             self.steps.append(Call(function, (x, launch.columns, 1), slots, pointers, bound))
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from planish.ir.errors import UnsupportedError
 from planish.ir.relational.intra import Access, Loop, Statement
 from planish.runtime.cuda.relational.group import Group
-from planish.runtime.cuda.relational.rows import _JOIN, REDUCTIONS, Rows, apart
+from planish.runtime.cuda.relational.parts import PART, POOL, join, part, places, shared_walk
+from planish.runtime.cuda.relational.rows import REDUCTIONS, Rows
 from planish.runtime.cuda.relational.text import (
     LONG,
     MOST_SHARED,
@@ -22,7 +23,7 @@ from planish.runtime.cuda.relational.text import (
     parameters,
     prologue,
 )
-from planish.runtime.cuda.relational.values import Code, Memory, Same, Spread, Value
+from planish.runtime.cuda.relational.values import Code, Memory, Value
 
 WARPS = THREADS // 32
 _MOST_DEPTH, _MOST_COLUMNS = 64, 128
@@ -64,12 +65,15 @@ class Linear:
         self.lanes = lanes_for(c)
         self.groups = THREADS // self.lanes
         self.types: dict[int, str] = {}
-        self.spilled = self.room = 0
+        self.spilled = 0
         self.loop = _only_loop(c.kernel.before)
         last = _only_loop(c.kernel.after)
         self.last = last if last is not None and not any(s.kind in REDUCTIONS for s in last.body) else None
         if self.loop is not None and any(s.add for s in self.loop.body):
             self.loop = None
+        if self.loop is not None and self.last is not None and self.loop.pointers != self.last.pointers:
+            self.last = None
+        self.offsets, self.room = places([self.loop]) if self.loop is not None else ({}, 0)
 
     # ---- sections
 
@@ -108,49 +112,69 @@ class Linear:
             group.store(rows.memory(self.gemm.store, self.result).pointer, y)
 
     def long_before(self, group: Group) -> None:
-        """A row with a long loop: groups take inner rows in turn; the first of them goes on with the sums of all."""
+        """A row with a long loop, by all threads: they join what its parts have, and a group goes on with that."""
         assert self.loop is not None
         code, items = group.code, self.c.kernel.before
         at = items.index(self.loop)
+        code.add("const int first_part = items[place], parts_here = items[place + 1] - first_part;")
         rows = self._rows(group, storing=False)
         rows.emit(items[:at], {})
-        sums = _shared_walk(rows, self.loop, self.c, self.groups)
-        offsets: dict[str, int] = {}
-        for s in self.loop.body:
-            if s.kind in REDUCTIONS:
-                offsets[s.result.name] = sum(rounded(sums[name].size, 4) for name in offsets)
-                _across(group, sums[s.result.name], _JOIN.get(s.kind, "Plus"))
-        self.room = room = sum(rounded(sums[name].size, 4) for name in offsets)
-        with code.block("if (threadIdx.x % 32 < G)"):
-            for name, offset in offsets.items():
-                group.store(f"(parts + threadIdx.x / 32 * {room} + {offset})", sums[name])
-        code.add("__syncthreads();")
+        join(rows, self.loop, self.offsets, self.room)
         with code.block("if (threadIdx.x < G)"):
             group.enter()
             rows = self._rows(group)
             rows.emit(items[:at], {})
-            for s in self.loop.body:
-                if s.kind in REDUCTIONS:
-                    total = _total(group, sums[s.result.name].shape, s.kind, offsets[s.result.name], room)
-                    rows.known[s.result.name] = rows.finished(s.kind, total, "long_rows")
-                    if s.store is not None:
-                        group.store(rows.memory(s.store, s.result.shape).pointer, rows.known[s.result.name])
+            self._joined(group, rows)
             self._fill(group, rows, rows.emit(items[at + 1 :], rows.known))
             group.leave()
         code.add("__syncthreads();")
 
+    def _joined(self, group: Group, rows: Rows) -> None:
+        assert self.loop is not None
+        for s in self.loop.body:
+            if s.kind in REDUCTIONS:
+                total = Memory(s.result.shape, f"(joined + {self.offsets[s.result.name]})", False, 4)
+                rows.known[s.result.name] = rows.finished(s.kind, total, "long_rows")
+                if s.store is not None:
+                    group.store(rows.memory(s.store, s.result.shape).pointer, rows.known[s.result.name])
+
     def long_after(self, group: Group) -> None:
+        """A row of whose result a long loop reads: it goes to memory, for the parts of that loop."""
         assert self.last is not None
         items = self.c.kernel.after
-        rows = self._rows(group, storing=False)
-        rows.emit(items[: items.index(self.last)], self._product())
-        _shared_walk(rows, self.last, self.c, self.groups)
+        size = math.prod(self.result)
+        with group.code.block(f"for (int i = threadIdx.x; i < {size}; i += {THREADS})"):
+            group.code.add(f"{self._kept('place')}[i] = y_tile[i_row * {self.y_stride} + i];")
         with group.code.block("if (threadIdx.x < G)"):
             group.enter()
             rows = self._rows(group)
             rows.emit([item for item in items if item is not self.last], self._product())
             self._keep(group, rows)
             group.leave()
+
+    def _kept(self, place: str) -> str:
+        """Where the result of a long row is in the workspace, behind what parts have."""
+        return f"(workspace + (long long)items[count] * {self.room} + (long long){place} * {self.long_rows})"
+
+    @property
+    def long_rows(self) -> int:
+        return rounded(math.prod(self.result), 4) if self.last is not None else 0
+
+    def _last_parts(self) -> tuple[Code, int]:
+        """The kernel of the parts of a long loop after the product; and its bytes of shared memory."""
+        assert self.last is not None
+        items = self.c.kernel.after
+        body = Code()
+        group = Group(body, self.lanes)
+        rows = self.c.rows(group, storing=False)
+        known: dict[str, Value] = {self.gemm.result.name: Memory(self.result, "kept", False, 4)}
+        rows.emit(items[: items.index(self.last)], known)
+        shared_walk(rows, self.last, self.c, "begin", "end")
+        code = Code()
+        code.add(POOL, *prologue(self.lanes, group, "reinterpret_cast<float*>(pool4)"), *PART)
+        code.add(f"const float* kept = {self._kept('part[0]')};", "(void)kept, (void)pool4;")
+        code.lines += body.lines
+        return code, 4 * self.groups * group.spilled
 
     # ---- the kernel
 
@@ -163,7 +187,7 @@ class Linear:
         return max(x, y) if self.over else x + y
 
     def _rest(self) -> int:
-        return WARPS * self.room + self.groups * self.spilled
+        return (self.room + THREADS if self.loop is not None else 0) + self.groups * self.spilled
 
     def generated(self) -> Generated:
         c, kernel, gemm = self.c, self.c.kernel, self.gemm
@@ -189,9 +213,18 @@ class Linear:
             code.add("__syncthreads();")
             self._for_rows(code, self.last, after, long_after)
         values, tables = tuple(kernel.reads() | dict.fromkeys(kernel.writes())), tuple(kernel.tables())
-        text = function("", parameters(c, values, tables), code)
-        launch = Launch("", "items", shared=4 * self.numbers(tile))
-        return finish(c, text, values, tables, [launch], segments=gemm.segments or "", item_rows=tile)
+        given = parameters(c, values, tables)
+        text, launches = function("", given, code), [Launch("", "items", shared=4 * self.numbers(tile))]
+        if self.loop is not None:
+            more, shared = part(c, self.loop, self.offsets, self.room)
+            text += function("_parts", given, more)
+            launches.insert(0, Launch("_parts", "parts", shared=shared))
+        if self.last is not None:
+            more, shared = self._last_parts()
+            text += function("_last", given, more)
+            launches.append(Launch("_last", "parts", shared=shared))
+        long = {"long": loop.pointers, "long_room": self.room, "long_rows": self.long_rows} if loop is not None else {}
+        return finish(c, text, values, tables, launches, segments=gemm.segments or "", item_rows=tile, **long)
 
     def _begin(self, code: Code, tile: int) -> None:
         weights, chains = self.deep * self.w_stride, len(self.c.cached) * tile
@@ -199,16 +232,16 @@ class Linear:
         code.add("float* y_tile = x_tile;" if self.over else f"float* y_tile = x_tile + {tile * self.x_stride};")
         code.add(f"float* weights = x_tile + {self._x_size(tile)};")
         code.add(f"int (*rows_of)[{tile}] = reinterpret_cast<int (*)[{tile}]>(weights + {weights});")
-        code.add(f"float* parts = weights + {weights + chains};")
+        code.add(f"float* joined = weights + {weights + chains};")
         group = Group(code, self.lanes)
         group.types, group.spilled = self.types, self.spilled
-        code.add(*prologue(self.lanes, group, f"parts + {WARPS * self.room}"))
+        code.add(*prologue(self.lanes, group, f"joined + {self._rest() - self.groups * self.spilled}"))
         code.add("const int* item = work + blockIdx.x * 4;")
         code.add("const int segment = item[0], begin = item[1], end = item[2];")
         code.add(f"const float* matrix = m_{self.weight} + (long long)segment * {math.prod(self.matrix)};")
         by_rows = tile // 16
         code.add(f"const int warp = threadIdx.x / 32, warp_row = warp % {by_rows} * 16, panel = warp / {by_rows};")
-        code.add("(void)rows_of, (void)parts, (void)count, (void)items, (void)listed, (void)workspace;")
+        code.add("(void)rows_of, (void)joined, (void)count, (void)items, (void)listed, (void)workspace;")
         if self.resident:
             code.add(f"{self._load()}, {self.depth}, {self.columns}, 0, 0);")
 
@@ -228,6 +261,7 @@ class Linear:
         with code.block("for (int i_row = 0; some_long && i_row < rows_here; ++i_row)"):
             code.add(f"const int r = first + i_row, long_rows = {count};")
             with code.block(f"if (long_rows > {LONG})"):
+                code.add("const int place = find_row(listed, count, r);", "(void)long_rows;")
                 code.lines += long
 
     def _multiplication(self, code: Code, step: int) -> None:
@@ -257,41 +291,6 @@ class Linear:
 def _only_loop(items: tuple[Statement | Loop, ...]) -> Loop | None:
     loops = [item for item in items if isinstance(item, Loop)]
     return loops[0] if len(loops) == 1 else None
-
-
-def _shared_walk(rows: Rows, loop: Loop, c: Context, groups: int) -> dict[str, Value]:
-    """The inner rows of a row by all groups of a block, in turn: what each has accumulated."""
-    begin, end = (f"__ldg(t_{loop.pointers} + r{more})" for more in ("", " + 1"))
-    if apart(loop, c.shapes):
-        return rows.walk(loop, f"{begin} + threadIdx.x", end, str(THREADS), True)
-    return rows.walk(loop, f"{begin} + threadIdx.x / G", end, str(groups), False)
-
-
-def _across(group: Group, value: Value, join: str) -> None:
-    """Joins what the groups of a warp have."""
-    if isinstance(value, Spread):
-        kind = group.spread_type(value.size)
-        group.code.add("#pragma unroll")
-        at = f"{value.name}[at]"
-        group.code.add(f"for (int at = 0; at < {kind}::COUNT; ++at) {at} = across<{join}, G>({at});")
-        return
-    assert isinstance(value, Same)
-    for k in range(value.size):
-        group.code.add(f"{value.name}[{k}] = across<{join}, G>({value.name}[{k}]);")
-
-
-def _total(group: Group, shape: tuple[int, ...], kind: str, offset: int, room: int) -> Value:
-    """What all warps have, in order."""
-    join = _JOIN.get(kind, "Plus")
-
-    def element(i: object) -> str:
-        name = group.code.name("total")
-        group.code.add(f"float {name} = parts[{offset} + {i}];")
-        more = f"{join}::of({name}, parts[w * {room} + {offset} + {i}])"
-        group.code.add(f"for (int w = 1; w < {WARPS}; ++w) {name} = {more};")
-        return name
-
-    return group.each(shape, element)
 
 
 def _tile_lines(c: Context, loop: Loop | None) -> list[str]:

@@ -31,14 +31,15 @@ class Launch:
     Attributes:
         function: the end of its name.
         grid: ``"groups"``: `per` rows in a block; ``"rows"``: a block for each row; ``"one"``: one block;
-            ``"items"``: a block for each item of work; ``"listed"``: a block for each listed row.
+            ``"items"``: a block for each item of work; ``"listed"``: a block for each long row; ``"parts"``: one for
+            each part of these.
         per: rows of a block.
         columns: blocks along y.
         shared: bytes of dynamic shared memory.
     """
 
     function: str
-    grid: Literal["groups", "rows", "one", "items", "listed"]
+    grid: Literal["groups", "rows", "one", "items", "listed", "parts"]
     per: int = 1
     columns: int = 1
     shared: int = 0
@@ -52,13 +53,15 @@ class Generated:
         kernel: what it does.
         symbol: the start of the names of its functions.
         text: of the file, without the header `header()`.
-        values, tables: what it takes, in order; then come ``work``, ``items``, ``listed``, ``workspace`` and the
-            number of rows.
+        values, tables: what it takes, in order; then come ``work``: items, or for ``"parts"`` those of long rows;
+            ``items``: where the items of each segment begin, or if there are long rows, the parts of each; ``listed``:
+            the long rows; ``workspace``; and the number of rows, or where a kernel has items, of long ones.
         launches: in order.
         segments: the table whose segments are cut into items of work; ``""``: all rows are one; None: there are none.
         item_rows: rows of an item are a multiple of this.
-        long: the table by which rows are listed, and cut into items, that have many inner rows.
+        long: the table by which rows are listed, and cut into parts, that have many inner rows.
         room: numbers of the workspace for each item.
+        long_room: numbers of the workspace for each part; `long_rows`: behind all of these, for each long row.
     """
 
     kernel: Kernel
@@ -71,6 +74,8 @@ class Generated:
     long: str | None = None
     item_rows: int = 1
     room: int = 0
+    long_room: int = 0
+    long_rows: int = 0
 
 
 @cache

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from planish.runtime.cuda.relational.text import Generated
 
 #: Blocks of 256 threads that a multiprocessor runs at once, about; and items for each of them, so that none waits long.
 _BLOCKS, _ITEMS = 6, 4
+#: Rows of an item of a product that keeps its weight, as a multiple of a tile; of others, and of parts, in rows.
+MOST_TILES, MOST_ROWS = 4, 4096
+#: Rows of a part of a long loop are a multiple of this.
+LONG_UNIT = 64
+
+
+def cut(g: Generated) -> tuple[int, int]:
+    """`unit` and `most` of `items` for a kernel."""
+    if g.kernel.gemm is not None and g.kernel.gemm.kind == "linear":
+        return g.item_rows, MOST_TILES
+    return 64, max(1, MOST_ROWS // g.item_rows)
 
 
 def items(
@@ -21,7 +37,8 @@ def items(
         chosen: segments to cut; None: all.
 
     Returns:
-        (items, 4) int32: segment, begin, end, number; and (segments + 1,) int32: pointers to the items of each segment.
+        (items, 4) int32: segment (its place among those cut), begin, end, number; and (segments + 1,) int32: pointers
+        to the items of each segment.
     """
     pointers = pointers.astype(np.int64)
     chosen = np.arange(len(pointers) - 1) if chosen is None else chosen
@@ -34,4 +51,4 @@ def items(
     number = np.arange(len(which))
     begin = first[which] + (number - starts[which]) * rows
     end = np.minimum(begin + rows, (first + counts)[which])
-    return np.stack([chosen[which], begin, end, number], 1).astype(np.int32), starts.astype(np.int32)
+    return np.stack([which, begin, end, number], 1).astype(np.int32), starts.astype(np.int32)

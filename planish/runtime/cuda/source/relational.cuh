@@ -44,11 +44,15 @@ __device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 __device__ __forceinline__ float leaky_relu(float x, float slope) { return x > 0.0f ? x : x * slope; }
 
-// What the groups of a warp have, together.
-template <class Op, int G> __device__ __forceinline__ float across(float value) {
-#pragma unroll
-    for (int offset = G; offset < 32; offset *= 2) value = Op::of(value, __shfl_xor_sync(0xffffffffu, value, offset));
-    return value;
+// Where a row is among `count` ascending ones, of which it is one.
+__device__ __forceinline__ int find_row(const int* listed, int count, int row) {
+    int low = 0, high = count - 1;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (listed[middle] < row) low = middle + 1;
+        else high = middle;
+    }
+    return low;
 }
 
 // An element of a small array in registers.
@@ -260,4 +264,31 @@ __device__ __forceinline__ void sum_parts(float* to, const float* from, int part
         for (int p = 1; p < 8; ++p) total += lines[p][column];
         to[i] = total;
     }
+}
+
+// to[i] = what `parts` rows of `width` numbers have together, by all threads of a block, in an order that never changes.
+// `lines`: shared memory for THREADS numbers.
+template <class Op, int THREADS>
+__device__ __forceinline__ void join_parts(
+    float* to, float* lines, const float* from, int parts, int stride, int width, float start) {
+    int across = 1;
+    while (across < width && across < THREADS) across *= 2;
+    for (int first = 0; first < width; first += across) {
+        const int i = first + threadIdx.x % across;
+        float total = start;
+        if (i < width) {
+#pragma unroll 4
+            for (int p = threadIdx.x / across; p < parts; p += THREADS / across)
+                total = Op::of(total, from[(long long)p * stride + i]);
+        }
+        __syncthreads();
+        lines[threadIdx.x] = total;
+        __syncthreads();
+        for (int step = THREADS / 2; step >= across; step /= 2) {
+            if (threadIdx.x < step) lines[threadIdx.x] = Op::of(lines[threadIdx.x], lines[threadIdx.x + step]);
+            __syncthreads();
+        }
+        if (threadIdx.x < across && i < width) to[i] = lines[threadIdx.x];
+    }
+    __syncthreads();
 }
