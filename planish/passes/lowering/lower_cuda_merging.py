@@ -47,12 +47,14 @@ class LowerCudaMerging(ExactPass):
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         editor = Editor(program, self.name)
         for model in program.entries.values():
+            before = editor.fired
             for node in [node for node in model.graph if is_op(node, "Attention")]:
                 try:
                     editor.fired += self._attention(node, editor, ctx.target)
                 except Decline as decline:
                     editor.decline(node, decline.reason)
-            import_functions(model)
+            if editor.fired > before:
+                import_functions(model)
         return editor.result()
 
     def _attention(self, node: ir.Node, editor: Editor, target: Target) -> bool:
@@ -67,8 +69,10 @@ class LowerCudaMerging(ExactPass):
         _check(node, target, mask if bias is None else None)
         parts = [MergeParts.of(user) for user in merges]
         together = None
-        if all(part is not None for part in parts):
-            together = packed([Projection.of(v) for v in node.inputs[:3] if v is not None])
+        operands = [value for value in node.inputs[:3] if value is not None]
+        users = {user for value in operands for user, _ in value.uses()} - {node, *merges}
+        if all(parts) and not users and not any(value.is_graph_output() for value in operands):
+            together = packed([Projection.of(value) for value in operands])
         emit = Emitter(editor, node)
         if together is None:
             if bias is None:

@@ -43,7 +43,7 @@ class MergeParts:
         tokens, keys = node.inputs[:2]
         total = tokens.producer() if tokens is not None else None
         dims, columns = (dims_of(value) for value in (tokens, keys) if value is not None)
-        if tokens is None or total is None or not is_op(total, "Add"):
+        if tokens is None or total is None or not is_op(total, "Add") or tokens.is_graph_output():
             return None
         if any(user is not node and not is_op(user, "Shape") for user, _ in tokens.uses()):
             return None
