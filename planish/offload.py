@@ -92,6 +92,11 @@ def optimize_budgeted(
     early = as_passes(approximate or [])
     if late := [p.name for p in early if not isinstance(p, ApproximatePass) or p.lowered]:
         raise InputError(f"'{late[0]}' can not run on a program that a memory budget will cut; leave it out.")
+    if any(p.name == "quantize-entries" for p in early):
+        raise InputError(
+            "'quantize-entries' chooses by times on the CPU, and a model under a budget has one entry; give "
+            "planish.Budget(error=...), and the plan chooses the precision, or name quantize-weights."
+        )
     elsewhere = device is None and for_another_machine(target, measured=(budget or Budget()).gates)
     own = device or (PlannedDevice(target.memory, target) if elsewhere else _gpu(target))
     host = Target("ort", "cpu", threads=target.threads)

@@ -131,3 +131,7 @@ def test_what_can_not_be_cut_says_so() -> None:
         optimize_budgeted(
             causal_model("Llama"), TARGET, task="causal-lm", approximate="fuse-gelu", device=HostDevice(90_000)
         )
+    with pytest.raises(InputError, match="'quantize-entries' chooses by times on the CPU"):
+        optimize_budgeted(
+            causal_model("Llama"), TARGET, task="causal-lm", approximate="quantize-entries", device=HostDevice(90_000)
+        )
