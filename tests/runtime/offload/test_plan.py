@@ -8,7 +8,7 @@ import pytest
 
 from planish.runtime.offload.account import MemoryBudgetError
 from planish.runtime.offload.plan import Facts, Rates, Request
-from planish.runtime.offload.planner import least_bytes, make_plan
+from planish.runtime.offload.planner import least_bytes, make_plan, place
 
 FACTS = Facts(
     units=(100,) * 8 + (150,), kv=(2,) * 8, carried=1, sides=0, logits=10, splits=frozenset(range(8)),
@@ -66,3 +66,28 @@ def test_the_refusal_names_a_prompt_that_fits() -> None:
     assert least_bytes(FACTS, replace(request, prompt=fits + fits // 32)) > 20_000
     least = least_bytes(FACTS, request)
     assert make_plan(FACTS, request, least).total <= least
+
+
+def test_copies_and_attention_share_main_memory() -> None:
+    """Both at their shared rates until one has ended, then the other alone."""
+    rates = Rates(link=100.0, host=200.0, shared_link=50.0, shared_host=100.0)
+    assert rates.both(1000, 0) == (10.0, 0.0) and rates.both(0, 1000) == (0.0, 5.0)
+    assert rates.both(500, 1000) == (10.0, 10.0)
+    assert rates.both(500, 3000) == (10.0, 10.0 + 2000 / 200)
+    assert rates.both(1000, 1000) == (10.0 + 500 / 100, 10.0)
+    alone = Rates(link=100.0, host=200.0)
+    assert alone.both(1000, 1000) == (10.0, 5.0)
+
+
+def test_the_table_has_a_line_for_each_group_of_layers() -> None:
+    plan = place(
+        FACTS, Request(1, 64, 8), Rates(link=1e3, host=1e4, latency=0.0), chunk=16, resident=(0, 1, 8),
+        kv_device=(0,), cooperative=True,
+    )  # fmt: skip
+    text = plan.table().splitlines()
+    assert [line.split("  ")[1] for line in text if "weights on the device" in line or "streamed," in line] == [
+        "layer 0", "layer 1", "layers 2 to 7", "logits",
+    ]  # fmt: skip
+    assert "weights streamed, 100 ms" in text[-3] and "attended to there, 14.2 ms" in text[-3]
+    assert "cache" not in text[-2]
+    assert text[-1].startswith("  a step is estimated at 600 ms: copies 600 ms, attention on the host 99.4 ms")
