@@ -23,16 +23,17 @@ _X, _CODES, _SCALES, _ZEROS, _ORDER, _BIAS = range(6)
 class LowerCudaQuantized(DialectRewritePass):
     """Replaces com.microsoft's MatMulNBits in float16 by planish::QuantizedLinear4 and relatives, for few rows.
 
-    A step of decoding reads every weight for the rows of a batch, and the kernel is near the time that takes. For many
-    rows, as prompts have, ONNX Runtime restores the weight in float16 and multiplies, which stays; the two operators
-    read the same initializers, so that a weight is stored once. Sums are float32 in both.
+    A step of decoding reads every weight for the rows of a batch, and the kernel is near the time that takes: on an
+    H100 1.2 to 1.5 times as fast as MatMulNBits for one row, 2 to 5 times for eight. For many rows, as prompts have,
+    that restores the weight in float16 and multiplies, and stays; the two operators read the same initializers, so that
+    a weight is stored once. Sums are float32 here, and for few rows float16 there.
 
     Attributes:
-        rows: how many the kernel takes at a time. Where the batch is known only when the model runs, that of the
-            calibration inputs is asked; a larger one then reads the weights once for each `rows` of it.
+        rows: the most that are worth it. The kernel reads the weight once for each eight of them. Where the batch is
+            known only when the model runs, that of the calibration inputs is asked.
     """
 
-    rows: int = 8
+    rows: int = 16
 
     name: ClassVar[str] = "lower-cuda-quantized"
     min_opset: ClassVar[int] = 18
@@ -72,7 +73,7 @@ class LowerCudaQuantized(DialectRewritePass):
             batch = match.program.sizes().get(batch or "", 1)
         rows = batch * math.prod(n for n in others if isinstance(n, int))
         if rows > self.rows:
-            raise Decline(f"it has {rows} rows, and the kernel is for {self.rows} at most")
+            raise Decline(f"it has {rows} rows, and the kernel pays for {self.rows} at most")
 
     def rewrite(self, op: Any, match: Match, x: ir.Value) -> Any:
         inputs = _inputs(match)

@@ -12,7 +12,7 @@ from planish.ir.errors import InputError, UnsupportedError
 # CUfunction_attribute, CUdevice_attribute
 _MAX_DYNAMIC_SHARED = 8
 _MAJOR, _MINOR, _PROCESSORS, _SHARED_OPTIN = 75, 76, 16, 97
-_CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
+_CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 
 
 class _Attribute(ctypes.Structure):
@@ -153,20 +153,30 @@ class Function:
     name: str
     shared: int
 
-    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, *arguments: Any, cluster: int = 1) -> None:
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        stream: int,
+        *arguments: Any,
+        cluster: int = 1,
+        early: bool = False,
+    ) -> None:
         """Starts the kernel on a stream (its address; 0: the default one).
 
         Args:
             arguments: ctypes values or structures, as the kernel has them.
             cluster: blocks, neighbours along the grid's first axis, that run at once and can wait for each other; more
                 than 1 from Hopper on.
+            early: the kernel waits by itself for what is in front of it on the stream (griddepcontrol, from Hopper on),
+                and may start before that is over.
 
         Raises:
             InputError: the grid is outside of what GPUs have.
             UnsupportedError: what the driver refuses.
         """
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(item) for item in arguments))
-        self.launch_prepared(grid, threads, stream, pointers, cluster)
+        self.launch_prepared(grid, threads, stream, pointers, cluster, early)
 
     def launch_prepared(
         self,
@@ -175,14 +185,16 @@ class Function:
         stream: int,
         pointers: ctypes.Array[ctypes.c_void_p],
         cluster: int = 1,
+        early: bool = False,
     ) -> None:
         """As :meth:`launch`, with the addresses of the arguments."""
         if not (0 < grid[0] < 1 << 31 and 0 < grid[1] < 1 << 16 and 0 < grid[2] < 1 << 16):
             raise InputError(
                 f"kernel '{self.name}': a grid of {grid} blocks; the limits are 2^31 - 1, 65535 and 65535."
             )
-        if cluster > 1:
-            attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(cluster, 1, 1))
+        if cluster > 1 or early:
+            kind = _CLUSTER_DIMENSION if cluster > 1 else _PROGRAMMATIC_SERIALIZATION
+            attribute = _Attribute(kind, 0, (ctypes.c_uint * 16)(cluster, 1, 1))
             settings = _Launch(*grid, threads, 1, 1, self.shared, stream, ctypes.pointer(attribute), 1)
             code = library().cuLaunchKernelEx(ctypes.byref(settings), self.handle, pointers, None)
         else:

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     import torch
 
 MOST_ROWS = 8
+_FEW_ROWS = 2
 _CHANNELS, _THREADS = 16, 256  # of a block, as in quantized_gemv.cu
+#: Weights of more channels have blocks enough for smaller ones, which are more evenly spread.
+_MANY_CHANNELS = 8192
 
 
 class Parameters(ctypes.Structure):
     """The kernel's argument; `stride` is of a channel's codes, in 16 bytes."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "added", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zeros", "added", "y")),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "stride", "blocks", "block_shift", "is_signed")),
     ]
 
@@ -50,7 +53,20 @@ class LaunchPlan:
     sizes: tuple[int, ...]
 
 
-def launch_plan(rows: int, n: int, k: int, bits: int, block: int | None, *, signed: bool = False) -> LaunchPlan:
+def kernel_macros(bits: int, few: bool, *, zeros: bool = False, channel: bool = False) -> dict[str, int]:
+    """What a form of the kernel is compiled with.
+
+    Args:
+        few: for one or two rows, in blocks that do not end inside of 16 bytes; else for up to 8 rows.
+        zeros: blocks have zeros of their own.
+        channel: each channel has one scale, of float32.
+    """
+    return {"BITS": bits, "CHANNEL": int(channel), "FEW": int(few), "ZEROS": int(zeros)}
+
+
+def launch_plan(
+    rows: int, n: int, k: int, bits: int, block: int | None, *, signed: bool = False, zeros: bool = False
+) -> LaunchPlan:
     """How a product (rows, k) · (n, k)ᵀ is launched.
 
     Args:
@@ -58,6 +74,7 @@ def launch_plan(rows: int, n: int, k: int, bits: int, block: int | None, *, sign
         block: codes that share a scale of float16, which are padded to whole blocks; None: each channel has one scale,
             of float32.
         signed: codes are int8 rather than uint8 with 128 for zero.
+        zeros: blocks have zeros of their own.
 
     Raises:
         UnsupportedError: more than 8 rows, or sizes that the kernel can not read 16 bytes at a time.
@@ -73,9 +90,11 @@ def launch_plan(rows: int, n: int, k: int, bits: int, block: int | None, *, sign
     if k % 8 or codes * bits % 128:
         raise UnsupportedError(f"{k} columns, {codes} codes of {bits} bits: x and codes must be multiples of 16 bytes.")
     shift = block.bit_length() - 1 if block is not None else 30
-    defines = {"BITS": bits, "CHANNEL": int(block is None)}
+    few = rows <= _FEW_ROWS and (bits == 8 or block != 16)
+    defines = kernel_macros(bits, few, zeros=zeros, channel=block is None)
     sizes = (rows, n, k, codes * bits // 128, blocks, shift, int(signed))
-    return LaunchPlan("quantized_gemv.cu", defines, -(-n // _CHANNELS), _THREADS, sizes)
+    threads = _THREADS // 2 if n > _MANY_CHANNELS else _THREADS
+    return LaunchPlan("quantized_gemv.cu", defines, -(-n // _CHANNELS), threads, sizes)
 
 
 def quantized_gemv(
@@ -84,18 +103,24 @@ def quantized_gemv(
     scales: torch.Tensor,
     *,
     bits: int,
+    zeros: torch.Tensor | None = None,
     added: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    constant: bool = False,
 ) -> torch.Tensor:
-    """X (rows, k) · wᵀ of 1 to 8 rows in float16, where w (n, k) = (code - 2^(bits - 1)) · scale; sums are float32.
+    """X (rows, k) · wᵀ of 1 to 8 rows in float16, where w (n, k) = (code - zero) · scale; sums are float32.
 
     Args:
         x: (rows, k) float16, compact, k a multiple of 8.
         codes: by block, (n, blocks, block · bits / 8) uint8, as com.microsoft.MatMulNBits has them; by channel, (n, k)
             uint8 or int8 (whose zero is 0) of 8 bits, or (n, k / 2) uint8 of 4. Compact; 16 bytes divide a channel.
         scales: by block, (n, blocks) float16; by channel, (n,) float32.
+        zeros: (n, blocks) of as many bits as codes have, rows in whole bytes, uint8; of 4 bits the earlier one is in
+            the low half of a byte. None: 2^(bits - 1) for all.
         added: (n,) float16 that are added to each row.
         out: (rows, n) float16, to be written; made if it is None.
+        constant: the kernel in front of this one on the stream does not write codes, scales or zeros, so that (from
+            Hopper on) they are read before it is over.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit each other.
@@ -104,7 +129,7 @@ def quantized_gemv(
     import torch
 
     channel = scales.dim() == 1
-    _check(x, codes, scales, channel, bits)
+    _check(x, codes, scales, zeros, bits)
     rows, k = x.shape
     n = codes.shape[0]
     block = None if channel else codes.shape[2] * 8 // bits
@@ -115,11 +140,12 @@ def quantized_gemv(
             raise InputError(f"{name} is {item.dtype} {tuple(item.shape)}; it must be float16 {shape}, compact.")
     if rows == 0 or n == 0:
         return out
-    plan = launch_plan(rows, n, k, bits, block, signed=codes.dtype == torch.int8)
-    pointers = (item.data_ptr() if item is not None else None for item in (x, codes, scales, added, out))
+    plan = launch_plan(rows, n, k, bits, block, signed=codes.dtype == torch.int8, zeros=zeros is not None)
+    pointers = (item.data_ptr() if item is not None else None for item in (x, codes, scales, zeros, added, out))
     kernel = _kernel(x.device.index or 0, **plan.defines)
     stream = int(torch.cuda.current_stream(x.device).cuda_stream)
-    kernel.launch((plan.grid, 1, 1), plan.threads, stream, Parameters(*pointers, *plan.sizes))
+    early = constant and driver.device(x.device.index or 0).arch >= 90
+    kernel.launch((plan.grid, 1, 1), plan.threads, stream, Parameters(*pointers, *plan.sizes), early=early)
     return out
 
 
@@ -128,7 +154,8 @@ def _kernel(index: int, **defines: int) -> driver.Function:
     return module("quantized_gemv.cu", index, **defines).function("quantized_gemv")
 
 
-def _check(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, channel: bool, bits: int) -> None:
+def _check(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> None:
+    channel = scales.dim() == 1
     if x.device.type != "cuda":
         raise InputError(f"x is on {x.device}; CUDA kernels take CUDA tensors.")
     if x.dim() != 2 or str(x.dtype) != "torch.float16":
@@ -147,3 +174,8 @@ def _check(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, channel: 
     if not fits:
         shapes = tuple(x.shape), tuple(codes.shape), tuple(scales.shape)
         raise InputError("x {}, codes {} and scales {} do not fit each other.".format(*shapes))
+    if zeros is not None:
+        shape = (codes.shape[0], -(-codes.shape[1] * bits // 8))
+        fits = not channel and zeros.shape == shape and str(zeros.dtype) == "torch.uint8" and zeros.device == x.device
+        if not fits or not zeros.is_contiguous():
+            raise InputError(f"zeros are {zeros.dtype} {tuple(zeros.shape)}; they must be uint8 {shape}, compact.")

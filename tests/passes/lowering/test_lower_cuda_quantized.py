@@ -58,7 +58,7 @@ def test_shapes_of_few_rows(shape):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"shape": "3, 3"}, "it has 9 rows, and the kernel is for 8 at most"),
+        ({"shape": "3, 6"}, "it has 18 rows, and the kernel pays for 16 at most"),
         ({"shape": "B, S"}, "known only when the model runs"),
         ({"shape": "1, S"}, "known only when the model runs"),
         ({"shape": "R"}, "known only when the model runs"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from planish.ir.errors import InputError, UnsupportedError
+from planish.ir.ops.quantized_linear import unpack
 from planish.passes.precision.blocks import round_to_nearest
 from planish.runtime.cuda import cache, driver, toolchain
 
@@ -19,18 +20,19 @@ from planish.runtime.cuda.quantized_gemv import launch_plan, quantized_gemv  # n
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 
 
-def check(x, codes, scales, weight, bits, added=None):
+def check(x, codes, scales, weight, bits, added=None, zeros=None):
     """`weight`: what codes and scales stand for, of float64."""
     rows = len(x)
     out = torch.full((rows, len(weight)), math.nan, device="cuda", dtype=torch.float16)
-    got = quantized_gemv(x, codes, scales, bits=bits, added=added, out=out)
+    got = quantized_gemv(x, codes, scales, bits=bits, zeros=zeros, added=added, out=out)
     want = x.double() @ torch.tensor(weight).cuda().T
     if added is not None:
         want = want + added.double()
     assert got is out and torch.isfinite(got).all()
     # Against how large sums of such terms are, since a few may cancel.
     scale = (x.double().square() @ torch.tensor(weight).cuda().square().T).sqrt() + want.abs()
-    assert ((got.double() - want).norm() / scale.norm()) < 3e-4
+    limit = 3e-4 if want.numel() > 16 else 2.0**-11  # the rounding of the result: of many numbers, or of each
+    assert ((got.double() - want).norm() / scale.norm()) < limit
 
 
 def by_block(n, k, bits, block, seed=0):
@@ -53,6 +55,23 @@ def test_blocks(bits, rows, n, k, block):
     codes, scales, weight = by_block(n, k, bits, block, seed=n)
     x = torch.randn(rows, k, device="cuda").half()
     check(x, codes, scales, weight, bits, torch.randn(n, device="cuda").half() if rows == 3 else None)
+
+
+@gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("n", "k", "block"), [(64, 256, 32), (31, 1000, 128), (33, 96, 16), (2500, 1056, 32), (9, 4096, 16)]
+)
+def test_zeros(bits, rows, n, k, block):
+    random, blocks = np.random.default_rng(n), -(-k // block)
+    codes = random.integers(0, 256, (n, blocks, block * bits // 8)).astype("u1")
+    zeros = random.integers(0, 256, (n, -(-blocks * bits // 8))).astype("u1")
+    scales = random.uniform(1e-3, 1e-2, (n, blocks)).astype("f2")
+    numbers = unpack(codes, bits) - unpack(zeros, bits)[:, :blocks, None].astype("f8")
+    weight = (numbers * scales[..., None]).reshape(n, -1)[:, :k]
+    given = (torch.tensor(array).cuda() for array in (codes, scales))
+    check(torch.randn(rows, k, device="cuda").half(), *given, weight, bits, zeros=torch.tensor(zeros).cuda())
 
 
 @gpu
@@ -97,10 +116,14 @@ def test_turing(turing, bits):
 
 def test_launch_plan():
     plan = launch_plan(1, 11008, 4096, 4, 32)
-    assert (plan.grid, plan.defines) == (688, {"BITS": 4, "CHANNEL": 0})
+    assert (plan.grid, plan.threads) == (688, 128) and launch_plan(1, 8192, 4096, 4, 32).threads == 256
+    assert plan.defines == {"BITS": 4, "CHANNEL": 0, "FEW": 1, "ZEROS": 0}
     assert plan.sizes == (1, 11008, 4096, 128, 128, 5, 0)
     assert launch_plan(8, 17, 4096, 8, None, signed=True).sizes == (8, 17, 4096, 256, 1, 30, 1)
     assert launch_plan(1, 16, 1000, 4, 128).sizes[3:5] == (32, 8)
+    few = [launch_plan(*given, zeros=True).defines["FEW"] for given in
+           [(2, 16, 64, 4, 32), (3, 16, 64, 4, 32), (1, 16, 64, 4, 16), (2, 16, 64, 8, 16)]]  # fmt: skip
+    assert few == [1, 0, 0, 1]
 
 
 def test_what_does_not_fit_is_refused():

@@ -13,7 +13,7 @@ enum { SLOT_COMPUTE_STREAM = 193 };
 enum { PROCESSORS = 16, MAJOR = 75, MINOR = 76, MAX_DYNAMIC_SHARED = 8, DEFAULT_SHARED = 48 << 10 };
 
 /* CUlaunchAttribute, whose value is 64 bytes, and CUlaunchConfig. */
-enum { CLUSTER_DIMENSION = 4 };
+enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_SERIALIZATION = 6 };
 typedef struct {
   int id, padding;
   unsigned value[16];
@@ -154,6 +154,16 @@ ort_status *planish_cuda_launch(
   unsigned shared = (unsigned)kernel->shared;
   return said(
       driver.launch(kernel->function, x, y, z, threads, 1, 1, shared, stream, arguments, NULL), "launching a kernel");
+}
+
+ort_status *planish_cuda_launch_early(
+    const cuda_kernel *kernel, unsigned blocks, unsigned threads, cuda_stream stream, void **arguments) {
+  if (kernel->arch < 90 || !driver.launch_settings)
+    return planish_cuda_launch(kernel, blocks, 1, 1, threads, stream, arguments);
+  if (!blocks) return NULL;
+  launch_attribute attribute = {PROGRAMMATIC_SERIALIZATION, 0, {1}};
+  launch_settings settings = {{blocks, 1, 1}, {threads, 1, 1}, (unsigned)kernel->shared, stream, &attribute, 1};
+  return said(driver.launch_settings(&settings, kernel->function, arguments, NULL), "launching a kernel");
 }
 
 ort_status *planish_cuda_launch_clusters(

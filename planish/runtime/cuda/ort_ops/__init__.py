@@ -7,10 +7,11 @@ from planish.runtime.cuda.ort_ops.attention import Attention
 from planish.runtime.cuda.ort_ops.family import Family
 from planish.runtime.cuda.ort_ops.merge import Merge
 from planish.runtime.cuda.ort_ops.packed_attention import PackedAttention
+from planish.runtime.cuda.ort_ops.quantized_linear import QuantizedLinear
 from planish.runtime.cuda.ort_ops.relational import Relational
 from planish.runtime.cuda.ort_ops.swiglu import SwiGLU
 
-FAMILIES: tuple[Family, ...] = (Attention(), Merge(), PackedAttention(), SwiGLU())
+FAMILIES: tuple[Family, ...] = (Attention(), Merge(), PackedAttention(), QuantizedLinear(), SwiGLU())
 
 #: Of layers, whose operators are named after their programs.
 _RELATIONAL: Family = Relational()

@@ -1,0 +1,115 @@
+/* planish::QuantizedLinear4 and relatives in float16 on GPUs: rows times a weight in 4 or 8 bits, scaled by blocks. */
+#include "cuda_gemv.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define API(slot, ...) (((ort_status * (*)(__VA_ARGS__)) planish_api[slot]))
+enum { X, CODES, SCALES };
+enum { TILE = 16, MOST_ROWS = 8, FEW_ROWS = 2 };
+enum { THREADS = 256, MANY_CHANNELS = 8192 }; /* weights of more channels have twice as many blocks, of half the threads */
+
+typedef struct {
+  const cuda_gemv_op *op;
+  int64_t block;
+  int shift, constant;
+} gemv;
+
+/* As quantized_gemv.cu has it. */
+typedef struct {
+  void *x, *codes, *scales, *zeros, *added, *y;
+  int rows, n, k, stride, blocks, block_shift, is_signed;
+} parameters;
+
+static void destroy(void *kernel) { free(kernel); }
+
+static int is_constant(const ort_info *info, size_t index) {
+  const ort_value *value = NULL; /* the session's */
+  int found = 0;
+  ort_status *status = API(SLOT_CONSTANT_INPUT, const ort_info *, size_t, int *, const ort_value **)(info, index, &found, &value);
+  if (status) ((void (*)(ort_status *))planish_api[SLOT_RELEASE_STATUS])(status);
+  return !status && found;
+}
+
+static ort_status *create(const ort_custom_op *given, ort_api api, const ort_info *info, void **made) {
+  (void)api;
+  const cuda_gemv_op *op = (const cuda_gemv_op *)given;
+  int64_t block = planish_int(info, "block_size", 0);
+  if (block < 16 || block & (block - 1) || block > 1 << 20)
+    return planish_error("%s: blocks of %ld; kernels take powers of two from 16 on", op->base.name, (long)block);
+  gemv *kernel = calloc(1, sizeof *kernel);
+  if (!kernel) return planish_error("no memory for a kernel");
+  *kernel = (gemv){op, block, 0, 1};
+  while (1 << kernel->shift < block) ++kernel->shift;
+  for (size_t i = CODES; i < (size_t)(op->base.inputs - op->bias); ++i) kernel->constant &= is_constant(info, i);
+  *made = kernel;
+  return NULL;
+}
+
+/* Sizes that the kernel can read. */
+static ort_status *check(const gemv *kernel, const tensor *all, const tensor *zeros, const tensor *bias) {
+  const char *name = kernel->op->base.name;
+  const tensor *x = &all[X], *codes = &all[CODES];
+  int bits = kernel->op->bits;
+  if (!x->rank) return planish_error("%s: x has rank 0; it must have columns", name);
+  int64_t k = x->shape[x->rank - 1], blocks = (k + kernel->block - 1) / kernel->block;
+  if (codes->rank != 3 || codes->shape[1] != blocks || codes->shape[2] * 8 != kernel->block * bits)
+    return planish_error("%s: codes must be (n, %ld, %ld)", name, (long)blocks, (long)(kernel->block * bits / 8));
+  int64_t n = codes->shape[0];
+  if (planish_product(all[SCALES].shape, all[SCALES].rank) != n * blocks)
+    return planish_error("%s: there must be %ld scales", name, (long)(n * blocks));
+  if (zeros && planish_product(zeros->shape, zeros->rank) != n * ((blocks * bits + 7) / 8))
+    return planish_error("%s: zeros must have %ld bytes", name, (long)(n * ((blocks * bits + 7) / 8)));
+  if (bias && planish_product(bias->shape, bias->rank) != n)
+    return planish_error("%s: the bias must have %ld numbers", name, (long)n);
+  if (k % 8 || blocks * kernel->block * bits % 128)
+    return planish_error("%s: %ld columns in blocks of %ld; kernels read 16 bytes at a time", name, (long)k, (long)kernel->block);
+  if (n > 0x7fffffff - TILE || k > 0x7ffffff) return planish_error("%s: a weight of %ld × %ld is too large", name, (long)n, (long)k);
+  if (((uintptr_t)x->data | (uintptr_t)codes->data) & 15)
+    return planish_error("%s: x and codes must start at multiples of 16 bytes", name);
+  return NULL;
+}
+
+static ort_status *compute(void *given, ort_context *context) {
+  const gemv *kernel = given;
+  const cuda_gemv_op *op = kernel->op;
+  tensor all[3], zeros, bias, y;
+  cuda_kernel code;
+  cuda_stream stream = NULL;
+  CHECK(planish_input_there(context, X, 2, &all[X]));
+  CHECK(planish_input_there(context, CODES, 1, &all[CODES]));
+  CHECK(planish_input_there(context, SCALES, 2, &all[SCALES]));
+  if (op->zeros) CHECK(planish_input_there(context, SCALES + 1, 1, &zeros));
+  if (op->bias) CHECK(planish_input_there(context, (size_t)(SCALES + 1 + op->zeros), 2, &bias));
+  CHECK(check(kernel, all, op->zeros ? &zeros : NULL, op->bias ? &bias : NULL));
+  size_t rank = all[X].rank;
+  int64_t shape[MAX_RANK], k = all[X].shape[rank - 1], n = all[CODES].shape[0];
+  memcpy(shape, all[X].shape, rank * sizeof *shape);
+  shape[rank - 1] = n;
+  CHECK(planish_output_there(context, 0, 2, shape, rank, &y));
+  if (!y.bytes) return NULL;
+  CHECK(planish_cuda_stream(context, &stream));
+  int64_t rows = planish_product(shape, rank - 1), blocks = all[CODES].shape[1];
+  for (int64_t row = 0; row < rows; row += MOST_ROWS) {
+    int count = (int)(rows - row < MOST_ROWS ? rows - row : MOST_ROWS);
+    int few = count <= FEW_ROWS && !(op->bits == 4 && kernel->block < 32);
+    CHECK(planish_cuda_kernel(few ? &op->few : &op->many, &code));
+    parameters p = {
+        (char *)all[X].data + 2 * row * k, all[CODES].data, all[SCALES].data, op->zeros ? zeros.data : NULL,
+        op->bias ? bias.data : NULL, (char *)y.data + 2 * row * n, count, (int)n, (int)k,
+        (int)(blocks * kernel->block * op->bits / 128), (int)blocks, kernel->shift, 0};
+    void *arguments[] = {&p};
+    unsigned grid = (unsigned)((n + TILE - 1) / TILE), threads = n > MANY_CHANNELS ? THREADS / 2 : THREADS;
+    /* Before it waits for x the kernel reads weights, which nothing in front of it may write. */
+    CHECK(kernel->constant ? planish_cuda_launch_early(&code, grid, threads, stream, arguments)
+                           : planish_cuda_launch(&code, grid, 1, 1, threads, stream, arguments));
+  }
+  return NULL;
+}
+
+void planish_cuda_gemv(cuda_gemv_op *op) {
+  planish_cuda_fill(&op->base);
+  op->base.op.create2 = create;
+  op->base.op.compute2 = compute;
+  op->base.op.destroy = destroy;
+}
