@@ -17,13 +17,12 @@ from planish.ir.block_sparsity.slots import SlotPlan, slots_of
 from planish.ir.causal_lm import DECODE, IDS, LENGTHS, LOGITS, PREFILL, Facts, cache_layer
 from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.prompts import pad_right, read_prompts
-from planish.runtime.ort import OrtRunner
-from planish.runtime.ort_bound import BoundRun
 from planish.runtime.sampling import Sampling
 from planish.runtime.tensors import from_torch, is_torch, to_torch
 
 if TYPE_CHECKING:
     from planish.runtime.executable import Executable
+    from planish.runtime.ort import OrtRunner
 
 #: Called after each step with the new tokens, (batch) int64.
 Stream = Callable[[np.ndarray], object]
@@ -172,6 +171,8 @@ class _Step:
         present.clear()
         outputs = {name.replace("past_", "present_", 1): cache for name, cache in self.caches.items()}
         inputs = {IDS: self.ids, LENGTHS: self.lengths, **self.caches}
+        from planish.runtime.ort_bound import BoundRun
+
         self._bound = BoundRun(decode, inputs, {LOGITS: self.logits, **outputs})
 
     def __call__(self, tokens: np.ndarray) -> None:
@@ -203,6 +204,8 @@ def _source(exe: Executable) -> _Source:
 
         slots, positions = slots_of(exe.provenance), Facts.from_provenance(exe.provenance).positions
         return DeviceEntries(exe.runners[PREFILL], decode, slots, positions)  # type: ignore[arg-type]
+    from planish.runtime.ort import OrtRunner
+
     if not isinstance(decode, OrtRunner):
         raise InputError(f"generate runs on ONNX Runtime and tvm-cuda; entry '{DECODE}' is a {type(decode).__name__}.")
     return _Entries(exe.runners[PREFILL], decode, slots_of(exe.provenance))

@@ -261,9 +261,9 @@ def _elementwise(t: Translator, node: ir.Node) -> Operand:
 
 
 def _wide(t: Translator, x: Sequence[Any]) -> list[Any]:
-    """The elements, float16 as float32 where a device takes it: what is computed of them is rounded once."""
-    wide = "float16" in t.device.floats
-    return [item.astype("float32") if wide and kind(item) == "float16" else item for item in x]
+    """The elements, halves as float32 where a device takes them: what is computed of them is rounded once."""
+    halves = [dtype for dtype in t.device.floats if dtype != "float32"]
+    return [item.astype("float32") if kind(item) in halves else item for item in x]
 
 
 @emits("SwiGLU", domain="planish")

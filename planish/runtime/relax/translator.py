@@ -46,6 +46,7 @@ class Translator:
     Attributes:
         device: what code is made for.
         model: where the graph is in; its functions and opsets are looked up there.
+        dtypes: of all tensors.
     """
 
     device: Device
@@ -58,6 +59,7 @@ class Translator:
     derived: dict[Any, Any] = field(default_factory=dict)
     bases: dict[Any, Any] = field(default_factory=dict)
     assumed: list[tuple[Any, Any]] = field(default_factory=list)
+    dtypes: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         tvm = import_tvm()
@@ -130,6 +132,7 @@ class Translator:
         return self.parameters[name].var
 
     def type(self, dims: Sequence[Any], dtype: str) -> Any:
+        self.dtypes.add(dtype)
         return self.relax.TensorType([self.dim(d) for d in dims], dtype)
 
     def stored(self, operand: Operand) -> Any:
@@ -187,6 +190,7 @@ class Translator:
         self, name: str, inputs: Sequence[Any], body: Callable[..., Any], dims: Sequence[Any], dtype: str
     ) -> Lazy:
         """A tensor whose element at `indices` is ``body(indices, *inputs)``, emitted when it is needed as such."""
+        self.dtypes.add(dtype)
         return Lazy(name, list(inputs), body, [self.dim(d) for d in dims], dtype)
 
     def force(self, var: Any) -> Any:

@@ -28,6 +28,14 @@ _CALLBACK = "tvm_callback_cuda_compile"
 _lock = threading.Lock()
 
 
+#: The first architecture with bfloat16.
+_BFLOAT16 = 80
+
+
+def _number(arch: str) -> int:
+    return int("".join(c for c in arch if c.isdigit()))
+
+
 @dataclass(frozen=True)
 class Codes:
     """For what GPUs machine code is made.
@@ -44,6 +52,19 @@ class Codes:
     def of(cls, arch: str | None) -> Codes:
         """All that are made by default, or one architecture and its PTX."""
         return cls() if arch is None else cls((arch,), arch.rstrip("af").replace("sm_", "compute_"))
+
+    def with_bfloat16(self) -> Codes:
+        """Without architectures that have no bfloat16.
+
+        Raises:
+            UnsupportedError: none is left.
+        """
+        left = tuple(arch for arch in self.architectures if _number(arch) >= _BFLOAT16)
+        if not left:
+            raise UnsupportedError(
+                f"target tvm-cuda:{self.architectures[0]}: bfloat16 takes sm_{_BFLOAT16} or later; use float16."
+            )
+        return Codes(left, self.ptx)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,7 +146,8 @@ def native_objects(folder: Path, codes: Codes, calls: set[str], ours: set[Code])
 
 
 def _binary(codes: Codes, code: Code) -> bytes:
-    if codes == Codes():
+    bfloat16 = bool(dict(code.defines).get("ELEMENT_BF16"))  # which has fewer architectures by itself
+    if codes == (Codes().with_bfloat16() if bfloat16 else Codes()):
         return binary(code.source, code.defines)  # which may be in the cache
     # Hopper's own instructions are in the code for sm_90a alone.
     architectures = tuple("sm_90a" if arch == "sm_90" else arch for arch in codes.architectures)

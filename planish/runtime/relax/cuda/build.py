@@ -84,6 +84,9 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], arch: str | None, graph
     device = CudaDevice(arch=codes.architectures[0].rstrip("af"))
     translator = Translator(device, model)
     module, _ = translator.function(model.graph, inputs)
+    if "bfloat16" in translator.dtypes:
+        codes = codes.with_bfloat16()
+        device.arch = codes.architectures[0].rstrip("af")
     plan = _Plan(translator)
     target = device.target()
     config = {"relax.backend.use_cuda_graph": graph}

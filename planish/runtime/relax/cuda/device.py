@@ -48,7 +48,7 @@ class CudaDevice(Device):
     in_place: bool = False
     bad: list[Any] = field(default_factory=list)
     name = "tvm-cuda"
-    floats = ("float32", "float16")
+    floats = ("float32", "float16", "bfloat16")
 
     def target(self) -> Any:
         limits = {"max_num_threads": 1024, "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152}

@@ -1,7 +1,7 @@
 """Kernels over rows: norms, softmax and reductions, a warp or a block of threads for each row.
 
 Rows are read once, kept in registers as float32 where their width is known and they fit, and reduced by shuffles.
-Dtypes of memory are float32 and float16; sums are float32.
+Dtypes of memory are float32, float16 and bfloat16; sums are float32.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from planish.runtime.kernels.loops import prim_func, script, store
 from planish.runtime.relax.cuda.emit import argument, each, local, number, size, wide
@@ -97,7 +95,7 @@ class Row:
 
 def _plan(width: Any, dtypes: Sequence[str]) -> tuple[int, int]:
     """Threads of a row, and the neighbours that one moves."""
-    widest = max(np.dtype(dtype).itemsize for dtype in dtypes)
+    widest = max(4 if dtype == "float32" else 2 for dtype in dtypes)
     if not isinstance(width, int):
         return WARP * 4, 1
     return (WARP if width <= _WARP_WIDTH else _BLOCK), math.gcd(width, WIDEST // widest)

@@ -3,7 +3,7 @@
 #include "calls.h"
 
 // Numbers of cublasLt.h that its ABI fixes.
-enum { REAL32 = 0, REAL16 = 2, COMPUTE32 = 68 };
+enum { REAL32 = 0, REAL16 = 2, BFLOAT16 = 14, COMPUTE32 = 68 };
 enum { DESC_TRANSPOSE_A = 3, DESC_EPILOGUE = 7, DESC_BIAS = 8 };
 enum { LAYOUT_BATCH = 5, LAYOUT_STRIDE = 6 };
 enum { PREFER_WORKSPACE = 1, PREFER_ALIGNMENT_A = 5 };
@@ -145,9 +145,11 @@ static int alignment_of(const void *const *pointers, int count, const int64_t *s
   return (int)(all & -all);
 }
 
-static int size_of(int type) { return type == REAL16 ? 2 : 4; }
+static int size_of(int type) { return type == REAL32 ? 4 : 2; }
 
-static int type_of(const DLTensor *t) { return t->dtype.bits == 16 ? REAL16 : REAL32; }
+static int type_of(const DLTensor *t) {
+  return t->dtype.bits != 16 ? REAL32 : t->dtype.code == kDLBfloat ? BFLOAT16 : REAL16;
+}
 
 static int run(Shape *s, float alpha, const void *a, const void *b, const void *bias, const void *residual, void *y,
                const DLTensor *workspace, void *on) {
