@@ -23,6 +23,7 @@ from planish.ir.ops.base import (
 )
 from planish.ir.ops.bf16_attention import BF16_ATTENTION
 from planish.ir.ops.block_sparse_attention import BLOCK_SPARSE
+from planish.ir.ops.block_sparse_step import BLOCK_SPARSE_STEP
 from planish.ir.ops.cache_attention import CACHE_STEPS, QUANTIZE_CACHE
 from planish.ir.ops.feed_forward import FEED_FORWARD
 from planish.ir.ops.flash_attention import FLASH_ATTENTION
@@ -159,6 +160,7 @@ for _op in (
     *FLASH_ATTENTION.values(),
     *BF16_ATTENTION.values(),
     *BLOCK_SPARSE.values(),
+    BLOCK_SPARSE_STEP,
     QUANTIZE_CACHE,
     *CACHE_STEPS.values(),
     *WINDOW_ATTENTION.values(),

@@ -186,7 +186,7 @@ def _step_body(opset: int) -> ir.Function:
     made = FunctionBody(_STEP, opset)
     _, k, v, key, value, key_scale, value_scale, lengths, channels = made.values.values()
     by_head = made.shape(made.ints(0), made.number(KV_HEADS), made.ints(-1))
-    last, where = _place(made, lengths)
+    last, where = place(made, lengths)
     caches = []
     for new, codes, scales, divided in ((k, key, key_scale, True), (v, value, value_scale, False)):
         x = made.add("Reshape", new, by_head)
@@ -201,7 +201,7 @@ def _half_body(opset: int) -> ir.Function:
     made = FunctionBody(_STEP_HALF, opset)
     _, k, v, key, value, lengths = made.values.values()
     by_head = made.shape(made.ints(0), made.number(KV_HEADS), made.ints(-1))
-    last, where = _place(made, lengths)
+    last, where = place(made, lengths)
     caches = []
     for new, held in ((k, key), (v, value)):
         x = made.add("Clip", made.add("Reshape", new, by_head), *(made.floating(n * float(_MOST)) for n in (-1, 1)))
@@ -233,7 +233,7 @@ def _attend(
     return made.add("Reshape", y, made.add("Shape", q))
 
 
-def _place(made: FunctionBody, lengths: ir.Value) -> tuple[ir.Value, ir.Value]:
+def place(made: FunctionBody, lengths: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Lengths as int64, and (batch, heads, 3): row, head and position of what is written."""
     last, heads = made.add("Cast", lengths, to=int(ir.DataType.INT64)), made.number(KV_HEADS)
     batch = made.add("Shape", last)
@@ -247,9 +247,9 @@ def _place(made: FunctionBody, lengths: ir.Value) -> tuple[ir.Value, ir.Value]:
 def _step_infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:
     q, k, v, key, value, key_scale, value_scale, _, channels = (None if i is None else i.dims for i in inputs)
     heads = _heads(attributes)
-    cache = _cache((None, heads[1], None, None), ("past_key", key), ("past_value", value))
+    cache = same_cache((None, heads[1], None, None), ("past_key", key), ("past_value", value))
     # Scales have the cache's other axes, and say as much about them.
-    one = _cache((*cache[:3], 1), ("past_key_scale", key_scale), ("past_value_scale", value_scale))
+    one = same_cache((*cache[:3], 1), ("past_key_scale", key_scale), ("past_value_scale", value_scale))
     cache = (*one[:3], cache[3])
     _check_new(heads, cache[3], q, k, v)
     if channels is not None and len(channels) == 2:
@@ -262,7 +262,7 @@ def _step_infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, An
 def _half_infer(inputs: Sequence[TensorInfo | None], attributes: Mapping[str, Any]) -> Sequence[TensorInfo]:
     q, k, v, key, value, _ = (None if item is None else item.dims for item in inputs)
     heads = _heads(attributes)
-    cache = _cache((None, heads[1], None, None), ("past_key", key), ("past_value", value))
+    cache = same_cache((None, heads[1], None, None), ("past_key", key), ("past_value", value))
     _check_new(heads, cache[3], q, k, v)
     return [TensorInfo(ir.DataType.FLOAT, q), *[TensorInfo(ir.DataType.FLOAT16, cache)] * 2]
 
@@ -279,7 +279,7 @@ def _heads(attributes: Mapping[str, Any]) -> tuple[int, int]:
     return heads, kv_heads
 
 
-def _cache(wanted: tuple[Dim, ...], *given: tuple[str, Dims]) -> tuple[Dim, ...]:
+def same_cache(wanted: tuple[Dim, ...], *given: tuple[str, Dims]) -> tuple[Dim, ...]:
     """The shape that these have in common."""
     for name, dims in given:
         if dims is None:

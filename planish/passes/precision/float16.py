@@ -118,7 +118,7 @@ class _Halving:
 
     def _caches(self, node: ir.Node, types: dict[int, str]) -> None:
         """The caches that a step reads have its type from now on."""
-        for index in _PASTS if types and _is_step(node) else ():
+        for index in _PASTS if types and _has_caches(node) else ():
             value = node.inputs[index]
             if value is not None and value.is_graph_input() and value.dtype == _FLOAT and len(value.uses()) == 1:
                 value.type = ir.TensorType(_HALF)
@@ -128,6 +128,8 @@ class _Halving:
         """Input → its type variable, for inputs that can be float16."""
         if _is_step(node):
             return dict.fromkeys(_STEP_INPUTS, "T") if self.steps else {}
+        if _has_caches(node) and not self.steps:
+            return {}
         if node.domain == DIALECT_DOMAIN:
             operands = dialect_op(node.op_type).schema.inputs
             return {i: operands[i].type_var for i in range(len(node.inputs)) if _HALF in operands[i].dtypes}
@@ -210,6 +212,11 @@ class _Halving:
 
 def _is_step(node: ir.Node) -> bool:
     return (node.domain, node.op_type) == (MICROSOFT, GROUP_QUERY)
+
+
+def _has_caches(node: ir.Node) -> bool:
+    """Whether a step has caches where GroupQueryAttention has them."""
+    return _is_step(node) or (node.domain, node.op_type) == (DIALECT_DOMAIN, "BlockSparseStep")
 
 
 def _begins(node: ir.Node) -> bool:

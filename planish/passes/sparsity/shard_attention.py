@@ -26,6 +26,8 @@ _LONGEST = 32768
 #: Generated kernels take blocks of a multiple of so many tokens.
 KERNEL_BLOCK = 16
 _CUDA_BLOCK = 64
+#: Sizes of heads of their kernels.
+_CUDA_SIZES = (64, 128)
 _POSITIONS = "max_positions"
 _PATTERN_OPTIONS = (
     "block", "local", "stride", "step", "offset", "share_kv", "same", "dense_heads", "dense_every", "sinks",
@@ -227,7 +229,8 @@ class ShardAttention(ApproximatePass):
     def _shard(self, run: _Run, sites: list[Site], pattern: Pattern) -> None:
         from planish.passes.sparsity.building import prompt, step
 
-        self._check_target(run.ctx.target, pattern.block)
+        target = run.ctx.target
+        self._check_target(target, pattern.block)
         plans = [(site, *self._covered(run, site, pattern)) for site in sites]
         if self.evict:
             self._evict(run, sites, pattern)
@@ -237,8 +240,9 @@ class ShardAttention(ApproximatePass):
 
             def make(op: Any, site: Site = site, layout: Layout = layout, bounds: Bounds = bounds) -> list[ir.Value]:
                 if site.past:
-                    return step(op, site, layout, bounds)
-                return [prompt(op, site, layout, bounds, run.ctx.target.kernels)]
+                    lists = target.name == "ort-cuda" and target.kernels and site.size in _CUDA_SIZES
+                    return step(op, site, layout, bounds, lists)
+                return [prompt(op, site, layout, bounds, target.kernels)]
 
             model = run.program.entry(site.entry)
             made = run.splicer.build(model, site.node, make, [site.node])

@@ -9,9 +9,10 @@ from planish.runtime.cuda.ort_ops.merge import Merge
 from planish.runtime.cuda.ort_ops.packed_attention import PackedAttention
 from planish.runtime.cuda.ort_ops.quantized_linear import QuantizedLinear
 from planish.runtime.cuda.ort_ops.relational import Relational
+from planish.runtime.cuda.ort_ops.sparse_step import SparseStep
 from planish.runtime.cuda.ort_ops.swiglu import SwiGLU
 
-FAMILIES: tuple[Family, ...] = (Attention(), Merge(), PackedAttention(), QuantizedLinear(), SwiGLU())
+FAMILIES: tuple[Family, ...] = (Attention(), Merge(), PackedAttention(), QuantizedLinear(), SparseStep(), SwiGLU())
 
 #: Of layers, whose operators are named after their programs.
 _RELATIONAL: Family = Relational()

@@ -2,7 +2,8 @@
 // that is weighted by its own maximum and log-sum-exp, and the last part of a head to finish combines them. Memory
 // bandwidth is what counts, so there are no tensor cores here and the kernel is the same on all architectures.
 //
-// Compiled with -D HEAD=64|128, SHARED=1|2|4|8 (query heads that share a key head and a layout), ELEMENT_BF16=0|1.
+// Compiled with -D HEAD=64|128, SHARED=1|2|4|8 (query heads that share a key head and a layout), ELEMENT_BF16=0|1,
+// BEYOND=0|1 (behind the last row of the lists a query sees nothing, or everything).
 #include "tiles.cuh"
 
 #ifndef HEAD
@@ -10,6 +11,9 @@
 #endif
 #ifndef SHARED
 #define SHARED 1
+#endif
+#ifndef BEYOND
+#define BEYOND 0
 #endif
 #define WARPS 8
 #define LANES (HEAD / 8)          // lanes that hold a row, 8 elements each
@@ -78,10 +82,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
   }
 
   // The tiles of the last position's row of the layout, divided evenly.
-  const int factor = p.indptr ? p.block / TILE : 1;
+  const int row = p.indptr ? (keys - 1) / p.block : 0;
+  const bool listed = p.indptr && (!BEYOND || row < p.rows);
+  const int factor = listed ? p.block / TILE : 1;
   int begin = 0, count = (keys + TILE - 1) / TILE;
-  if (p.indptr) {
-    int row = (keys - 1) / p.block;
+  if (listed) {
     const int *ends = p.indptr + p.head_layout[first_head] * (p.rows + 1);
     begin = row < p.rows ? ends[row] : 0;
     count = (row < p.rows ? ends[row + 1] - begin : 0) * factor;
@@ -94,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
     return base + ((stage * ROWS + row) * 2 + value) * WARPS * 32 * 16;
   };
   auto first_row = [&](int i) {
-    int tile = p.indptr ? p.indices[begin + i / factor] * factor + i % factor : i;
+    int tile = listed ? p.indices[begin + i / factor] * factor + i % factor : i;
     return tile * TILE + warp * (TILE / WARPS) + team;  // a team's rows are TEAMS apart
   };
   int firsts[STAGES];
