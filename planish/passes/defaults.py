@@ -68,6 +68,7 @@ RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
 _CUDA = (
     "lower-cuda-cache",
     "lower-cuda-step",
+    "lower-cuda-prompt",
     "lower-cuda-attention",
     "lower-cuda-normalization",
     "lower-cuda-activation",

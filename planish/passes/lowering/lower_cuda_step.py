@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from planish.ir.causal_lm import LENGTHS, Facts
+from planish.ir.causal_lm import IDS, LENGTHS, Facts
 from planish.ir.graphs import constant_tensor, dims_of, is_op
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
@@ -20,7 +20,7 @@ from planish.passes.precision.cache_sites import GROUP_QUERY, MICROSOFT
 from planish.passes.registry import register
 from planish.passes.sparsity.splice import Splicer
 
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _MOST = 1 << 26  # elements of a table
 
 
@@ -69,7 +69,7 @@ class _Run:
         if any(x is None for x in (q, k, v)) or any(x is not None for x in node.inputs[7:]):
             raise Decline("it does more than attend over the cache, or reads one product already")
         assert q is not None and k is not None and v is not None
-        if q.dtype not in _HALF or dims is None or len(dims) != 3 or dims[1] != 1 or node.inputs[3] is None:
+        if q.dtype not in HALF or dims is None or len(dims) != 3 or dims[1] != 1 or node.inputs[3] is None:
             raise Decline("it is no step of one token in half precision over a cache")
         rotations = [_rotation(value) for value in (q, k)]
         tables: list[np.ndarray] = []
@@ -121,7 +121,7 @@ class _Run:
         if value not in self._tables:
             if self.positions is None:
                 raise Decline("the model's positions have no end, so that there is no table of all rotations")
-            found = _evaluate(value, np.arange(self.positions, dtype=np.int64))
+            found = evaluate(value, _every(self.positions))
             if found.ndim != 3 or found.shape[:2] != (self.positions, 1) or found.size > _MOST:
                 raise Decline(f"'{value.name}' is no table of one row for each position")
             dtype = value.dtype
@@ -172,8 +172,13 @@ def _unviewed(value: ir.Value) -> ir.Value:
     return value
 
 
-def _evaluate(value: ir.Value, lengths: np.ndarray) -> np.ndarray:
-    """A value that is computed from `lengths` and constants alone.
+def _every(positions: int) -> dict[str, np.ndarray]:
+    """A row for each length."""
+    return {LENGTHS: np.arange(positions, dtype=np.int64), IDS: np.zeros((positions, 1), np.int64)}
+
+
+def evaluate(value: ir.Value, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A value that is computed from these inputs of its graph, and constants, alone; of ids only the shape may count.
 
     Raises:
         Decline: it is not.
@@ -187,9 +192,9 @@ def _evaluate(value: ir.Value, lengths: np.ndarray) -> np.ndarray:
             pending.pop()
         elif tensor is not None:
             known[item] = np.asarray(tensor.numpy())
-        elif item.is_graph_input() and item.name == LENGTHS:
-            known[item] = lengths
-        elif node is None or node.domain or len(node.outputs) != 1 or len(pending) > 64:
+        elif item.is_graph_input() and item.name in inputs:
+            known[item] = inputs[item.name or ""]
+        elif node is None or node.domain or len(node.outputs) != 1 or len(pending) > 64 or _reads_ids(node):
             raise Decline(f"'{value.name}' depends on more than the position")
         elif missing := [v for v in node.inputs if v is not None and v not in known]:
             pending += missing
@@ -200,3 +205,7 @@ def _evaluate(value: ir.Value, lengths: np.ndarray) -> np.ndarray:
             except Exception as error:
                 raise Decline(f"'{value.name}' can not be computed beforehand: {error}") from error
     return known[value]
+
+
+def _reads_ids(node: ir.Node) -> bool:
+    return not is_op(node, "Shape") and any(v is not None and v.is_graph_input() and v.name == IDS for v in node.inputs)

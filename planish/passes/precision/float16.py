@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from planish.ir.causal_lm import DECODE, cache_layer
-from planish.ir.graphs import constant_tensor, is_op, subgraphs_of
+from planish.ir.graphs import constant_tensor, dims_of, is_op, subgraphs_of
 from planish.ir.ledger import Declined
 from planish.ir.ops import DIALECT_DOMAIN, dialect_op, import_functions
 from planish.ir.program import Program
@@ -223,6 +223,8 @@ def _begins(node: ir.Node) -> bool:
     if is_op(node, "Gather"):  # of an embedding
         tensor = constant_tensor(node.inputs[0])
         return tensor is not None and len(tensor.shape) > 1
+    if is_op(node, "MatMul") and (dims_of(node.inputs[1]) or ())[-2:-1] == (1,):  # angles: positions times frequencies
+        return False
     return is_op(node, *_BEGIN) or node.domain == DIALECT_DOMAIN
 
 
