@@ -97,18 +97,22 @@ def test_rows_are_reduced_by_shuffles(generate: Callable[..., tuple[str, object]
 
 
 def test_attention_is_ours_where_it_fits(generate: Callable[..., tuple[str, object]]) -> None:
-    def form(size: int, mask: str, dtype: str = "float16") -> tuple[set[tuple[int, int]], set[str]]:
+    def form(size: int, mask: str, dtype: str = "float16") -> tuple[set[tuple[int, bool]], set[str]]:
         kind = f"{dtype}[2, 9, {2 * size}]"
         text = f"""g ({kind} q, {kind} k{mask}) => ({kind} o) {{
           o = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, k{", m" if mask else ""})
         }}"""
         source, compiled = generate(text, opset=23)
-        return compiled.device.heads, kernels(source)  # type: ignore[attr-defined]
+        ours = [(code.size, dict(code.defines)) for code in compiled.device.ours]  # type: ignore[attr-defined]
+        forms = {(size, bool(macros["BIAS"])) for size, macros in ours}
+        return forms, kernels(source)
 
-    assert form(64, "") == ({(64, 0)}, set())
-    assert form(128, ", bool[2, 1, 1, 9] m") == ({(128, 1)}, {"key_bias"})
-    for heads, found in (form(64, ", bool[2, 1, 9, 9] m"), form(64, "", "float"), form(32, "")):
-        assert not heads and "softmax" in found
+    assert form(64, "") == ({(64, False)}, set())
+    with pytest.raises(UnsupportedError, match="sm_75: bfloat16 takes sm_80 or later"):
+        form(64, "", "bfloat16")
+    assert form(128, ", bool[2, 1, 1, 9] m") == ({(128, True)}, {"key_bias"})
+    for ours, found in (form(64, ", bool[2, 1, 9, 9] m"), form(64, "", "float"), form(32, "")):
+        assert not ours and "softmax" in found
 
 
 def test_images(generate: Callable[..., tuple[str, object]]) -> None:
@@ -130,28 +134,26 @@ def test_indices_are_held_inside_and_told(generate: Callable[..., tuple[str, obj
 def test_dtypes_are_named() -> None:
     from planish.runtime.relax.cuda.build import build
 
-    made = model(
-        '<ir_version: 10, opset_import: ["" : 20]> g (bfloat16[2, 2] a) => (bfloat16[2, 2] o) { o = Softmax(a) }'
-    )
-    with pytest.raises(UnsupportedError, match="takes float32 and float16"):
+    made = model('<ir_version: 10, opset_import: ["" : 20]> g (double[2, 2] a) => (double[2, 2] o) { o = Softmax(a) }')
+    with pytest.raises(UnsupportedError, match="is float64; it takes float32 and float16 and bfloat16"):
         build(made, [TensorSpec.of(v) for v in made.graph.inputs], None)
 
 
-def test_attention_asks_for_the_shared_memory_that_its_kernel_has() -> None:
-    """The caller in C repeats what attention.cu defines; whoever changes one changes both."""
+def test_what_attention_is_launched_with_is_what_its_sources_have() -> None:
+    """A header in C repeats what the sources define; whoever changes one changes both."""
     from planish.runtime.relax.cuda import assemble
 
+    header = (assemble._LAUNCHES / "launch_attention.h").read_text()
+
+    def fields(text: str, pattern: str) -> list[str]:
+        struct = re.search(pattern, text, re.S)
+        assert struct is not None
+        plain = re.sub(r"//[^\n]*|/\*.*?\*/|#if SHIFT.*?#endif", "", struct[1], flags=re.S)
+        return [re.findall(r"\w+", part)[-1] for item in plain.split(";") if item.strip() for part in item.split(",")]
+
+    for source, name in (("attention.cu", "attention_prefill"), ("attention_decode.cu", "attention_step")):
+        kernel = (toolchain._SOURCE / source).read_text()
+        caller = fields(header, rf"typedef struct \{{([^{{}}]*?)\}} {name};")
+        assert fields(kernel, r"struct Parameters \{(.*?)\};") == caller
     kernel = (toolchain._SOURCE / "attention.cu").read_text()
     assert "#define STAGES (AHEAD + 2)" in kernel and kernel.count("#define STAGES") == 3
-    struct = re.search(r"struct Parameters \{(.*?)\};", kernel, re.S)
-    caller = re.search(
-        r"typedef struct \{([^{}]*?)\} Parameters;", (assemble._NATIVE / "attention.c").read_text(), re.S
-    )
-    assert struct is not None and caller is not None
-
-    def fields(text: str) -> list[str]:
-        text = re.sub(r"//.*", "", text)
-        names = [re.findall(r"\w+", part)[-1] for item in text.split(";") if item.strip() for part in item.split(",")]
-        return names
-
-    assert fields(struct[1]) == fields(caller[1])
