@@ -70,7 +70,7 @@ def optimize(
         example_inputs: for a torch module: what its forward takes, a tuple of tensors or a dict by parameter.
         dynamic_shapes: for a torch module: as for ``torch.export.export``; names may stand for ``Dim`` objects.
         passes: None for the target's exact pipeline, a pipeline string, or a list of passes. (A target on CUDA that
-            says ``dtype=float16`` adds the approximate pass of this name.)
+            says ``dtype=float16`` or ``bfloat16`` adds the approximate pass of this name.)
         approximate: approximate passes to run with the target's exact ones, in place of `passes`: a pipeline string or
             a list. They are put where they belong, in the order that they declare; all share the budget's error.
         calibration: inputs to measure with: a dict by input name, a tuple in input order, or a list of these.
@@ -151,9 +151,9 @@ def resolve_pipeline(
     from planish.passes.manager import check_levels
     from planish.passes.pipeline import as_passes
 
-    if passes is None and target.device == "cuda" and target.dtype == "float16":
+    if passes is None and target.device == "cuda" and target.dtype in ("float16", "bfloat16"):
         given = as_passes(approximate or [])
-        asked = [] if any(p.name == "float16" for p in given) else as_passes("float16")
+        asked = [] if any(p.name == target.dtype for p in given) else as_passes(target.dtype)
         approximate = [*given, *asked]
     if approximate is not None:
         if passes is not None:

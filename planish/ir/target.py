@@ -49,6 +49,12 @@ class Target:
         return f"{self.runtime}-{self.device}"
 
     @property
+    def capability(self) -> int | None:
+        """Of ``sm_90a``: 90."""
+        match = re.fullmatch(r"sm_(\d+)[a-z]?", self.arch or "")
+        return int(match[1]) if match else None
+
+    @property
     def generates(self) -> bool:
         """Whether programs for it may use generated kernels."""
         return self.runtime == "tvm" or self.kernels

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from planish.ir.buckets import Buckets
 from planish.ir.causal_lm import cache_layer
-from planish.ir.errors import InputError, UnsupportedError, unknown
+from planish.ir.errors import InputError, PlanishError, UnsupportedError, unknown
 from planish.ir.machine import Machine, Needs, unmet
 from planish.ir.spec import TensorSpec
 from planish.ir.target import Target
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from planish.runtime.manifest import Manifest
 
 PROVIDER = "CUDAExecutionProvider"
+#: The first architecture with bfloat16.
+_BFLOAT16 = 80
 #: Options of the provider that a target string can give as ``cuda.<name>=<value>``; ONNX Runtime checks the values.
 OPTIONS = (
     "arena_extend_strategy",
@@ -56,6 +58,8 @@ def require(target: Target, machine: Machine | None = None) -> None:
         InputError: an unknown option of the target.
     """
     provider_options(target)
+    if target.capability is not None:
+        _require_bfloat16(target, f"sm_{target.capability}", target.capability, InputError)
     if machine is None:
         from planish.runtime.machine import machine as this_machine
 
@@ -72,6 +76,12 @@ def require(target: Target, machine: Machine | None = None) -> None:
     gpu = machine.gpus[device_index(target)]
     if target.arch and not gpu.runs([target.arch]):
         raise UnsupportedError(f"target '{target}' is for {target.arch}, and {gpu.name} is sm_{gpu.arch}.")
+    _require_bfloat16(target, f"{gpu.name} is sm_{gpu.arch}, which", gpu.arch)
+
+
+def _require_bfloat16(target: Target, what: str, arch: int, error: type[PlanishError] = UnsupportedError) -> None:
+    if target.dtype == "bfloat16" and arch < _BFLOAT16:
+        raise error(f"target '{target}': {what} has no bfloat16, sm_{_BFLOAT16} is the first; use float16.")
 
 
 def is_elsewhere(target: Target) -> bool:
@@ -148,9 +158,12 @@ def refuse(manifest: Manifest, machine: Machine, where: str) -> None:
     """
     from planish.runtime.machine import needs_of
 
-    lacking = unmet(needs_of(manifest), machine, device_index(Target.parse(manifest.target)))
+    target = Target.parse(manifest.target)
+    lacking = unmet(needs_of(manifest), machine, device_index(target))
     if lacking:
         raise UnsupportedError(f"'{where}' can not run on this machine: it {'; it '.join(lacking)}.")
+    gpu = machine.gpus[device_index(target)]
+    _require_bfloat16(target, f"{gpu.name} is sm_{gpu.arch}, which", gpu.arch)
 
 
 def device_index(target: Target) -> int:

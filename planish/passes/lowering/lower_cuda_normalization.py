@@ -16,7 +16,7 @@ from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass, Rule
 
 _MICROSOFT = "com.microsoft"
-_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @register

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -20,8 +21,7 @@ from planish.passes.canonicalize.editing import Editor
 from planish.passes.precision.cache_sites import GROUP_QUERY, MICROSOFT
 from planish.passes.registry import register
 
-_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-_LARGEST = float(np.finfo(np.float16).max)
+_FLOAT = ir.DataType.FLOAT
 #: Where half precision begins: from here on values flow on in it. In front of them are positions, masks and images.
 _BEGIN = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"))
 #: What stays float32: sums and powers that leave the range of float16, angles of positions, and numbers with a type of
@@ -61,27 +61,44 @@ class Float16(ApproximatePass):
         if ctx.target.device != "cuda":
             reason = f"target '{ctx.target}' is no faster in float16; targets on CUDA are"
             return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], [reason])
-        halving = _Halving(Editor(program, self.name), steps=ctx.target.name == "ort-cuda")
-        # What decode has as caches decides what prefill gives.
-        for _, model in sorted(program.entries.items(), key=lambda item: item[0] != DECODE):
-            halving.opsets = model.graph.opset_imports
-            halving.graph(model.graph)
-            _drop_unused(model.graph)
-            import_functions(model)
-        return PassResult(halving.fired > 0, halving.fired)
+        return halve(program, self.name, ir.DataType.FLOAT16, steps=ctx.target.name == "ort-cuda")
+
+
+def halve(
+    program: Program, name: str, half: ir.DataType, *, steps: bool = False, only: frozenset[str] | None = None
+) -> PassResult:
+    """Turns a program into `half`, a type of 16 bits, but for its inputs and outputs and for what has to be exact.
+
+    Args:
+        name: of the pass that does it.
+        steps: whether steps over caches become `half` with their caches.
+        only: the standard operators that may be `half`; None: all but those that stay float32 in any case.
+    """
+    halving = _Halving(Editor(program, name), steps, half, only)
+    # What decode has as caches decides what prefill gives.
+    for _, model in sorted(program.entries.items(), key=lambda item: item[0] != DECODE):
+        halving.opsets = model.graph.opset_imports
+        halving.graph(model.graph)
+        _drop_unused(model.graph)
+        import_functions(model)
+    return PassResult(halving.fired > 0, halving.fired)
 
 
 @dataclass
 class _Halving:
-    """One run over a program; `halved` are the values that are float16 now and were float32.
+    """One run over a program; `halved` are the values that are of type `half` now and were float32.
 
     Attributes:
-        steps: whether steps over caches become float16 with their caches.
-        presents: names of caches that are float16, as outputs.
+        steps: whether steps over caches become `half` with their caches.
+        half: a type of 16 bits.
+        only: the standard operators that may be of it.
+        presents: names of caches that are of type `half`, as outputs.
     """
 
     editor: Editor
     steps: bool = False
+    half: ir.DataType = ir.DataType.FLOAT16
+    only: frozenset[str] | None = None
     presents: set[str] = field(default_factory=set)
     opsets: dict[str, int] = field(default_factory=dict)
     fired: int = 0
@@ -100,7 +117,7 @@ class _Halving:
                 if value is None:
                     continue
                 if types and types.get(index) and value.dtype == _FLOAT:
-                    node.replace_input_with(index, self._as(value, _HALF, node))
+                    node.replace_input_with(index, self._as(value, self.half, node))
                 elif not (types and types.get(index)) and value in self.halved and not _takes_both(node):
                     node.replace_input_with(index, self._as(value, _FLOAT, node))
             self._outputs(node, types)
@@ -109,7 +126,8 @@ class _Halving:
     def _types(self, node: ir.Node) -> dict[int, str]:
         """The inputs that are to be half, each with its type variable; empty: the node stays as it is."""
         floats = [i for i, v in enumerate(node.inputs) if v is not None and (v.dtype == _FLOAT or v in self.halved)]
-        if not floats or is_op(node, *_STAY, "Cast", "CastLike") or node.op_type.startswith(("Sequence", "Optional")):
+        apart = node.op_type.startswith(("Sequence", "Optional")) or is_op(node, *_STAY, "Cast", "CastLike")
+        if not floats or apart or not (node.domain or self.only is None or node.op_type in self.only):
             return {}
         if not (_begins(node) or any(node.inputs[i] in self.halved for i in floats)):
             return {}
@@ -121,24 +139,25 @@ class _Halving:
         for index in _PASTS if types and _has_caches(node) else ():
             value = node.inputs[index]
             if value is not None and value.is_graph_input() and value.dtype == _FLOAT and len(value.uses()) == 1:
-                value.type = ir.TensorType(_HALF)
+                value.type = ir.TensorType(self.half)
                 self.presents.add((value.name or "").replace("past_", "present_", 1))
 
     def _variables(self, node: ir.Node) -> dict[int, str]:
-        """Input → its type variable, for inputs that can be float16."""
+        """Input → its type variable, for inputs that can be of 16 bits."""
+        kind = f"tensor({self.half.name.lower()})"
         if _is_step(node):
             return dict.fromkeys(_STEP_INPUTS, "T") if self.steps else {}
         if _has_caches(node) and not self.steps:
             return {}
         if node.domain == DIALECT_DOMAIN:
             operands = dialect_op(node.op_type).schema.inputs
-            return {i: operands[i].type_var for i in range(len(node.inputs)) if _HALF in operands[i].dtypes}
+            return {i: operands[i].type_var for i in range(len(node.inputs)) if self.half in operands[i].dtypes}
         schema = _schema(node, self.opsets)
         if schema is None:
             return {}
         allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
         formals = [schema.inputs[min(i, len(schema.inputs) - 1)] for i in range(len(node.inputs))]
-        return {i: f.type_str for i, f in enumerate(formals) if "tensor(float16)" in allowed.get(f.type_str, ())}
+        return {i: f.type_str for i, f in enumerate(formals) if kind in allowed.get(f.type_str, ())}
 
     def _outputs(self, node: ir.Node, types: dict[int, str]) -> None:
         if not types:
@@ -155,7 +174,7 @@ class _Halving:
             formals = [output.type_str for output in schema.outputs]
         for index, value in enumerate(node.outputs):
             if formals[min(index, len(formals) - 1)] in variables and value.dtype == _FLOAT:
-                value.type = ir.TensorType(_HALF)
+                value.type = ir.TensorType(self.half)
                 self.halved.add(value)
 
     def _as(self, value: ir.Value, dtype: ir.DataType, node: ir.Node) -> ir.Value:
@@ -163,7 +182,7 @@ class _Halving:
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         tensor = constant_tensor(value)
-        if tensor is not None and dtype == _HALF and value.producer() is None:
+        if tensor is not None and dtype == self.half and value.producer() is None:
             assert value.graph is not None
             key = value, dtype, value.graph
             if key not in self.casts:
@@ -181,12 +200,14 @@ class _Halving:
         if known is None:
             array = np.asarray(tensor.numpy())
             finite = np.isfinite(array)
-            limited = np.where(finite, np.clip(array, -_LARGEST, _LARGEST), array)
-            halved = ir.tensor(np.ascontiguousarray(limited, dtype=np.float16).reshape(array.shape))
-            known = tensor, halved, self.editor.names.fresh(f"{value.name}_float16")
+            kind = self.half.numpy()
+            largest = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
+            limited = np.where(finite, np.clip(array, -largest, largest), array)
+            halved = ir.tensor(np.ascontiguousarray(limited, dtype=kind).reshape(array.shape))
+            known = tensor, halved, self.editor.names.fresh(f"{value.name}_{self.half.name.lower()}")
             self.tensors[id(tensor)] = known
         made = ir.Value(name=known[2], const_value=known[1])
-        made.type, made.shape = ir.TensorType(_HALF), ir.Shape(known[1].shape.numpy())
+        made.type, made.shape = ir.TensorType(self.half), ir.Shape(known[1].shape.numpy())
         graph.register_initializer(made)
         return made
 
@@ -195,7 +216,7 @@ class _Halving:
         made: dict[ir.Value, ir.Value] = {}
         for index, value in enumerate(graph.outputs):
             cache = value.name in self.presents and cache_layer(value.name or "") is not None
-            dtype = _HALF if cache else _FLOAT
+            dtype = self.half if cache else _FLOAT
             if value.dtype == dtype or (not cache and value not in self.halved):
                 continue
             if value not in made:
@@ -203,7 +224,7 @@ class _Halving:
                 producer = value.producer()
                 self.editor.mark(cast, [producer] if producer is not None else [])
                 name, cast.outputs[0].shape = value.name, value.shape
-                value.name, cast.outputs[0].name = self.editor.names.fresh(f"{name}_float16"), name
+                value.name, cast.outputs[0].name = self.editor.names.fresh(f"{name}_{self.half.name.lower()}"), name
                 cast.outputs[0].type = ir.TensorType(dtype)
                 graph.append(cast)
                 made[value] = cast.outputs[0]
