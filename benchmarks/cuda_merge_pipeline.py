@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--prepare", help="only write one artifact, as model.variant")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="cuda-merge-"))
+    folder.mkdir(parents=True, exist_ok=True)
     if given.prepare:
         name, variant = given.prepare.split(".")
         prepare(name, given.batch, variant, folder, given.gates, given.target)
@@ -192,9 +193,14 @@ def main() -> None:
     names = given.models.split(",")
     own = ["--folder", str(folder), "--batch", str(given.batch), "--target", given.target]
     own += ["--gates"] if given.gates else []
-    pairs = [f"{name}.{variant}" for name in names for variant in given.variants.split(",")]
-    started = [subprocess.Popen([sys.executable, __file__, "--prepare", pair, *own]) for pair in pairs]
-    for process in started:
+    variants = given.variants.split(",")
+    started = {
+        name: [
+            subprocess.Popen([sys.executable, __file__, "--prepare", f"{name}.{variant}", *own]) for variant in variants
+        ]
+        for name in names
+    }
+    for process in (process for name in names for process in started[name]):
         process.wait()
     rows = []
     for name in names:

@@ -66,6 +66,7 @@ _KERNELS = ("lower-linear", "lower-normalization", "fuse-block-sparse", "lower-a
 RECOGNIZE = ("raise-opset", "infer-shapes", *CLEAN, *_TYPES, *_FUSE, *CLEAN)
 # What the CUDA provider has one kernel for; there is nothing to choose by length.
 _CUDA = (
+    "lower-patch-embedding",
     "lower-cuda-cache",
     "lower-cuda-step",
     "lower-cuda-prompt",
