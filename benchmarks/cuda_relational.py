@@ -69,7 +69,7 @@ def exported(module: torch.nn.Module, types: int, typed: bool = False) -> Any:
     """The layer optimized for target ort-cuda with kernels, for graphs of any size; a function of tensors on the GPU.
 
     Args:
-        typed: its inputs are dicts by type.
+        typed: the module's inputs are dicts by type; the function's are what is in them, one after the other.
     """
     import planish
 
@@ -154,7 +154,7 @@ def hgt(case: Case) -> dict[str, tuple[Call, list[torch.Tensor]]]:
     return {
         "float64": (lambda: exact({"n": x64}, edges)["n"], [x64, *exact.parameters()]),
         "planish": (lambda: ours({"n": x}, edges)["n"], wrt),
-        "operator": (lambda: exe({"n": case.x}, edges)["n"], []),
+        "operator": (lambda: exe(case.x, *edges.values()), []),
         "deterministic": (lambda: fixed({"n": x}, edges)["n"], wrt),
         "HGTConv": (lambda: base({"n": x}, edges)["n"], wrt),
     }

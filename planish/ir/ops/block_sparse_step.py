@@ -1,7 +1,7 @@
 """planish::BlockSparseStep: one token a row over a cache, of which it sees the blocks that a list names.
 
-It is what `BlockSparseAttention` is to a prompt: the pattern's row of the token's position says which blocks of keys are
-read, so that a step reads a part of its cache. The token is written first, and sees itself.
+What `BlockSparseAttention` is to a prompt: the row of a layout that the token's position is in says which blocks of
+keys are read, so that a step reads a part of its cache. The token is written first, and sees itself.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SCHEMA = Schema(
     tuple(Operand(name, _FLOATS) for name in ("y", "present_key", "present_value")),
     (*HEADS, Attribute(BLOCK, ir.AttributeType.INT, default=64)),
     "One token a row over a cache: q, y (batch, 1, q_num_heads · size), k, v (batch, 1, kv_num_heads · size); past and "
-    "present keys and values (batch, kv_num_heads, capacity, size), of which the first lengths (batch) count. The token "
-    "is written at position lengths, which must be below the capacity. Of the keys up to itself it sees those in the "
-    "blocks of its row, lengths / block_size, of the layout of its head, as in BlockSparseAttention; beyond the last "
-    "row of the layouts, all.",
+    "present keys and values (batch, kv_num_heads, capacity, size), of which the first lengths (batch) count. The "
+    "token is written at position lengths, which must be below the capacity. Of the keys up to itself it sees those in "
+    "the blocks of its row, lengths / block_size, of the layout of its head, as in BlockSparseAttention; beyond the "
+    "last row of the layouts, all.",
 )
 
 

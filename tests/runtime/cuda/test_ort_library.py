@@ -135,6 +135,25 @@ def test_attention_on_a_gpu(size, length, lists, graphs):
 
 
 @gpu
+def test_batches_of_queries_on_a_gpu():
+    """One query a row, of more rows at a time and fewer: what is counted for some is not what others summed."""
+    model = attention(heads=4, length=1, lists=False)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape(["batch", "keys" if value.name in "kv" else 1, 256])
+    node = next(iter(model.graph))
+    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
+    library = ort_library.library_for([model])
+    runner = ort_cuda.compile_ort_cuda(model, Target.parse("ort-cuda:kernels,graphs=0"), library=library)
+    random = np.random.default_rng(0)
+    for batch in (1, 40, 3, 200, 1):
+        feeds = {n: random.standard_normal((batch, 1 if n == "q" else 300, 256)).astype(np.float16) for n in "qkv"}
+        given = {"q_num_heads": 4, "kv_num_heads": 4, "scale": 0.125, "is_causal": 0}
+        (want,) = dialect_op("FlashAttention").reference(*(a.astype(float) for a in feeds.values()), **given)
+        got = runner.run(feeds)["y"].astype(float)
+        assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want), batch
+
+
+@gpu
 @pytest.mark.parametrize("shape", [(3, 5), (1, 8), (7, 1111), (0, 8)])
 def test_swiglu_on_a_gpu(shape):
     text = f"""<ir_version: 10, opset_import: ["" : 23, "planish" : 1]>

@@ -107,6 +107,7 @@ def test_on_a_gpu(size: int) -> None:
         (1000, [999, 130, 512]),
         (1500, [1024, 1023, 1400]),
         (3000, [2999]),
+        (1000, [*range(100, 900, 50)]),
     ):
         random, batch = np.random.default_rng(capacity), len(lengths)
         floats = [random.standard_normal((batch, 1, n * size)) for n in (4, 2, 2)]

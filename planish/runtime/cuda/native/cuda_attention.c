@@ -2,38 +2,25 @@
 #include "cuda_attention.h"
 
 #include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "cuda_space.h"
 #include "launch_attention.h"
 
 enum { TILE = ATTENTION_TILE };
 enum { Q, K, V, INDPTR, INDICES, LAYOUT, Y, TENSORS };
-
-/* Memory for the parts of one query's attention; one for each stream, since what runs on a stream is in order. */
-typedef struct workspace {
-  cuda_stream stream;
-  void *memory;
-  size_t bytes;
-  struct workspace *next;
-} workspace;
 
 typedef struct {
   const cuda_attention_op *op;
   int64_t heads, kv_heads, causal, block;
   float scale;
   pthread_mutex_t lock;
-  workspace *spaces;
+  cuda_space *parts, *counters; /* of one query's attention; counters are zeros between launches */
 } attention;
 
 static void destroy(void *given) {
   attention *kernel = given;
-  while (kernel->spaces) {
-    workspace *next = kernel->spaces->next;
-    planish_cuda_free(kernel->spaces->memory);
-    free(kernel->spaces);
-    kernel->spaces = next;
-  }
+  cuda_space_free(&kernel->parts), cuda_space_free(&kernel->counters);
   pthread_mutex_destroy(&kernel->lock);
   free(kernel);
 }
@@ -121,36 +108,20 @@ static ort_status *prefill(const cuda_attention_form *form, const attention_call
       stream, arguments);
 }
 
-static ort_status *space(attention *kernel, cuda_stream stream, size_t bytes, void **memory) {
-  workspace *found = kernel->spaces;
-  while (found && found->stream != stream) found = found->next;
-  if (!found) {
-    if (!(found = calloc(1, sizeof *found))) return planish_error("no memory for a kernel");
-    found->stream = stream, found->next = kernel->spaces;
-    kernel->spaces = found;
-  }
-  if (found->bytes < bytes) {
-    void *larger = NULL;
-    CHECK(planish_cuda_allocate(bytes, &larger));
-    planish_cuda_free(found->memory); /* waits for what uses it */
-    found->memory = larger, found->bytes = bytes;
-  }
-  *memory = found->memory;
-  return NULL;
-}
-
 static ort_status *decode(
     attention *kernel, const cuda_attention_form *form, const attention_call *c, cuda_stream stream) {
   cuda_kernel code;
   CHECK(planish_cuda_kernel(&form->decode, &code));
   int splits = attention_splits(c, code.processors, 1);
-  void *memory = NULL;
+  void *parts = NULL, *counters = NULL;
   pthread_mutex_lock(&kernel->lock);
-  ort_status *status = space(kernel, stream, attention_counters(c) + attention_parts(c, splits), &memory);
+  ort_status *status = cuda_space_for(&kernel->parts, stream, attention_parts(c, splits), &parts);
+  if (!status) status = cuda_space_for(&kernel->counters, stream, attention_counters(c), &counters);
   pthread_mutex_unlock(&kernel->lock);
   CHECK(status);
   attention_step p;
-  attention_fill_step(&p, c, memory, splits);
+  attention_fill_step(&p, c, counters, splits);
+  p.parts = parts;
   void *arguments[] = {&p};
   return planish_cuda_launch(
       &code, (unsigned)splits, (unsigned)c->heads, (unsigned)c->batch, ATTENTION_DECODE_THREADS, stream, arguments);

@@ -16,7 +16,7 @@ typedef struct {
   int64_t heads, kv_heads, block;
   float scale;
   pthread_mutex_t lock;
-  cuda_space *spaces;
+  cuda_space *parts, *counters; /* of the attention; counters are zeros between launches */
 } step;
 
 /* As step_append.cu has them. */
@@ -29,7 +29,7 @@ typedef struct {
 
 static void destroy(void *given) {
   step *kernel = given;
-  cuda_space_free(&kernel->spaces);
+  cuda_space_free(&kernel->parts), cuda_space_free(&kernel->counters);
   pthread_mutex_destroy(&kernel->lock);
   free(kernel);
 }
@@ -107,17 +107,19 @@ static ort_status *attend(step *kernel, const cuda_sparse_step_form *form, const
   cuda_kernel code;
   CHECK(planish_cuda_kernel(&form->decode, &code));
   int splits = attention_splits(&c, code.processors, 1);
-  size_t inside = (attention_counters(&c) + attention_parts(&c, splits) + 255) / 256 * 256;
-  void *memory = NULL;
+  size_t inside = (attention_parts(&c, splits) + 255) / 256 * 256;
+  void *parts = NULL, *counters = NULL;
   pthread_mutex_lock(&kernel->lock);
-  ort_status *status = cuda_space_for(&kernel->spaces, stream, inside + (size_t)c.batch * sizeof(int), &memory);
+  ort_status *status = cuda_space_for(&kernel->parts, stream, inside + (size_t)c.batch * sizeof(int), &parts);
+  if (!status) status = cuda_space_for(&kernel->counters, stream, attention_counters(&c), &counters);
   pthread_mutex_unlock(&kernel->lock);
   CHECK(status);
-  int *totals = (int *)((char *)memory + inside);
+  int *totals = (int *)((char *)parts + inside);
   CHECK(append(kernel, all, &c, totals, stream));
   c.lengths = totals;
   attention_step p;
-  attention_fill_step(&p, &c, memory, splits);
+  attention_fill_step(&p, &c, counters, splits);
+  p.parts = parts;
   void *arguments[] = {&p};
   return planish_cuda_launch(
       &code, (unsigned)splits, (unsigned)c.heads, (unsigned)c.batch, ATTENTION_DECODE_THREADS, stream, arguments);
