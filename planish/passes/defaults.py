@@ -73,6 +73,7 @@ _CUDA = (
     "lower-cuda-attention",
     "lower-cuda-normalization",
     "lower-cuda-activation",
+    "pack-quantized-projections",
     "eliminate-common-subexpressions",
     "eliminate-dead-code",
 )
