@@ -77,7 +77,7 @@ def build(model: ir.Model, inputs: Sequence[TensorSpec], arch: str | None, graph
     # Every emitter is registered by its module.
     from planish.runtime.relax import blocks, elementwise, gathers, images, products, views  # noqa: F401
     from planish.runtime.relax.build import last_line, lowering
-    from planish.runtime.relax.cuda import caches, merging, sparse  # noqa: F401
+    from planish.runtime.relax.cuda import caches, merging, quantized, sparse  # noqa: F401
     from planish.runtime.relax.schedules import schedule_module
 
     codes = Codes.of(arch)
