@@ -176,7 +176,8 @@ def _kernels(*operands: Any) -> bool:
 def _swiglu(_: ir.Node, given: list[Any], __: Attend) -> Any:
     import torch
 
-    if given[0].shape == given[1].shape and _kernels(*(item.reshape(-1, 8) for item in given if not item.numel() % 8)):
+    whole = given[0].shape == given[1].shape and not given[0].numel() % 8
+    if whole and _kernels(*(item.reshape(-1, 8) for item in given)):
         from planish.runtime.cuda import rows
 
         return rows.swiglu(*given)
