@@ -73,6 +73,7 @@ _CUDA = (
     "lower-cuda-attention",
     "lower-cuda-normalization",
     "lower-cuda-activation",
+    "eliminate-dead-code",  # rotations that an operator does itself read the projections too
     "pack-quantized-projections",
     "eliminate-common-subexpressions",
     "eliminate-dead-code",
