@@ -34,15 +34,17 @@ class LowerCudaMerging(ExactPass):
 
     The bias by size that merged tokens have in attention is a number for each key, and no mask. Queries, keys and
     values come from one product, and merging reads the keys there; residual sum, merge and layer norm are one pass.
+    Short attention where nothing merges reads such a product too: ONNX Runtime's takes it apart in a pass of its own.
 
     Options:
-        everywhere: also attention without a mask whose tokens do not merge.
+        longest: so many tokens may attention without a mask have whose tokens do not merge; of more tokens, ONNX
+            Runtime's kernels are faster by more than that pass takes.
     """
 
     name: ClassVar[str] = "lower-cuda-merging"
     requires: ClassVar[tuple[str, ...]] = ("shapes",)
 
-    everywhere: bool = False
+    longest: int = 256
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         editor = Editor(program, self.name)
@@ -64,7 +66,7 @@ class LowerCudaMerging(ExactPass):
         merges = [user for user, _ in keys.uses() if user is not node]
         merging = any(user.domain == DIALECT_DOMAIN for user in merges)
         bias = key_bias(mask, keys)
-        if not merging and bias is None and (not self.everywhere or mask is not None):
+        if not merging and bias is None and (mask is not None or not self._is_short(node, target)):
             return False
         _check(node, target, mask if bias is None else None)
         parts = [MergeParts.of(user) for user in merges]
@@ -75,6 +77,8 @@ class LowerCudaMerging(ExactPass):
             together = packed([Projection.of(value) for value in operands])
         emit = Emitter(editor, node)
         if together is None:
+            if bias is None and not merging:
+                return False  # it has a form without kernels of its own
             if bias is None:
                 raise Decline("its projections are not products of one value, or something else reads its keys")
             y = _alone(emit, node, bias)
@@ -87,6 +91,14 @@ class LowerCudaMerging(ExactPass):
             if part is not None:
                 part.rewrite(editor, qkv, shift)
         return True
+
+    def _is_short(self, node: ir.Node, target: Target) -> bool:
+        q, k = (dims_of(value) for value in node.inputs[:2] if value is not None)
+        if q is None or q != k or len(q) != 3 or not isinstance(q[1], int) or q[1] > self.longest:
+            return False
+        causal = node.attributes.get_int("is_causal", 0) and q[1] > 1
+        half = node.inputs[0] is not None and node.inputs[0].dtype == _HALF
+        return target.name == "ort-cuda" and target.kernels and half and not causal
 
 
 def key_bias(mask: ir.Value | None, keys: ir.Value) -> ir.Value | None:

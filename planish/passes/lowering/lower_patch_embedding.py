@@ -39,22 +39,19 @@ class LowerPatchEmbedding(RewritePass):
         assert conv is not None
         if match.dtype("x") not in _DTYPES or any(constant_tensor(value) is None for value in conv.inputs[1:]):
             raise Decline("its image is no float, or its weight is no constant")
-        image, weight, made, rows = (match.shape(name) for name in ("x", conv.inputs[1], "patches", "rows"))
-        if any(dims is None or len(dims) != 4 for dims in (image, weight, made)):
+        image, made, weight = (_sizes(match, name) for name in ("x", "patches", conv.inputs[1]))
+        if len(image) != 3 or len(made) != 3 or len(weight) != 3:
             raise Decline("it is no convolution over two axes of known sizes")
-        assert image is not None and weight is not None and made is not None
-        if not all(isinstance(size, int) for size in (*image[1:], *weight, *made[1:])):
-            raise Decline("the size of the image is not known")
-        if rows != (made[0], made[1], made[2] * made[3]):
+        if _sizes(match, "rows") != [made[0], made[1] * made[2]]:
             raise Decline("its result is not read as rows of patches")
-        size = list(weight[2:])
+        size = weight[1:]
         ones, group = conv.attributes.get_ints("dilations", [1, 1]), conv.attributes.get_int("group", 1)
         if list(conv.attributes.get_ints("strides", [1, 1])) != size or group != 1 or list(ones) != [1, 1]:
             raise Decline("its windows overlap, leave gaps, or see some of the channels")
         if any(conv.attributes.get_ints("pads", [0])) or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
             raise Decline("it pads the image")
-        if [n * step for n, step in zip(made[2:], size, strict=True)] != list(image[2:]):
-            raise Decline(f"windows of {size[0]} × {size[1]} do not tile an image of {image[2]} × {image[3]}")
+        if [n * step for n, step in zip(made[1:], size, strict=True)] != image[1:]:
+            raise Decline(f"windows of {size[0]} × {size[1]} do not tile an image of {image[1]} × {image[2]}")
 
     def rewrite(self, op: Any, match: Match, x: ir.Value) -> Any:
         conv = match["patches"].producer()
@@ -63,11 +60,10 @@ class LowerPatchEmbedding(RewritePass):
         assert tensors[0] is not None
         weight = np.asarray(tensors[0].numpy())
         width, channels, high, wide = weight.shape
-        made = match.shape("patches")
-        assert made is not None
-        cut = op.Reshape(x, np.array([0, channels, made[2], high, made[3], wide], np.int64))
+        down, across = _sizes(match, "patches")[1:]
+        cut = op.Reshape(x, np.array([0, channels, down, high, across, wide], np.int64))
         cut = op.Transpose(cut, perm=[0, 2, 4, 1, 3, 5])
-        rows = op.Reshape(cut, np.array([0, made[2] * made[3], channels * high * wide], np.int64))
+        rows = op.Reshape(cut, np.array([0, down * across, channels * high * wide], np.int64))
         matrix = np.ascontiguousarray(weight.reshape(width, -1).T)
         tokens = op.MatMul(rows, op.initializer(matrix, name="patch_weight"))
         tokens.type, tokens.shape = match.output.type, match.output.shape
@@ -75,3 +71,10 @@ class LowerPatchEmbedding(RewritePass):
             tokens = op.Add(tokens, conv.inputs[2])
             tokens.type, tokens.shape = match.output.type, match.output.shape
         return tokens
+
+
+def _sizes(match: Match, item: str | ir.Value | None) -> list[int]:
+    """Sizes of all axes but the first; empty where one is not known."""
+    dims = match.shape(item) or ()
+    known = [size for size in dims[1:] if isinstance(size, int)]
+    return known if len(known) == len(dims) - 1 else []

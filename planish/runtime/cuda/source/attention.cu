@@ -105,17 +105,22 @@ struct Cursor {
   }
 };
 
+template <int N> struct Constant {
+  static constexpr int value = N;
+};
+
 // Running softmax of the two rows of a tile that a thread shares with the three beside it.
 struct Softmax {
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
-  // Scores → probabilities (up to the rows' factors); `factor`: what earlier sums of a row shrink by.
-  __device__ void step(float (&s)[TILE / 8][4], float scale, float (&factor)[2]) {
+  // Scores of the first 8 · EIGHTS keys → probabilities (up to the rows' factors), those of others are 0; `factor`: what
+  // earlier sums of a row shrink by.
+  template <int EIGHTS> __device__ __forceinline__ void step(float (&s)[TILE / 8][4], float scale, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float top = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < TILE / 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+      for (int j = 0; j < EIGHTS; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
       float now = fmaxf(maximum[r], top * scale);
@@ -128,7 +133,7 @@ struct Softmax {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float &x = s[j][2 * r + c];
-          x = exp2_fast(fmaf(x, scale, -base));
+          x = j < EIGHTS ? exp2_fast(fmaf(x, scale, -base)) : 0.f;
           total += x;
         }
       sum[r] = sum[r] * factor[r] + total;
@@ -137,9 +142,10 @@ struct Softmax {
 };
 
 // -inf where a key is later than its query, past the last key, or of a tile that the group does not see.
+template <int EIGHTS>
 __device__ __forceinline__ void hide(float (&s)[TILE / 8][4], int key, int query, int keys, bool causal, bool seen) {
 #pragma unroll
-  for (int j = 0; j < TILE / 8; ++j)
+  for (int j = 0; j < EIGHTS; ++j)
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       int k = key + j * 8 + (c & 1), q = query + (c >> 1) * 8;
@@ -247,16 +253,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     bool there = query >= 0 && query < p.queries;
     copy_chunk(base + row / TILE * TILE_BYTES + chunk_offset(row % TILE, chunk), q + (there ? query * p.q_row : 0) + chunk * 8, there);
   }
+#if SHIFT
   // Each thread adds to the chunks that it copied, once they are there.
   auto shift_queries = [&] {
-#if SHIFT
 #pragma unroll
     for (int i = 0; i < GROUPS * TILE * HEAD / 8 / THREADS; ++i) {
       int at = i * THREADS + thread, row = at / (HEAD / 8), chunk = at % (HEAD / 8);
       add_to_chunk(base + row / TILE * TILE_BYTES + chunk_offset(row % TILE, chunk), p.q_shift + head * HEAD + chunk * 8);
     }
-#endif
   };
+#endif
   Cursor cursor;
   cursor.start(p, first_tile, offset, head, tiles);
   uint32_t now;  // what each group sees of a tile
@@ -310,10 +316,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int first_query = (first_tile + group) * TILE, query = first_query + warp * 16 + lane / 4;
   const float scale = BIAS ? 1.44269504089f : p.scale;
   [[maybe_unused]] const float raw = p.scale * 0.69314718056f;
-  auto mask = [&](float(&s)[TILE / 8][4], int tile, bool visible, int stage) {
+  auto weighed = [&](auto &s, int tile, bool visible, int stage, auto eighths) {
+    constexpr int EIGHTS = decltype(eighths)::value;
 #if BIAS
 #pragma unroll
-    for (int j = 0; j < TILE / 8; ++j) {
+    for (int j = 0; j < EIGHTS; ++j) {
       float b0, b1;
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1)
                    : "r"(biases + (stage * TILE + j * 8 + lane % 4 * 2) * 4) : "memory");
@@ -322,7 +329,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 #endif
     if (!visible || (tile + 1) * TILE > keys || (p.causal && tile * TILE + TILE - 1 > first_query))
-      hide(s, tile * TILE + lane % 4 * 2, query, keys, p.causal, visible);
+      hide<EIGHTS>(s, tile * TILE + lane % 4 * 2, query, keys, p.causal, visible);
+    softmax.step<EIGHTS>(s, scale, factor);
+  };
+  // A warp whose queries are all past the last one has nothing to weigh, and the last tile may hold few keys: of short
+  // sequences with small heads that is much of the time.
+  const bool idle = first_query + warp * 16 - offset >= p.queries;
+  auto soften = [&](float(&s)[TILE / 8][4], int tile, bool visible, int stage) {
+    const int rest = keys - tile * TILE;
+    if (idle) return;
+    if (HEAD > 64 || rest > 48) weighed(s, tile, visible, stage, Constant<8>());
+    else if (rest > 32) weighed(s, tile, visible, stage, Constant<6>());
+    else if (rest > 16) weighed(s, tile, visible, stage, Constant<4>());
+    else weighed(s, tile, visible, stage, Constant<2>());
   };
 
   int tile = cursor.step(now);
@@ -338,8 +357,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   commit_copies();
   wait_copies<0>();  // the queries
+#if SHIFT
   shift_queries();
   wait_copies<0>();  // what is written in the usual way is seen by wgmma behind this
+#endif
   __syncthreads();
   uint32_t phase = 0;
   auto keys_at = [&](int stage) { return stages + stage * 2 * TILE_BYTES; };
@@ -364,9 +385,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     group_fence();
     score(s, keys_at(0));
     group_wait<0>();
-    mask(s, tile, now >> group & 1, 0);
-    softmax.step(s, scale, factor);
-    to_operand(s, operand);
+    soften(s, tile, now >> group & 1, 0);
+    if (!idle) to_operand(s, operand);
     while ((tile = ahead[0]) != NONE) {
       now = visible[0];
 #pragma unroll
@@ -380,11 +400,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       score(s, keys_at(stage));
       weigh(keys_at(before) + TILE_BYTES);
       group_wait<1>();
-      mask(s, tile, now >> group & 1, stage);
-      softmax.step(s, scale, factor);
+      soften(s, tile, now >> group & 1, stage);
       group_wait<0>();
-      shrink(o, factor);
-      to_operand(s, operand);
+      if (!idle) {
+        shrink(o, factor);
+        to_operand(s, operand);
+      }
     }
     group_fence();
     weigh(keys_at(stage) + TILE_BYTES);
@@ -408,11 +429,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __syncthreads();
     float s[TILE / 8][4];
     scores(s, base + group * TILE_BYTES, at, warp, lane);
-    mask(s, tile, now >> group & 1, stage);
-    softmax.step(s, scale, factor);
-    shrink(o, factor);
-    to_operand(s, operand);
-    weighted(o, operand, at + TILE_BYTES, lane);
+    soften(s, tile, now >> group & 1, stage);
+    if (!idle) {
+      shrink(o, factor);
+      to_operand(s, operand);
+      weighted(o, operand, at + TILE_BYTES, lane);
+    }
     __syncthreads();
 #if STAGES == 1
     next = cursor.step(later);

@@ -101,6 +101,9 @@ __device__ DIRECTIONS void directions(const Parameters &p, const Value *keys, __
     const int tokens[2] = {token, min(token + step, p.tokens - 1)};
     float mean[2][N];
     auto average = [&](int piece) {
+      float shift[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) shift[i] = p.key_shift && piece < pieces ? __ldg(p.key_shift + piece * N + i) : 0.f;
 #pragma unroll
       for (int u = 0; u < 2; ++u)
 #pragma unroll
@@ -128,11 +131,9 @@ __device__ DIRECTIONS void directions(const Parameters &p, const Value *keys, __
 #pragma unroll
           for (int i = 0; i < N; ++i) mean[u][i] += __shfl_xor_sync(ALL, mean[u][i], step);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float shift = p.key_shift && piece < pieces ? p.key_shift[piece * N + i] : 0.f;
+      for (int u = 0; u < 2; ++u)
 #pragma unroll
-        for (int u = 0; u < 2; ++u) mean[u][i] = fmaf(mean[u][i], share, shift);
-      }
+        for (int i = 0; i < N; ++i) mean[u][i] = fmaf(mean[u][i], share, shift[i]);
     };
     float square[2] = {};
     for (int piece = 0; piece < pieces; piece += lanes) {  // the whole warp takes part
