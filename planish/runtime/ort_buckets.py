@@ -25,7 +25,7 @@ class BucketedRunner(DeviceRunner):
 
     def __init__(self, *args: Any, buckets: Buckets, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.buckets = buckets
+        self.buckets: Buckets | None = buckets
         self._places = {
             spec.name: tuple((axis, d) for axis, d in enumerate(spec.shape or ()) if d in buckets.sizes)
             for spec in self.inputs
@@ -57,12 +57,47 @@ class BucketedRunner(DeviceRunner):
         settle(given.values())
         return self._padded(given, seen, shapes).run
 
+    def confirm(self, feeds: Mapping[str, Any], limit: float) -> str:
+        """Runs inputs with padding and without, and gives padding up where outputs differ more than by rounding.
+
+        Args:
+            feeds: arrays; where they have the sizes of a bucket, one entry less of them is run.
+            limit: relative L2 that rounding may cost.
+
+        Returns:
+            What a report should say.
+        """
+        from planish.ir.compare import compare_outputs
+
+        _, shapes = self._shapes(self._taken(feeds)[1])
+        if shapes is None:
+            return "padding was proved and not measured: the inputs at hand are larger than the largest bucket."
+        given, seen = self._taken({name: self._shortened(name, value, shapes[name]) for name, value in feeds.items()})
+        error = compare_outputs(self._bound(given, seen, False), self._compute(given, seen, False)).relative_l2
+        if error <= limit:
+            return f"outputs for padded inputs differ from those without padding by {error:.1e} (relative L2)."
+        self.buckets = None
+        return f"inputs are not padded after all: their outputs differed by {error:.1e} (relative L2), not by rounding."
+
+    def _shortened(self, name: str, value: Any, shape: Sequence[int]) -> Any:
+        """An input with one entry less where it fills its bucket."""
+        spec = next(spec for spec in self.inputs if spec.name == name)
+        kept = [slice(None)] * len(shape)
+        for axis, _ in self._places[name]:
+            less = value.shape[axis] - 1
+            if value.shape[axis] == shape[axis] and less > 0 and spec.clamp(axis, less) == less:
+                kept[axis] = slice(0, less)
+        return value[tuple(kept)]
+
+    def _fill(self, name: str) -> float | None:
+        return None if self.buckets is None else self.buckets.fills.get(name)
+
     def _shapes(self, seen: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, tuple[int, ...]] | None]:
         """The real sizes, and the padded shapes of all inputs; None where they are not padded."""
         places = [(name, axis, dim) for name, places in self._places.items() for axis, dim in places]
         real: dict[str, int] = {str(dim): seen[name].shape[axis] for name, axis, dim in places if name in seen}
-        sizes = self.buckets.padded(real) if real.keys() == self.buckets.sizes.keys() else None
-        if sizes is None:
+        buckets = self.buckets
+        if buckets is None or real.keys() != buckets.sizes.keys() or (sizes := buckets.padded(real)) is None:
             return real, None
         shapes = {}
         for name, array in seen.items():
@@ -85,7 +120,7 @@ class BucketedRunner(DeviceRunner):
         if like.shape == tuple(shape):
             return value
         inner = tuple(map(slice, like.shape))
-        fill = self.buckets.fills.get(name) or 0
+        fill = self._fill(name) or 0
         if isinstance(value, np.ndarray):
             made = np.full(shape, fill, value.dtype)
             made[inner] = value
@@ -108,7 +143,7 @@ class BucketedRunner(DeviceRunner):
             if shape == held:
                 whole[name] = value
                 continue
-            view, fill = buffers.view(name), self.buckets.fills.get(name)
+            view, fill = buffers.view(name), self._fill(name)
             if fill is not None and any(new < old for new, old in zip(shape, before, strict=True)):
                 view.fill_(fill)
             torch = sys.modules["torch"]
@@ -122,6 +157,7 @@ class BucketedRunner(DeviceRunner):
     def _cut(self, buffers: Buffers, real: Mapping[str, int], on_device: bool) -> dict[str, Any]:
         """Copies of what is kept of the outputs."""
         found: dict[str, Any] = {}
+        assert self.buckets is not None
         for name, value in buffers.given.items():
             kept = self.buckets.kept(name, len(value.shape()), real)
             if on_device:

@@ -159,6 +159,19 @@ def test_a_wrong_fill_shows(made):
     assert np.abs(runner.run(feeds)["output_0"] - model.exact.run(feeds)["output_0"]).max() > 1e-3
 
 
+def test_the_proof_is_measured(made):
+    model, random = made["bert"], np.random.default_rng(0)
+    for batch, seq in ((3, 5), (4, 16)):
+        assert "differ from those without padding by" in model.padded.confirm(model.feeds(batch, seq, random), 1e-5)
+    assert "not measured" in model.padded.confirm(model.feeds(5, 16, random), 1e-5)
+    wrong = replace(model.buckets, fills=model.buckets.fills | {"attention_mask": 1.0})
+    runner = BucketedRunner(model.exact.session, model.exact.inputs, model.exact.outputs, device="cpu", graphs=1,
+                            buckets=wrong)  # fmt: skip
+    feeds = model.feeds(2, 8, random)
+    assert "not padded after all" in runner.confirm(feeds, 1e-5) and runner.buckets is None
+    np.testing.assert_array_equal(runner.run(feeds)["output_0"], model.exact.run(feeds)["output_0"])
+
+
 def test_few_sizes_are_kept(made):
     model, random = made["bert"], np.random.default_rng(1)
     for batch, seq in ((1, 2), (2, 8), (1, 5), (3, 16), (4, 12)):
