@@ -135,21 +135,11 @@ def _runners(bench: Bench, best: Program, ledger: Ledger, target: Target) -> dic
         ledger.notes.append("the program before it is beyond the memory of the target: gains were measured without it")
     runners = {name: bench.runner(best, name) for name in best.entries}
     ledger.notes += list(dict.fromkeys(note for runner in runners.values() for note in runner.notes))
-    ledger.notes += _confirm_padding(best, runners)
+    if target.buckets:
+        from planish.runtime.ort_buckets import confirm_padding
+
+        ledger.notes += confirm_padding(best, runners)
     return {**runners}
-
-
-def _confirm_padding(best: Program, runners: Mapping[str, Any]) -> list[str]:
-    """Measures what was proved, where inputs are padded and there are some to run; says what came of it."""
-    from planish.ir.compare import inner_tolerance, tolerance
-
-    notes = []
-    for part in best.calibration.parts if best.calibration is not None else ():
-        runner = runners[part.entry]
-        if getattr(runner, "buckets", None) is None or not hasattr(runner, "confirm") or not part.batches:
-            continue
-        notes.append(runner.confirm(part.batches[0], max(inner_tolerance(best), tolerance({}))))
-    return notes
 
 
 def resolve_pipeline(

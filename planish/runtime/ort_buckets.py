@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from planish.ir.buckets import Buckets
 from planish.runtime.ort_device import Buffers, DeviceRunner, settle
 from planish.runtime.tensors import is_torch
+
+if TYPE_CHECKING:
+    from planish.ir.program import Program
 
 
 class BucketedRunner(DeviceRunner):
@@ -167,3 +170,15 @@ class BucketedRunner(DeviceRunner):
             else:
                 found[name] = np.array(value.numpy()[kept])
         return found
+
+
+def confirm_padding(program: Program, runners: Mapping[str, Any]) -> list[str]:
+    """Measures what was proved, where inputs are padded and there are some to run; says what came of it."""
+    from planish.ir.compare import inner_tolerance, tolerance
+
+    notes = []
+    for part in program.calibration.parts if program.calibration is not None else ():
+        runner = runners[part.entry]
+        if isinstance(runner, BucketedRunner) and part.batches:
+            notes.append(runner.confirm(part.batches[0], max(inner_tolerance(program), tolerance({}))))
+    return notes
