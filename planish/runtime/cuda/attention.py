@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from planish.ir.block_sparsity.overlap import worth_together
 from planish.ir.errors import InputError, UnsupportedError
 from planish.runtime.cuda import driver
 from planish.runtime.cuda.cache import module
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 TILE = 64
+#: Queries from which the kernel for Hopper is the faster one, by the size of heads; launch_attention.h has them too.
+APART_FROM = {64: 1536, 128: 128}
 _DECODE_WARPS = 8  # as in attention_decode.cu
 SIZES = (64, 128)
 _LOG2_E = 1.4426950408889634
@@ -45,6 +48,12 @@ class BlockLists:
     def __post_init__(self) -> None:
         if self.block < TILE or self.block % TILE:
             raise UnsupportedError(f"blocks of {self.block} tokens; CUDA kernels take multiples of {TILE}.")
+
+    @functools.cached_property
+    def together(self) -> bool:
+        """Whether two tiles of queries are worth walking together: they are if they name nearly the same keys."""
+        even = self.block % (2 * TILE) == 0
+        return even or worth_together(self.indptr.cpu().numpy(), self.indices.cpu().numpy())
 
 
 def _structure(*names: tuple[str, Any]) -> type[ctypes.Structure]:
@@ -109,11 +118,20 @@ def attention(
     if 0 in q.shape:
         return out
     index = q.device.index or 0
-    # Two tiles of queries share the keys that they load; their lists would have to be alike, and blocks be idle if not.
-    # Of three tiles, the second of two blocks would be half empty.
-    three = 2 * TILE < queries <= 3 * TILE
-    groups = 2 if queries > TILE and not three and lists is None and driver.device(index).arch >= 80 else 1
-    kernel = _prefill(index, size, groups, _is_bf16(q), int(bias is not None), _ahead(size, lists))
+    arch, offset = driver.device(index).arch, k.shape[1] - queries if causal else 0
+    # Where there may be lists, tiles of queries and of keys have common borders.
+    tiles = (offset + queries + TILE - 1) // TILE - offset // TILE if lists is not None else -(-queries // TILE)
+    apart = arch == 90 and lengths is None and queries >= APART_FROM[size] and (lists is None or lists.together)
+    if apart:  # whoever copies keys is apart from those who compute
+        groups = 3 if size == TILE and lists is None else 2
+        kernel = _hopper(index, size, _is_bf16(q), int(bias is not None), int(lists is not None))
+    else:
+        # Two tiles of queries share the keys that they load; their lists would have to be alike, and blocks be idle if
+        # not. Of three tiles, the second of two blocks would be half empty.
+        three = 2 * TILE < queries <= 3 * TILE
+        groups = 2 if queries > TILE and not three and lists is None and arch >= 80 else 1
+        kernel = _prefill(index, size, groups, _is_bf16(q), int(bias is not None), _ahead(size, lists))
+        tiles = (offset + queries + TILE - 1) // TILE - offset // TILE
     parameters = _Prefill(
         *(item.data_ptr() for item in (q, k, v, out)),
         lse.data_ptr() if lse is not None else None,
@@ -123,10 +141,8 @@ def attention(
         (scale if scale is not None else size**-0.5) * _LOG2_E,
         *((bias.data_ptr(), bias.stride(0)) if bias is not None else (None, 0)),
     )  # fmt: skip
-    offset = k.shape[1] - queries if causal else 0
-    tiles = (offset + queries + TILE - 1) // TILE - offset // TILE
     grid = ((tiles + groups - 1) // groups, heads, batch)
-    kernel.launch(grid, groups * 128, _stream(q), parameters, _map(k), _map(v))
+    kernel.launch(grid, (groups + apart) * 128, _stream(q), parameters, _map(k), _map(v))
     return out
 
 
@@ -244,6 +260,14 @@ def _prefill(index: int, size: int, groups: int, bf16: int, bias: int, ahead: in
         **({"AHEAD": ahead} if ahead > 1 else {}),
     )
     return loaded.function("attention", shared)
+
+
+@functools.cache
+def _hopper(index: int, size: int, bf16: int, bias: int, lists: int) -> driver.Function:
+    loaded = module("attention_hopper.cu", index, HEAD=size, ELEMENT_BF16=bf16, BIAS=bias, LISTS=lists)
+    # Tiles of queries, two stages of 128 keys and values, barriers, biases or what the stages hold.
+    groups = 3 if size == TILE and not lists else 2
+    return loaded.function("attention", (groups + 8) * TILE * size * 2 + 128 + bias * 1024)
 
 
 @functools.cache

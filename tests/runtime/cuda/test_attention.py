@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,7 +74,8 @@ LIMITS = {"float16": 1e-3, "bfloat16": 8e-3}
 @pytest.mark.parametrize(
     ("batch", "queries", "keys", "heads", "kv_heads", "causal"),
     [(2, 128, 128, 4, 4, True), (1, 1, 1, 2, 1, True), (2, 100, 333, 6, 2, True), (1, 257, 257, 2, 2, False),
-     (3, 65, 200, 2, 1, False), (1, 1000, 1000, 4, 1, True), (1, 64, 191, 2, 2, True)],
+     (3, 65, 200, 2, 1, False), (1, 1000, 1000, 4, 1, True), (1, 64, 191, 2, 2, True), (1, 1700, 1901, 2, 1, True),
+     (2, 1600, 129, 3, 1, False)],
 )  # fmt: skip
 def test_dense(dtype, size, batch, queries, keys, heads, kv_heads, causal):
     q, k, v = tensors(batch, queries, keys, heads, kv_heads, size, getattr(torch, dtype))
@@ -86,17 +88,22 @@ def test_dense(dtype, size, batch, queries, keys, heads, kv_heads, causal):
 
 
 @gpu
+@pytest.mark.parametrize("together", [False, True])  # by the kernel for Hopper, whatever the lists
+@pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize(
-    ("queries", "keys", "causal"), [(512, 512, True), (300, 300, True), (70, 450, True), (400, 700, False)]
+    ("queries", "keys", "causal"),
+    [(512, 512, True), (300, 300, True), (70, 450, True), (400, 700, False), (200, 450, True), (1, 64, True)],
 )
-def test_lists(block, queries, keys, causal):
+def test_lists(block, queries, keys, causal, size, together, monkeypatch):
+    monkeypatch.setattr(BlockLists, "together", together)
+    monkeypatch.setattr(kernels, "APART_FROM", {64: 1, 128: 1})
     random = np.random.default_rng(queries + block)
     blocks = -(-keys // block)
     mask = random.random((3, blocks, blocks)) < 0.4
     mask[:, np.arange(blocks), np.arange(blocks)] |= random.random((3, blocks)) < 0.7  # some rows see nothing
     layout = np.array([0, 1, 2, 2, 1, 0])
-    q, k, v = tensors(2, queries, keys, 6, 2, 128, torch.float16)
+    q, k, v = tensors(2, queries, keys, 6, 2, size, torch.float16)
     out, lse = torch.full_like(q, math.nan), torch.full((2, 6, queries), math.nan, device="cuda")
     lists = lists_of(mask, layout, block)
     attention(q, k, v, causal=causal, lists=lists, out=out, lse=lse)
@@ -120,7 +127,7 @@ def test_lengths_and_strides():
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "size", "causal"),
     [(3, 197, 12, 64, False), (2, 65, 2, 64, False), (1, 1, 2, 64, False), (2, 11, 3, 64, False),
-     (1, 300, 2, 128, True), (2, 577, 2, 64, True)],
+     (1, 300, 2, 128, True), (2, 577, 2, 64, True), (2, 1700, 1, 64, True), (1, 500, 1, 128, False)],
 )  # fmt: skip
 def test_bias(dtype, batch, tokens, heads, size, causal):
     qkv = torch.randn(batch, tokens, 3, heads, size, device="cuda").to(getattr(torch, dtype))
@@ -167,6 +174,11 @@ def test_decode_lists(block, shared):
     out = decode(q, k, v, Workspace(), lists=lists, out=torch.full_like(q, math.nan))
     close(out, reference(q, k, v, causal=True, mask=tokens(mask, layout, block, 1, keys, keys - 1))[0], 1e-3)
     assert (out[:, :, 4:] == 0).all()
+
+
+def test_c_and_python_take_the_same_kernel():
+    header = Path(kernels.__file__).with_name("native") / "launch_attention.h"
+    assert f"(c->size == 64 ? {kernels.APART_FROM[64]} : {kernels.APART_FROM[128]})" in header.read_text()
 
 
 def test_what_does_not_fit_is_refused():

@@ -83,7 +83,7 @@ static attention_call call_of(const attention *kernel, const tensor *all, int64_
   c.block = kernel->block, c.causal = (int)kernel->causal, c.scale = kernel->scale;
   if (kernel->op->lists) {
     c.indptr = all[INDPTR].data, c.indices = all[INDICES].data, c.head_layout = all[LAYOUT].data;
-    c.rows = all[INDPTR].shape[1] - 1;
+    c.rows = all[INDPTR].shape[1] - 1, c.together = kernel->op->together;
   }
   return c;
 }
@@ -91,8 +91,9 @@ static attention_call call_of(const attention *kernel, const tensor *all, int64_
 static ort_status *prefill(const cuda_attention_form *form, const attention_call *c, cuda_stream stream) {
   cuda_kernel code;
   CHECK(planish_cuda_kernel(&form->one, &code));
-  int groups = attention_groups(c, code.arch);
-  if (groups == 2) CHECK(planish_cuda_kernel(&form->two, &code));
+  attention_plan plan = attention_plan_of(c, code.arch);
+  if (plan.apart) CHECK(planish_cuda_kernel(&form->apart, &code));
+  else if (plan.groups == 2) CHECK(planish_cuda_kernel(&form->two, &code));
   attention_prefill p;
   attention_fill_prefill(&p, c);
   _Alignas(64) unsigned char maps[2][128];
@@ -104,8 +105,7 @@ static ort_status *prefill(const cuda_attention_form *form, const attention_call
   }
   void *arguments[] = {&p, maps[0], maps[1]};
   return planish_cuda_launch(
-      &code, attention_grid(c, groups), (unsigned)c->heads, (unsigned)c->batch, (unsigned)groups * ATTENTION_GROUP_THREADS,
-      stream, arguments);
+      &code, plan.grid, (unsigned)c->heads, (unsigned)c->batch, plan.threads, stream, arguments);
 }
 
 static ort_status *decode(

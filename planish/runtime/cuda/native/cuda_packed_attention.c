@@ -92,14 +92,9 @@ static ort_status *launch(
     const attention *kernel, const cuda_packed_attention_form *form, const attention_call *c, packed_parameters *p,
     void *out, cuda_stream stream) {
   cuda_kernel code;
-  int groups = 1;
   CHECK(planish_cuda_kernel(&form->one, &code));
-  /* Two tiles of queries share the keys that they load; of three the second of two blocks would be half empty. */
-  int three = c->queries > 2 * ATTENTION_TILE && c->queries <= 3 * ATTENTION_TILE;
-  if (c->queries > ATTENTION_TILE && !three && code.arch >= 80) {
-    groups = 2;
-    CHECK(planish_cuda_kernel(&form->two, &code));
-  }
+  attention_plan plan = attention_plan_tiled(c, code.arch);
+  if (plan.groups == 2) CHECK(planish_cuda_kernel(&form->two, &code));
   attention_fill_prefill(&p->base, c);
   p->base.out = out;
   p->base.out_row = c->heads * c->size, p->base.out_batch = c->queries * p->base.out_row, p->base.out_head = c->size;
@@ -112,8 +107,7 @@ static ort_status *launch(
   }
   void *arguments[] = {p, maps[0], maps[1]};
   return planish_cuda_launch(
-      &code, attention_grid(c, groups), (unsigned)c->heads, (unsigned)c->batch, (unsigned)groups * ATTENTION_GROUP_THREADS,
-      stream, arguments);
+      &code, plan.grid, (unsigned)c->heads, (unsigned)c->batch, plan.threads, stream, arguments);
 }
 
 static ort_status *compute(void *given, ort_context *context) {

@@ -22,6 +22,7 @@ typedef struct {
   int64_t q_batch, q_row, q_head, kv_batch, kv_row, kv_head; /* out is strided as q, v as k */
   const int *indptr, *indices, *head_layout, *lengths;
   int64_t rows, block;
+  int together; /* lists of neighbouring tiles are nearly alike: two are worth walking together */
   int causal;
   float scale; /* of the scores */
   const float *bias;
@@ -61,26 +62,53 @@ static inline void attention_by_heads(attention_call *c, int64_t capacity) {
   c->kv_row = c->size, c->kv_head = capacity * c->size, c->kv_batch = c->kv_heads * c->kv_head;
 }
 
-/* Tiles of queries that share the keys they load; with lists they would have to share these too. */
-static inline int attention_groups(const attention_call *c, int arch) {
-  return c->queries > ATTENTION_TILE && !c->indptr && arch >= 80 ? 2 : 1;
-}
-
-/* Shared memory of a block: tiles of queries, of keys and values by stage, barriers, biases. `ahead`: as compiled. */
+/* Shared memory of a block of attention.cu: tiles of queries, of keys and values by stage, barriers, biases. `ahead`: as
+   compiled. And of attention_hopper.cu, which has two stages of 128 keys and values. */
 static inline int attention_shared(int arch, int64_t size, int groups, int bias, int ahead) {
   int stages = arch == 90 ? ahead + 2 : arch >= 80 ? 2 : 1;
   return (groups + 2 * stages) * ATTENTION_TILE * (int)size * 2 + 64 + bias * stages * ATTENTION_TILE * 4;
 }
+static inline int attention_apart_shared(int64_t size, int groups, int bias) {
+  return (groups + 8) * ATTENTION_TILE * (int)size * 2 + 128 + bias * 1024;
+}
+
+/* What computes a call, and how it is launched; the grid's other axes are heads and batch.
+   apart: attention_hopper.cu, where whoever copies keys is apart from those who compute; else attention.cu.
+   groups: tiles of 64 queries of a block. */
+typedef struct {
+  int apart, groups;
+  unsigned threads, grid;
+} attention_plan;
+
+static inline attention_plan attention_plan_with(int apart, int groups, int64_t tiles) {
+  attention_plan plan = {
+      apart, groups, (unsigned)(groups + apart) * ATTENTION_GROUP_THREADS, (unsigned)((tiles + groups - 1) / groups)};
+  return plan;
+}
+
+/* Tiles of queries and of keys have common borders, so that a tile is in one row of the lists. */
+static inline int64_t attention_tiles(const attention_call *c) {
+  int64_t offset = c->causal ? c->keys - c->queries : 0;
+  return (offset + c->queries + ATTENTION_TILE - 1) / ATTENTION_TILE - offset / ATTENTION_TILE;
+}
+
+/* With attention.cu. Two tiles of queries share the keys that they load; with lists they would have to share these too, and
+   of three tiles the second of two blocks would be half empty. */
+static inline attention_plan attention_plan_tiled(const attention_call *c, int arch) {
+  int three = c->queries > 2 * ATTENTION_TILE && c->queries <= 3 * ATTENTION_TILE;
+  int two = c->queries > ATTENTION_TILE && !three && !c->indptr && arch >= 80;
+  return attention_plan_with(0, two ? 2 : 1, attention_tiles(c));
+}
+
+static inline attention_plan attention_plan_of(const attention_call *c, int arch) {
+  int apart = arch == 90 && !c->lengths && c->queries >= (c->size == 64 ? 1536 : 128) && (!c->indptr || c->together);
+  if (!apart) return attention_plan_tiled(c, arch);
+  if (c->indptr) return attention_plan_with(1, 2, attention_tiles(c));
+  return attention_plan_with(1, c->size == 64 ? 3 : 2, (c->queries + ATTENTION_TILE - 1) / ATTENTION_TILE);
+}
 
 static inline int attention_decode_shared(int arch, int64_t size) {
   return (arch >= 80 ? 2 : 1) * 2 * ATTENTION_TILE * (int)size * 2;
-}
-
-/* Blocks along the first axis; the others are heads and batch. */
-static inline unsigned attention_grid(const attention_call *c, int groups) {
-  int64_t offset = c->causal ? c->keys - c->queries : 0;
-  int64_t tiles = (offset + c->queries + ATTENTION_TILE - 1) / ATTENTION_TILE - offset / ATTENTION_TILE;
-  return (unsigned)((tiles + groups - 1) / groups);
 }
 
 static inline void attention_fill_prefill(attention_prefill *p, const attention_call *c) {

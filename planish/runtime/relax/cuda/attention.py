@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from planish.ir.errors import UnsupportedError
+from planish.runtime.cuda.attention import APART_FROM
 from planish.runtime.relax.cuda import rows
 from planish.runtime.relax.cuda.assemble import AHEAD, Code
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 #: Sizes of heads that attention.cu has kernels for.
 FLASH_SIZES = (64, 128)
 HALVES = ("float16", "bfloat16")
+#: The number of attention_hopper.cu in native/attention.c.
+APART = 3
 
 
 def attention(device: CudaDevice, t: Translator, template: Any, inputs: list[Any], types: list[Any]) -> Any:
@@ -28,6 +31,7 @@ def attention(device: CudaDevice, t: Translator, template: Any, inputs: list[Any
     if flash and (mask is None or _is_padding(mask)):
         biases = [] if mask is None else [_bias(t, mask)]
         use_prefill(device, size, len(biases), dtype)
+        use_apart(device, size, len(biases), dtype, t.plain(q.ty.shape[1]))
         inputs = [q, k, v, *biases, size, int(causal == "end"), float(scale)]
         return device.packed(t, "planish_attention", inputs, types)
     return by_products(device, t, (q, k, v), mask, (size, float(scale), causal), dtype)
@@ -39,6 +43,14 @@ def use_prefill(device: CudaDevice, size: int, bias: int, dtype: str) -> None:
     for groups in (1, 2):
         defines = {"AHEAD": AHEAD, "BIAS": bias, "ELEMENT_BF16": bfloat, "GROUPS": groups, "HEAD": size}
         use(device, 0, size, groups + 2 * bias + 4 * bfloat, "attention.cu", defines)
+
+
+def use_apart(device: CudaDevice, size: int, bias: int, dtype: str, queries: Any, lists: int = 0) -> None:
+    """Adds the kernel for Hopper, where prompts may be as long as those that it is taken for."""
+    bfloat = int(dtype == "bfloat16")
+    if not isinstance(queries, int) or queries >= APART_FROM[size]:
+        defines = {"BIAS": bias, "ELEMENT_BF16": bfloat, "HEAD": size, "LISTS": lists}
+        use(device, APART, size, lists + 2 * bias + 4 * bfloat, "attention_hopper.cu", defines)
 
 
 def use(device: CudaDevice, number: int, size: int, form: int, source: str, defines: dict[str, int]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from planish.runtime.relax.cuda.attention import FLASH_SIZES, HALVES, by_products, use, use_prefill
+from planish.ir.block_sparsity.overlap import worth_together
+from planish.runtime.relax.cuda.attention import FLASH_SIZES, HALVES, by_products, use, use_apart, use_prefill
 from planish.runtime.relax.cuda.caches import DECODE, clears, workspace
 from planish.runtime.relax.operand import Operand
 from planish.runtime.relax.translator import Translator, attribute, emits
@@ -39,13 +41,16 @@ def _block_sparse(t: Translator, node: ir.Node) -> Operand:
     out = t.type(q.dims, q.dtype)
     if key_mask is None and q.dtype in HALVES and size in FLASH_SIZES and block % _TILE == 0:
         use_prefill(device, size, 0, q.dtype)
+        together = block % (2 * _TILE) == 0 or _alike(rest)
+        if together:
+            use_apart(device, size, 0, q.dtype, q.dims[1], lists=1)
         types, bfloat = [out], int(q.dtype == "bfloat16")
         lists = [t.tensor(item) for item in rest if item is not None]
         if causal:  # one query, then, is at the end of a cache
             use(device, DECODE, size, 1 + 16 * bfloat, "attention_decode.cu", _defines(size, bfloat))
             clears(device, size, q.dtype)
             types.append(t.type([workspace(t, t.product([q.dims[0], heads]), size)], "uint8"))
-        inputs = [*tensors, *lists, size, block, int(causal), scale]
+        inputs = [*tensors, *lists, size, block, int(causal) + 2 * int(together), scale]
         made = device.packed(t, "planish_block_sparse", inputs, types)
         return Operand(q.dtype, list(q.dims), t.emit(t.relax.TupleGetItem(made, 0)) if causal else made)
     if float(attribute(node, "hidden_score", -np.inf)) > _LOWEST:
@@ -56,6 +61,12 @@ def _block_sparse(t: Translator, node: ir.Node) -> Operand:
         mask = _both(t, mask, seen)
     made = by_products(device, t, (tensors[0], tensors[1], tensors[2]), t.force(mask), (size, scale, ""), q.dtype)
     return Operand(q.dtype, list(q.dims), made)
+
+
+def _alike(lists: Sequence[Operand | None]) -> bool:
+    """Whether lists are constants, and those of neighbouring tiles nearly the same."""
+    indptr, indices = (None if item is None else item.array for item in lists[:2])
+    return indptr is not None and indices is not None and worth_together(np.asarray(indptr), np.asarray(indices))
 
 
 def _one(size: Any) -> bool:

@@ -3,7 +3,7 @@
 #include "kernels.h"
 #include "launch_attention.h"
 
-enum { PREFILL, DECODE, STEP };  // sources
+enum { PREFILL, DECODE, STEP, APART };  // sources
 enum { HALF, BFLOAT, SINGLE };   // forms of cache_step.cu
 static const char too_large[] = "an axis is longer than 2^31, or the batch than 65535";
 
@@ -28,16 +28,20 @@ static int prefill(const attention_call *c, int device, int bfloat, void *on) {
   int arch = arch_of(device), bias = c->bias != NULL;
   if (!arch) return -1;
   if (c->queries > ATTENTION_LONGEST || c->keys > ATTENTION_LONGEST) return failed("attention", too_large, 0);
-  int groups = attention_groups(c, arch), shared = attention_shared(arch, c->size, groups, bias, AHEAD);
+  attention_plan plan = attention_plan_of(c, arch);
+  int shared = plan.apart ? attention_apart_shared(c->size, plan.groups, bias)
+                          : attention_shared(arch, c->size, plan.groups, bias, AHEAD);
+  // Of the form apart the first number says whether there are lists.
+  int source = plan.apart ? APART : PREFILL, form = prefill_form(plan.apart ? c->indptr != NULL : plan.groups, bias, bfloat);
   void *function = NULL;
-  if (kernel(device, PREFILL, (int)c->size, prefill_form(groups, bias, bfloat), "attention", 0, shared, &function)) return -1;
+  if (kernel(device, source, (int)c->size, form, "attention", 0, shared, &function)) return -1;
   attention_prefill p;
   attention_fill_prefill(&p, c);
   _Alignas(64) unsigned char described[2][128] = {{0}};
   if (arch == 90 && maps(c, described)) return -1;
   void *arguments[] = {&p, described[0], described[1]};
-  return launch(function, "attention", attention_grid(c, groups), (unsigned)c->heads, (unsigned)c->batch,
-                (unsigned)groups * ATTENTION_GROUP_THREADS, shared, on, arguments);
+  return launch(function, "attention", plan.grid, (unsigned)c->heads, (unsigned)c->batch, plan.threads, shared, on,
+                arguments);
 }
 
 // (q (batch, queries, heads · size), k, v (batch, keys, kv heads · size), [bias (batch or 1, keys) float32], size,
@@ -140,8 +144,9 @@ EXPORT int __tvm_ffi_planish_cache_decode(void *self, const TVMFFIAny *args, int
   return decode(&c, device, bfloat, shared, workspace, stream(q));
 }
 
-// (q, k, v as planish_attention; indptr (layouts, rows + 1), indices, head_layout (heads), int32; size, block, causal,
-// scale, out as q, [workspace (bytes)]): with a workspace one query is at the end of the keys, which are split.
+// (q, k, v as planish_attention; indptr (layouts, rows + 1), indices, head_layout (heads), int32; size, block, flags (1:
+// causal, 2: lists of neighbouring tiles are nearly alike), scale, out as q, [workspace (bytes)]): with a workspace one
+// query is at the end of the keys, which are split.
 EXPORT int __tvm_ffi_planish_block_sparse(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
   (void)self, (void)result;
   if (count < 11 || count > 12 || args[9].type_index != kTVMFFIFloat)
@@ -151,7 +156,8 @@ EXPORT int __tvm_ffi_planish_block_sparse(void *self, const TVMFFIAny *args, int
   attention_call c;
   memset(&c, 0, sizeof c);
   c.q = data(q), c.k = data(k), c.v = data(tensor(args + 2)), c.out = data(tensor(args + 10));
-  c.size = args[6].v_int64, c.block = args[7].v_int64, c.causal = (int)args[8].v_int64, c.scale = (float)args[9].v_float64;
+  c.size = args[6].v_int64, c.block = args[7].v_int64, c.scale = (float)args[9].v_float64;
+  c.causal = (int)args[8].v_int64 & 1, c.together = (int)args[8].v_int64 >> 1;
   c.batch = q->shape[0], c.queries = q->shape[1], c.keys = k->shape[1];
   c.heads = q->shape[2] / c.size, c.kv_heads = k->shape[2] / c.size;
   if (c.causal && c.queries > c.keys) return failed("planish_block_sparse", "there are more queries than keys", 0);
