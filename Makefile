@@ -15,7 +15,9 @@
 #   make bench-tvm             whole models on target tvm-cpu against plain ONNX Runtime
 #   make bench-cuda-memory     decoding under a memory budget against accelerate's offloading, on a GPU
 #   make bench-cuda-buckets    requests of random sizes on target ort-cuda, padded to few, on a GPU
+#   make bench-cuda-decode     decoding on target ort-cuda against transformers, on a GPU
 #   make bench-cuda            whole models on target ort-cuda against torch and ONNX Runtime, on a GPU
+#   make bench-cuda-merge      token merging through target ort-cuda against the exact program, on a GPU
 #   make bench-cuda-relational relational layers on a GPU, against torch by hand and PyG's modules
 #   make bench-tvm-cuda        programs on target tvm-cuda against torch, on a GPU
 #   make bench-gpu             every benchmark of target ort-cuda and the kernels, and which promises hold
@@ -35,7 +37,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint conformance bench-architectures bench-optimize bench-fusion bench-kernels bench-decode \
   bench-layers bench-sparse bench-tokens bench-relational bench-tvm bench-startup bench-precision \
-  bench-cuda bench-gpu bench-cuda-buckets bench-cuda-memory bench-cuda-relational bench-tvm-cuda sanitize-cuda clean
+  bench-cuda bench-gpu bench-cuda-buckets bench-cuda-decode bench-cuda-memory bench-cuda-merge bench-cuda-relational bench-tvm-cuda sanitize-cuda clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/demo_minilm.py
@@ -104,8 +106,14 @@ bench-precision: $(STAMP)
 bench-cuda-memory:
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_memory.py
 
+bench-cuda-decode:
+	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_decode.py --json benchmarks/cuda_decode.json
+
 bench-cuda-buckets:
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_buckets.py --json benchmarks/cuda_buckets.json
+
+bench-cuda-merge:
+	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/cuda_merge_pipeline.py --json benchmarks/cuda_merge_pipeline.json
 
 bench-cuda:
 	@PYTHONPATH=. $(or $(PYTHON),python3) benchmarks/ort_cuda.py --json benchmarks/ort_cuda.json

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "cuda_attention": ("cuda_attention.py", "--json"),
     "cuda_relational": ("cuda_relational.py", "--sizes", "bgs,am", "--json"),
     "cuda_tokens": ("cuda_tokens.py", "--json"),
+    "cuda_merge_pipeline": ("cuda_merge_pipeline.py", "--json"),
     "cuda_gemv": ("cuda_gemv.py", "--json"),
     "cuda_memory": ("cuda_memory.py", "--out"),
 }
@@ -93,6 +94,12 @@ def tokens(data: Any) -> Iterator[Line]:
         yield f"{model}: merging against the plain net with sums in norms", best["ratio_fused"], 1.5, False
 
 
+def merging(data: Any) -> Iterator[Line]:
+    """The same through target ort-cuda, against planish's exact program in a graph."""
+    for row in data["rows"]:
+        yield f"{row['model']} on ort-cuda: merging against the exact program", row["ratio"], 1.5, False
+
+
 def memory(data: Any) -> Iterator[Line]:
     """Decoding under budgets: the peak's share of the budget, and whether tokens are the same."""
     for name, row in data.items():
@@ -111,6 +118,7 @@ def lines(folder: Path) -> Iterator[tuple[str, list[Line] | None]]:
         "cuda_attention": lambda data: attention(data, copy),
         "cuda_relational": relational,
         "cuda_tokens": tokens,
+        "cuda_merge_pipeline": merging,
         "cuda_memory": memory,
     }
     for name, reader in readers.items():

@@ -340,3 +340,31 @@ def test_a_variant_beyond_the_error_budget_has_no_gain() -> None:
     gates.best_outputs = gates.expected
     gates._tuned(TunedWithinError())
     assert gates.ledger.notes == ["gain 0"]
+
+
+def test_exact_passes_in_16_bits_are_held_to_what_16_bits_round() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y)
+    { a = Cast<to = 10>(x)  b = Relu(a)  y = Cast<to = 1>(b) }"""
+    model = ir.from_onnx_text(text)
+    for name in "ab":
+        value = next(v for node in model.graph for v in node.outputs if v.name == name)
+        value.type = ir.TensorType(ir.DataType.FLOAT16)
+    bench = FakeBench(errors={"b": 1e-3, "c": 1e-2})
+    gates = Gates(bench, Budget(), lambda p, program: p.apply(program, PassContext()))
+    best, ledger = gates.optimize(Program.single(model), exact("b", "c"))
+    assert sorted(best.main.metadata_props) == ["b"]
+    assert "> 4.0e-03 at output 'y'" in ledger["exact{key='c'}"].verdict
+
+
+@dataclass(frozen=True)
+class Selecting(Approximate):
+    name: ClassVar[str] = "selecting"
+    selects: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize(("first", "kept"), [(Selecting, ["b", "p"]), (Approximate, ["p"])])
+def test_behind_what_selects_the_distance_to_the_original_counts(first: type[ApproximatePass], kept: list[str]) -> None:
+    bench = FakeBench(errors={"p": 4e-3, "b": -1e-3, "c": 3e-3}, times={"p": 0.5})
+    marks, verdicts, _ = gated([first(), *exact("b", "c")], bench, Budget(error=1e-2))
+    assert marks == kept
+    assert verdicts["exact{key='c'}"].startswith("rolled back: error ")
