@@ -6,6 +6,7 @@ generation serves the next ones; what a generation leaves is kept for them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,8 +107,12 @@ class DeviceStep:
         self._there = self._empty(np.uint8, self._given.shape)
         base = self._there.data_ptr()
         self._binding = decode.session.io_binding()
-        for name, address, shape in ((IDS, base, (rows, 1)), (LENGTHS, base + offset, (rows,))):
-            self._binding.bind_input(name, decode.device, decode.index, np.int64, shape, address)
+        bind = functools.partial(self._binding.bind_input, device_type=decode.device, device_id=decode.index)
+        given = {IDS: ((rows, 1), base), LENGTHS: ((rows,), base + offset)}
+        binds = {
+            name: functools.partial(bind, name, element_type=np.int64, shape=shape, buffer_ptr=address)
+            for name, (shape, address) in given.items()
+        }
         self.caches: dict[str, ort.OrtValue] = {}
         for spec in decode.inputs:
             layer = cache_layer(spec.name)
@@ -117,7 +122,11 @@ class DeviceStep:
             room = slots[layer].capacity(capacity) if layer in slots else capacity
             heads, size = (int(dim) for dim in (spec.shape[1], spec.shape[3]))  # type: ignore[arg-type]
             cache = self.caches[spec.name] = self._empty(element_of(spec.dtype), (rows, heads, room, size))
-            self._binding.bind_ortvalue_input(spec.name, cache)
+            binds[spec.name] = functools.partial(self._binding.bind_ortvalue_input, spec.name, cache)
+        for call in binds.values():
+            call()
+        # What the host reads is copied when it is bound; that is no form that a step should have, but a right one.
+        self._again = [call for name, call in binds.items() if name in decode.host]
         for spec in decode.outputs:
             if cache_layer(spec.name) is not None:
                 self._binding.bind_ortvalue_output(spec.name, self.caches[spec.name.replace("present_", "past_", 1)])
@@ -150,6 +159,8 @@ class DeviceStep:
         self._ids[:] = tokens
         self._held += 1
         self._memory.upload(self._there.data_ptr(), self._given)
+        for bind in self._again:
+            bind()
         self._decode.call(self._binding, self._options)
         self._memory.download(self._logits, self._result.data_ptr())
         return self._logits

@@ -77,6 +77,30 @@ def test_caches_are_written_in_place():
         assert rows[0, :, :10].any(-1).all() and rows[1, :, : mask[1].sum() + 5].any(-1).all()
 
 
+def test_what_the_host_reads_is_bound_for_each_step(monkeypatch):
+    """As for steps whose form on the GPU was taken back."""
+    exe, bound = on_host("Llama", capture=False), []
+    decode = exe.runners[DECODE]
+    monkeypatch.setattr(decode, "host", {"lengths", "past_0_key"})
+    session = decode.session
+
+    class Session:
+        run_with_iobinding = session.run_with_iobinding
+
+        def io_binding(self):
+            binding = session.io_binding()
+            for name in ("bind_input", "bind_ortvalue_input"):
+                made = getattr(binding, name)
+                setattr(binding, name, lambda *a, made=made, **k: bound.append(a[0]) or made(*a, **k))
+            return binding
+
+    monkeypatch.setattr(decode, "session", Session())
+    ids, mask = prompts(3, 9)
+    want = greedy(causal_model("Llama"), ids, mask, NEW)
+    np.testing.assert_array_equal(exe.generate(ids, NEW, attention_mask=mask), want)
+    assert [bound.count(name) for name in ("lengths", "past_0_key", "input_ids", "past_1_key")] == [NEW, NEW, 1, 1]
+
+
 def test_half_precision_follows_its_own_program():
     """Tokens of float16 are those of a run of the same entries that copies the caches."""
     exe = on_host("Llama", ",dtype=float16")
@@ -147,6 +171,16 @@ def test_on_a_gpu(name, options, tmp_path):
             ids, mask = prompts(count, longest, seed)
             want = greedy(model, ids, mask, NEW)
             np.testing.assert_array_equal(found.generate(ids, NEW, attention_mask=mask), want)
+
+
+@gpu
+def test_steps_that_read_caches_on_the_host():
+    """Without its lowering a step in float32 runs on the host, and its caches are copied there and back."""
+    model = causal_model("Llama")
+    exe = planish.optimize(model, "ort-cuda", task="causal-lm", budget=OFF, passes="eliminate-dead-code")
+    assert "past_0_key" in exe.runners[DECODE].host and not exe.runners[DECODE].capture
+    ids, mask = prompts(3, 9)
+    np.testing.assert_array_equal(exe.generate(ids, NEW, attention_mask=mask), greedy(model, ids, mask, NEW))
 
 
 @gpu

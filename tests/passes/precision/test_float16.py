@@ -7,6 +7,9 @@ import pytest
 
 import planish
 from planish.driver import resolve_pipeline
+from planish.ir.infer import infer_shapes
+from planish.ir.printer import parse_model
+from planish.ir.program import Program
 from planish.ir.target import Target
 from planish.passes.testing import apply_pass, canonical_text, check_declines, check_rewrite, program_of, run_reference
 
@@ -106,3 +109,43 @@ def test_a_target_asks_for_it(target, there):
             "lower-cuda-attention"
         )
     assert planish.Budget().gates
+
+
+W = "float[8, 8] w = {" + ", ".join(str(i % 3 - 1) for i in range(64)) + "}"
+STEP = f"""<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
+  g (float[b, 1, 8] x, int64[b] lengths, float[b, 1, c, 8] past_0_key, float[b, 1, c, 8] past_0_value)
+  => (float[b, 1, 8] y, float[b, 1, c, 8] present_0_key, float[b, 1, c, 8] present_0_value)
+  <{W}> {{ q = MatMul(x, w) h = Cast<to = 6>(lengths) z = Constant<value_ints = [0]>() m = ReduceMax<keepdims = 1>(h, z)
+    o = Constant<value_ints = [1]>() p = Cast<to = 6>(o) t = Add(m, p)
+    y, present_0_key, present_0_value = com.microsoft.GroupQueryAttention<num_heads = 1, kv_num_heads = 1, scale = 0.3>
+      (q, q, q, past_0_key, past_0_value, h, t) }}"""
+PROMPT = f"""<ir_version: 10, opset_import: ["" : 23]>
+  g (float[b, s, 8] x) => (float[b, s, 8] y, float[b, 1, s, 8] present_0_key, float[b, 1, s, 8] present_0_value)
+  <{W.replace(" w ", " u ")}, int64[1] one = {{1}}> {{ k = MatMul(x, u) present_0_key = Unsqueeze(k, one)
+    present_0_value = Unsqueeze(x, one) y = Identity(k) }}"""
+
+
+def test_caches_have_the_type_of_their_step():
+    entries = {"prefill": parse_model(PROMPT), "decode": parse_model(STEP)}
+    program = Program(entries, Target.parse("ort-cuda"))
+    for model in program.entries.values():
+        infer_shapes(model)
+    apply_pass(PASS, program)
+    decode, prefill = (program.entry(name).graph for name in ("decode", "prefill"))
+    values = [*decode.inputs[2:], *decode.outputs[1:], *prefill.outputs[1:]]
+    assert {v.dtype.name for v in values} == {"FLOAT16"} and decode.outputs[0].dtype.name == "FLOAT"
+    assert [v.name for v in prefill.outputs] == ["y", "present_0_key", "present_0_value"]
+    casts = [n for n in decode if n.op_type == "Cast" and n.outputs[0].dtype.name.startswith("FLOAT")]
+    assert len(casts) == 2  # of x and y: no cache is copied
+
+
+def test_angles_stay():
+    program = gpu("""(int64[2] i, float[2, 4] x) => (float[2, 4] y) <float[4, 4] w = {
+      1,0,0,0,0,1,0,0,0,0,1,0,0,0,0,1}, float[1, 4] f = {1, 0.1, 0.01, 0.001}> {
+      a = Cast<to = 1>(i) c = Constant<value_ints = [1]>() u = Unsqueeze(a, c) m = MatMul(u, f) s = Sin(m)
+      p = MatMul(x, w) y = Mul(p, s) }""")
+    apply_pass(PASS, program)
+    inputs = {"i": np.array([4001, 77777]), "x": np.ones((2, 4), "f4")}
+    got = run_reference(program, inputs)["y"]
+    want = np.sin(np.array([[4001], [77777]]) * np.array([1, 0.1, 0.01, 0.001]))
+    np.testing.assert_allclose(got, want, atol=8e-3)
