@@ -108,11 +108,10 @@ class Step:
 
     def attention(self, x: ir.Value, pasts: list[ir.Value], tables: list[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
         s = self.shape
-        q = self.product(x, s.width, s.width)
-        k, v = (self.product(x, s.kv_heads * s.size, s.width) for _ in "kv")
+        qkv = self.product(x, s.width + 2 * s.kv_heads * s.size, s.width)
         settings = {"num_heads": s.heads, "kv_num_heads": s.kv_heads, "do_rotary": 1}
         y, *presents = self.add(
-            "GroupQueryAttention", q, k, v, *pasts, *tables, domain="com.microsoft", count=3, **settings
+            "GroupQueryAttention", qkv, None, None, *pasts, *tables, domain="com.microsoft", count=3, **settings
         )
         for present in presents:
             present.shape = ir.Shape((self.rows, s.kv_heads, self.past, s.size))

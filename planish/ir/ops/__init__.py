@@ -34,6 +34,7 @@ from planish.ir.ops.merge_tokens import MERGE_TOKENS
 from planish.ir.ops.norms import NORMS
 from planish.ir.ops.packed_attention import PACKED_ATTENTION
 from planish.ir.ops.quantized_linear import QUANTIZED_LINEAR
+from planish.ir.ops.quantized_swiglu import QUANTIZED_SWIGLU
 from planish.ir.ops.relational import is_relational, make_op
 from planish.ir.ops.select_tokens import PRUNE_TOKENS, UNMERGE_TOKENS
 from planish.ir.ops.swiglu import SWIGLU
@@ -166,6 +167,7 @@ for _op in (
     *WINDOW_ATTENTION.values(),
     *PACKED_ATTENTION.values(),
     *QUANTIZED_LINEAR.values(),
+    *QUANTIZED_SWIGLU.values(),
     *MERGE_TOKENS.values(),
     *MERGE_FUSED.values(),
     UNMERGE_TOKENS,

@@ -94,21 +94,28 @@ def _op(bits: int, zeros: bool, bias: bool) -> DialectOp:
 
 def _body(schema: Schema, opset: int, bits: int, zeros: bool, bias: bool) -> ir.Function:
     made = FunctionBody(schema, opset)
-    x, codes, scales = (made.values[name] for name in ("x", "codes", "scales"))
+    codes, scales = made.values["codes"], made.values["scales"]
+    y = product(made, codes, scales, bits, made.values["zeros"] if zeros else None)
+    return made.function(made.add("Add", y, made.values["bias"]) if bias else y)
+
+
+def product(
+    made: FunctionBody, codes: ir.Value, scales: ir.Value, bits: int, zeros: ir.Value | None = None
+) -> ir.Value:
+    """In a body: x wᵀ."""
+    x = made.values["x"]
     rows, blocks = made.size(codes, 0), made.size(codes, 1)
-    if zeros:
-        packed = made.add("Reshape", made.values["zeros"], made.shape(rows, made.ints(1), made.ints(-1)))
+    if zeros is not None:
+        packed = made.add("Reshape", zeros, made.shape(rows, made.ints(1), made.ints(-1)))
         each = made.add("Transpose", _numbers(made, packed, bits), perm=[0, 2, 1])
         middle = made.cut(each, made.ints(0), blocks)
     else:
         middle = made.add("CastLike", made.floating(float(1 << (bits - 1))), x)
     numbers = made.add("Sub", _numbers(made, codes, bits), middle)
     weight = made.add("Mul", numbers, made.add("Reshape", scales, made.shape(rows, blocks, made.ints(1))))
-    weight = made.cut(
-        made.add("Reshape", weight, made.shape(rows, made.ints(-1))), made.ints(0), made.add("Shape", x, start=-1)
-    )
-    y = made.add("MatMul", x, made.add("Transpose", weight, perm=[1, 0]))
-    return made.function(made.add("Add", y, made.values["bias"]) if bias else y)
+    flat = made.add("Reshape", weight, made.shape(rows, made.ints(-1)))
+    weight = made.cut(flat, made.ints(0), made.add("Shape", x, start=-1))
+    return made.add("MatMul", x, made.add("Transpose", weight, perm=[1, 0]))
 
 
 def _numbers(made: FunctionBody, packed: ir.Value, bits: int) -> ir.Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +12,10 @@ import onnx_ir as ir
 from planish.ir.graphs import constant_tensor
 from planish.ir.ops import DIALECT_DOMAIN
 from planish.ir.ops.quantized_linear import BLOCK, quantized_linear
+from planish.ir.ops.quantized_swiglu import quantized_swiglu
 from planish.passes.base import Decline
 from planish.passes.registry import register
-from planish.passes.rewrite import DialectRewritePass, Match
+from planish.passes.rewrite import DialectRewritePass, Match, Rule
 
 _X, _CODES, _SCALES, _ZEROS, _ORDER, _BIAS = range(6)
 
@@ -38,10 +40,12 @@ class LowerCudaQuantized(DialectRewritePass):
     name: ClassVar[str] = "lower-cuda-quantized"
     min_opset: ClassVar[int] = 18
 
-    def pattern(self, op: Any, x: Any) -> Any:
-        return op.MatMulNBits(x, _domain="com.microsoft", _allow_other_inputs=True, _allow_other_attributes=True)
+    def rules(self) -> Sequence[Rule]:
+        """Products, and then two of one value with the gate behind them."""
+        gates = [Rule(f"gate-{bits}", _gate(bits), _rewrite_gate, _check_gate, self.min_opset) for bits in (4, 8)]
+        return [Rule("product", _product, _rewrite, self._check, self.min_opset), *gates]
 
-    def check(self, match: Match) -> None:
+    def _check(self, match: Match) -> None:
         if match.target.name != "ort-cuda" or not match.target.kernels:
             raise Decline(f"target '{match.target}' has no kernel for it; 'ort-cuda:kernels' has")
         if match.dtype("x") != ir.DataType.FLOAT16:
@@ -75,13 +79,51 @@ class LowerCudaQuantized(DialectRewritePass):
         if rows > self.rows:
             raise Decline(f"it has {rows} rows, and the kernel pays for {self.rows} at most")
 
-    def rewrite(self, op: Any, match: Match, x: ir.Value) -> Any:
-        inputs = _inputs(match)
-        zeros, bias = inputs[_ZEROS], inputs[_BIAS]
-        bits, block, _ = _settings(match)
-        name = quantized_linear(bits, zeros is not None, bias is not None)
-        given = [value for value in (x, inputs[_CODES], inputs[_SCALES], zeros, bias) if value is not None]
-        return getattr(op, name)(*given, _domain=DIALECT_DOMAIN, **{BLOCK: block})
+
+def _product(op: Any, x: Any) -> Any:
+    return op.MatMulNBits(x, _domain="com.microsoft", _allow_other_inputs=True, _allow_other_attributes=True)
+
+
+def _rewrite(op: Any, match: Match, x: ir.Value) -> Any:
+    inputs = _inputs(match)
+    zeros, bias = inputs[_ZEROS], inputs[_BIAS]
+    bits, block, _ = _settings(match)
+    name = quantized_linear(bits, zeros is not None, bias is not None)
+    given = [value for value in (x, inputs[_CODES], inputs[_SCALES], zeros, bias) if value is not None]
+    return getattr(op, name)(*given, _domain=DIALECT_DOMAIN, **{BLOCK: block})
+
+
+def _gate(bits: int) -> Callable[..., Any]:
+    name = quantized_linear(bits, False, False)
+
+    def pattern(op: Any, x: Any, gate_codes: Any, gate_scales: Any, up_codes: Any, up_scales: Any) -> Any:
+        gate, up = (
+            getattr(op, name)(x, *weight, _domain=DIALECT_DOMAIN, _allow_other_attributes=True)
+            for weight in ((gate_codes, gate_scales), (up_codes, up_scales))
+        )
+        return op.SwiGLU(gate, up, _domain=DIALECT_DOMAIN)
+
+    return pattern
+
+
+def _check_gate(match: Match) -> None:
+    if match.target.name != "ort-cuda":
+        raise Decline(f"target '{match.target}' has no kernel for it; 'ort-cuda:kernels' has")
+    blocks = {node.attributes.get_int(BLOCK, 0) for node in _products(match)}
+    if len(blocks) > 1 or match.shape("gate_codes") != match.shape("up_codes"):
+        raise Decline("the weights of the gate and of what it scales differ in blocks or in size")
+
+
+def _rewrite_gate(op: Any, match: Match) -> Any:
+    names = ("x", "gate_codes", "gate_scales", "up_codes", "up_scales")
+    node = _products(match)[0]
+    made = getattr(op, quantized_swiglu(4 if "4" in node.op_type else 8))
+    block = node.attributes.get_int(BLOCK, 0)
+    return made(*(match[name] for name in names), _domain=DIALECT_DOMAIN, **{BLOCK: block})
+
+
+def _products(match: Match) -> list[ir.Node]:
+    return [node for value in match.root.inputs if value is not None and (node := value.producer()) is not None]
 
 
 def _inputs(match: Match) -> list[ir.Value | None]:

@@ -31,7 +31,7 @@ class Parameters(ctypes.Structure):
     """The kernel's argument; `stride` is of a channel's codes, in 16 bytes."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zeros", "added", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zeros", "added", "y", "up_codes", "up_scales")),
         *((name, ctypes.c_int) for name in ("rows", "n", "k", "stride", "blocks", "block_shift", "is_signed")),
     ]
 
@@ -53,15 +53,18 @@ class LaunchPlan:
     sizes: tuple[int, ...]
 
 
-def kernel_macros(bits: int, few: bool, *, zeros: bool = False, channel: bool = False) -> dict[str, int]:
+def kernel_macros(
+    bits: int, few: bool, *, zeros: bool = False, channel: bool = False, gated: bool = False
+) -> dict[str, int]:
     """What a form of the kernel is compiled with.
 
     Args:
         few: for one or two rows, in blocks that do not end inside of 16 bytes; else for up to 8 rows.
         zeros: blocks have zeros of their own.
         channel: each channel has one scale, of float32.
+        gated: silu of the product with one weight times that with another; blocks of the grid have half the channels.
     """
-    return {"BITS": bits, "CHANNEL": int(channel), "FEW": int(few), "ZEROS": int(zeros)}
+    return {"BITS": bits, "CHANNEL": int(channel), "FEW": int(few), "GATED": int(gated), "ZEROS": int(zeros)}
 
 
 def launch_plan(
@@ -141,7 +144,8 @@ def quantized_gemv(
     if rows == 0 or n == 0:
         return out
     plan = launch_plan(rows, n, k, bits, block, signed=codes.dtype == torch.int8, zeros=zeros is not None)
-    pointers = (item.data_ptr() if item is not None else None for item in (x, codes, scales, zeros, added, out))
+    given = (x, codes, scales, zeros, added, out, None, None)
+    pointers = (item.data_ptr() if item is not None else None for item in given)
     kernel = _kernel(x.device.index or 0, **plan.defines)
     stream = int(torch.cuda.current_stream(x.device).cuda_stream)
     early = constant and driver.device(x.device.index or 0).arch >= 90

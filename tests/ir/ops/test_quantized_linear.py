@@ -10,6 +10,7 @@ import pytest
 from planish.ir.infer import infer_shapes
 from planish.ir.ops import DIALECT, InferenceError, TensorInfo, import_functions
 from planish.ir.ops.quantized_linear import QUANTIZED_LINEAR, quantized_linear
+from planish.ir.ops.quantized_swiglu import QUANTIZED_SWIGLU
 from planish.ir.printer import parse_model
 from planish.ir.verify import verify_model
 
@@ -74,6 +75,32 @@ def test_flat_scales_and_one_row() -> None:
     x = np.random.default_rng(1).standard_normal((1, 1, 64)).astype("f4")
     (want,) = QUANTIZED_LINEAR["QuantizedLinear4"].reference(x, *given.values(), block_size=16)
     assert distance(run(model_of(4, False, False, given, 64, 16), {"x": x} | given), want) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k", "block"), [(5, 40, 32), (9, 96, 16)])
+def test_gated_unit(bits, n, k, block) -> None:
+    gate, up = (arrays(bits, False, False, n, k, block, seed) for seed in range(2))
+    x = np.random.default_rng(k).standard_normal((2, 3, k)).astype("f4")
+    weights = {f"{name}{kind}": array for name, part in (("g", gate), ("u", up)) for kind, array in part.items()}
+    op = QUANTIZED_SWIGLU[f"QuantizedSwiGLU{bits}"]
+    (want,) = op.reference(x, *weights.values(), block_size=block)
+    linear = QUANTIZED_LINEAR[quantized_linear(bits, False, False)]
+    (a,), (b,) = (linear.reference(x, *part.values(), block_size=block) for part in (gate, up))
+    np.testing.assert_allclose(want, a / (1 + np.exp(-a)) * b, rtol=1e-9, atol=1e-12)
+    inputs = [f"{'float' if a.dtype.kind == 'f' else 'uint8'}[{', '.join(map(str, a.shape))}] {name}"
+              for name, a in weights.items()]  # fmt: skip
+    model = parse_model(f"""<ir_version: 10, opset_import: ["" : 23, "planish" : 1]>
+    g (float[A, B, {k}] x, {", ".join(inputs)}) => (float[A, B, {n}] y)
+    {{ [p] y = planish.QuantizedSwiGLU{bits} <block_size={block}> (x, {", ".join(weights)}) }}""")
+    infer_shapes(model)
+    verify_model(model, full=True)
+    got = run(model, {"x": x} | weights)
+    assert got.shape == want.shape and distance(got, want) < 1e-6
+    known = [TensorInfo(ir.DataType.FLOAT, ("a", k))] + [TensorInfo(None, a.shape) for a in weights.values()]
+    assert op.infer(known, {"block_size": block})[0].dims == ("a", n)
+    with pytest.raises(InferenceError, match="rows of the two weights"):
+        op.infer([*known[:3], TensorInfo(None, (n + 1, *gate["c"].shape[1:])), None], {"block_size": block})
 
 
 def test_inference() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from planish.ir.ops import import_functions
 from planish.ir.program import Program
 from planish.ir.target import Target
 from planish.passes.defaults import lowering
@@ -70,6 +71,40 @@ def test_shapes_of_few_rows(shape):
 )  # fmt: skip
 def test_what_is_left(settings, reason):
     check_declines(PASS, program_of(model(**settings), TARGET), reason)
+
+
+def gated(bits=4, blocks=(32, 32), used="") -> ir.Model:
+    """The gate of a feed-forward block, and what it is behind."""
+    random, weights, nodes = np.random.default_rng(0), [], []
+    for name, block in zip("gu", blocks, strict=True):
+        arrays = {
+            "c": random.integers(0, 256, (24, 96 // block, block * bits // 8)).astype("u1"),
+            "s": random.uniform(0.001, 0.003, 24 * 96 // block).astype("f2"),
+        }
+        weights += [ir.tensor(array, name=name + kind) for kind, array in arrays.items()]
+        settings = f"K=96, N=24, bits={bits}, block_size={block}"
+        nodes.append(f"[{name}n] {name} = com.microsoft.MatMulNBits <{settings}> (x, {name}c, {name}s)")
+    text = f"""<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1, "planish" : 1]>
+    g (float16[2, 1, 96] x) => (float16[2, 1, 24] y{", float16[2, 1, 24] z" * bool(used)}) {{
+      {" ".join(nodes)} [s] y = planish.SwiGLU(g, u) {used} }}"""
+    made = ir.from_onnx_text(text, initializers=weights)
+    import_functions(made)
+    return made
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gate(bits):
+    (node,) = lowered(gated(bits)).main.graph
+    assert node.op_type == f"QuantizedSwiGLU{bits}" and node.attributes.get_int("block_size") == 32
+    assert [value.name for value in node.inputs] == ["x", "gc", "gs", "uc", "us"]
+    x = np.random.default_rng(1).standard_normal((2, 1, 96)).astype("f2")
+    check_numerics(PASS, program_of(gated(bits), TARGET), {"x": x})
+
+
+@pytest.mark.parametrize("settings", [{"blocks": (32, 16)}, {"used": "z = Identity(g)"}])
+def test_gates_that_stay(settings):
+    ops = [node.op_type for node in lowered(gated(**settings)).main.graph]
+    assert ops[:3] == ["QuantizedLinear4", "QuantizedLinear4", "SwiGLU"]
 
 
 def test_only_where_there_are_kernels():

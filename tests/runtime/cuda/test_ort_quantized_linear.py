@@ -12,6 +12,7 @@ import pytest
 import planish
 from planish.ir.ops import import_functions
 from planish.ir.ops.quantized_linear import QUANTIZED_LINEAR, quantized_linear
+from planish.ir.ops.quantized_swiglu import QUANTIZED_SWIGLU
 from planish.ir.target import Target
 from planish.runtime import ort_cuda
 from planish.runtime.cuda import cache, driver, ort_library, toolchain
@@ -81,6 +82,10 @@ def test_the_library(stand_in):
     # Each form once: with a bias the code is the same.
     assert raw.count(b"FATBIN ") == 4 and raw.count(b"-DFEW=1") == 2 and raw.count(b"-DBITS=4") == 2
     assert raw.count(b"-DZEROS=1") == 2
+    other = ort_library.library_for([gated(4, 1, 40, 96, 32)[0]])
+    assert other.path.read_bytes().count(b"-DGATED=1") == 2 and ort_library.has_kernel(
+        gated(8, 9, 16, 64, 16)[0].graph[0]
+    )
     assert b"QuantizedLinear4Bias" in raw and b"QuantizedLinear8Zeros" in raw
     assert hasattr(ctypes.CDLL(str(library.path)), "RegisterCustomOps")
 
@@ -110,6 +115,40 @@ def test_numbers_on_a_gpu(bits, zeros, bias):
                 operator = QUANTIZED_LINEAR[quantized_linear(bits, zeros, bias)]
                 (want,) = operator.reference(x, *given.values(), block_size=block)
                 assert distance(runner.run({"x": x})["y"], want) < 5e-4
+
+
+def gated(bits: int, rows: int, n: int, k: int, block: int) -> tuple[ir.Model, list[np.ndarray]]:
+    """One node of QuantizedSwiGLU, and the weights that it reads."""
+    given = [array for seed in (n, n + 1) for array in list(arrays(bits, False, False, seed, k, block).values())]
+    given = [array[:n] if array.ndim == 3 else array[: n * -(-k // block)] for array in given]
+    given[1], given[3] = given[1] / np.float16(8), given[3] / np.float16(8)
+    x = ir.Value(name="x", type=ir.TensorType(HALF), shape=ir.Shape((rows, 1, k)))
+    constants = []
+    for index, array in enumerate(given):
+        tensor = ir.tensor(array, name=f"w{index}")
+        kind = ir.TensorType(tensor.dtype)
+        constants.append(ir.Value(name=f"w{index}", type=kind, shape=ir.Shape(array.shape), const_value=tensor))
+    y = ir.Value(name="y", type=ir.TensorType(HALF), shape=ir.Shape((rows, 1, n)))
+    settings = {"block_size": block}
+    node = ir.node(f"QuantizedSwiGLU{bits}", [x, *constants], settings, domain="planish", name="gate", outputs=[y])
+    opsets = {"": 23, "planish": 1}
+    made = ir.Model(ir.Graph([x], [y], nodes=[node], initializers=constants, opset_imports=opsets), ir_version=10)
+    import_functions(made)
+    return made, given
+
+
+@gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gate_on_a_gpu(bits):
+    for rows, n, k, block in ((1, 40, 96, 32), (2, 301, 1000, 128), (5, 17, 4096, 16), (19, 33, 1056, 64)):
+        made, given = gated(bits, rows, n, k, block)
+        runner = ort_cuda.compile_ort_cuda(
+            made, Target.parse("ort-cuda:kernels"), library=ort_library.library_for([made])
+        )
+        x = np.random.default_rng(k).standard_normal((rows, 1, k)).astype("f2") / np.float16(4)
+        (want,) = QUANTIZED_SWIGLU[f"QuantizedSwiGLU{bits}"].reference(x, *given, block_size=block)
+        got = runner.run({"x": x})["y"]
+        assert np.isfinite(got).all() and distance(got, want) < 5e-4
 
 
 def step(bits: int, target: str) -> tuple[planish.Executable, np.ndarray, np.ndarray]:

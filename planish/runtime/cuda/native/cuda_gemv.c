@@ -1,11 +1,11 @@
-/* planish::QuantizedLinear4 and relatives in float16 on GPUs: rows times a weight in 4 or 8 bits, scaled by blocks. */
+/* planish::QuantizedLinear4, QuantizedSwiGLU4 and relatives in float16 on GPUs: rows times weights in 4 or 8 bits. */
 #include "cuda_gemv.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #define API(slot, ...) (((ort_status * (*)(__VA_ARGS__)) planish_api[slot]))
-enum { X, CODES, SCALES };
+enum { X, CODES, SCALES, UP_CODES, UP_SCALES, INPUTS };
 enum { TILE = 16, MOST_ROWS = 8, FEW_ROWS = 2 };
 enum { THREADS = 256, MANY_CHANNELS = 8192 }; /* weights of more channels have twice as many blocks, of half the threads */
 
@@ -17,7 +17,7 @@ typedef struct {
 
 /* As quantized_gemv.cu has it. */
 typedef struct {
-  void *x, *codes, *scales, *zeros, *added, *y;
+  void *x, *codes, *scales, *zeros, *added, *y, *up_codes, *up_scales;
   int rows, n, k, stride, blocks, block_shift, is_signed;
 } parameters;
 
@@ -47,16 +47,17 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
 }
 
 /* Sizes that the kernel can read. */
-static ort_status *check(const gemv *kernel, const tensor *all, const tensor *zeros, const tensor *bias) {
+static ort_status *check(
+    const gemv *kernel, const tensor *x, const tensor *codes, const tensor *scales, const tensor *zeros,
+    const tensor *bias) {
   const char *name = kernel->op->base.name;
-  const tensor *x = &all[X], *codes = &all[CODES];
   int bits = kernel->op->bits;
   if (!x->rank) return planish_error("%s: x has rank 0; it must have columns", name);
   int64_t k = x->shape[x->rank - 1], blocks = (k + kernel->block - 1) / kernel->block;
   if (codes->rank != 3 || codes->shape[1] != blocks || codes->shape[2] * 8 != kernel->block * bits)
     return planish_error("%s: codes must be (n, %ld, %ld)", name, (long)blocks, (long)(kernel->block * bits / 8));
   int64_t n = codes->shape[0];
-  if (planish_product(all[SCALES].shape, all[SCALES].rank) != n * blocks)
+  if (planish_product(scales->shape, scales->rank) != n * blocks)
     return planish_error("%s: there must be %ld scales", name, (long)(n * blocks));
   if (zeros && planish_product(zeros->shape, zeros->rank) != n * ((blocks * bits + 7) / 8))
     return planish_error("%s: zeros must have %ld bytes", name, (long)(n * ((blocks * bits + 7) / 8)));
@@ -73,15 +74,18 @@ static ort_status *check(const gemv *kernel, const tensor *all, const tensor *ze
 static ort_status *compute(void *given, ort_context *context) {
   const gemv *kernel = given;
   const cuda_gemv_op *op = kernel->op;
-  tensor all[3], zeros, bias, y;
+  tensor all[INPUTS], zeros, bias, y;
   cuda_kernel code;
   cuda_stream stream = NULL;
-  CHECK(planish_input_there(context, X, 2, &all[X]));
-  CHECK(planish_input_there(context, CODES, 1, &all[CODES]));
-  CHECK(planish_input_there(context, SCALES, 2, &all[SCALES]));
+  for (size_t i = X; i <= (op->gated ? UP_SCALES : SCALES); ++i)
+    CHECK(planish_input_there(context, i, i == CODES || i == UP_CODES ? 1 : 2, &all[i]));
   if (op->zeros) CHECK(planish_input_there(context, SCALES + 1, 1, &zeros));
   if (op->bias) CHECK(planish_input_there(context, (size_t)(SCALES + 1 + op->zeros), 2, &bias));
-  CHECK(check(kernel, all, op->zeros ? &zeros : NULL, op->bias ? &bias : NULL));
+  const tensor *bias_there = op->bias ? &bias : NULL, *zeros_there = op->zeros ? &zeros : NULL;
+  CHECK(check(kernel, &all[X], &all[CODES], &all[SCALES], zeros_there, bias_there));
+  if (op->gated) CHECK(check(kernel, &all[X], &all[UP_CODES], &all[UP_SCALES], NULL, NULL));
+  if (op->gated && all[UP_CODES].shape[0] != all[CODES].shape[0])
+    return planish_error("%s: the two weights must have as many rows", op->base.name);
   size_t rank = all[X].rank;
   int64_t shape[MAX_RANK], k = all[X].shape[rank - 1], n = all[CODES].shape[0];
   memcpy(shape, all[X].shape, rank * sizeof *shape);
@@ -96,10 +100,12 @@ static ort_status *compute(void *given, ort_context *context) {
     CHECK(planish_cuda_kernel(few ? &op->few : &op->many, &code));
     parameters p = {
         (char *)all[X].data + 2 * row * k, all[CODES].data, all[SCALES].data, op->zeros ? zeros.data : NULL,
-        op->bias ? bias.data : NULL, (char *)y.data + 2 * row * n, count, (int)n, (int)k,
+        op->bias ? bias.data : NULL, (char *)y.data + 2 * row * n,
+        op->gated ? all[UP_CODES].data : NULL, op->gated ? all[UP_SCALES].data : NULL, count, (int)n, (int)k,
         (int)(blocks * kernel->block * op->bits / 128), (int)blocks, kernel->shift, 0};
     void *arguments[] = {&p};
-    unsigned grid = (unsigned)((n + TILE - 1) / TILE), threads = n > MANY_CHANNELS ? THREADS / 2 : THREADS;
+    int64_t channels = op->gated ? 2 * n : n; /* a block has as many of each weight as it would have of one */
+    unsigned grid = (unsigned)((channels + TILE - 1) / TILE), threads = channels > MANY_CHANNELS ? THREADS / 2 : THREADS;
     /* Before it waits for x the kernel reads weights, which nothing in front of it may write. */
     CHECK(kernel->constant ? planish_cuda_launch_early(&code, grid, threads, stream, arguments)
                            : planish_cuda_launch(&code, grid, 1, 1, threads, stream, arguments));
