@@ -118,20 +118,20 @@ def _key_mask(op: Any, site: Site) -> ir.Value:
     return found
 
 
-def step(op: Any, site: Site, layout: Layout, bounds: Bounds, kernels: bool = False) -> list[ir.Value]:
-    """The outputs of attention over a cache of all positions, with the pattern as a mask, or as lists.
+def step(op: Any, site: Site, layout: Layout, bounds: Bounds, lists: bool = False) -> list[ir.Value]:
+    """The outputs of attention over a cache of all positions.
 
     Args:
-        kernels: the target has a kernel that reads the blocks of a list, and no other.
+        lists: with the lists of the pattern, for CUDA, where GroupQueryAttention takes no mask; else with a mask.
     """
     node = site.node
     # The operator begins with the pattern, and ends with the last row of its lists.
     bounded = bounds.least > layout.dense_rows() * layout.block or bounds.most < layout.rows * layout.block
-    if kernels and site.separate and not bounded:
+    if lists and site.separate and not bounded:
         settings = {name: value for name, value in _settings(site).items() if name != "is_causal"}
         settings |= {"block_size": layout.block, "_domain": DIALECT_DOMAIN}
-        lists = (layout.indptr, layout.indices, layout.head_layout)
-        return list(op.BlockSparseStep(*node.inputs[:6], *lists, _outputs=3, **settings))
+        tables = (layout.indptr, layout.indices, layout.head_layout)
+        return list(op.BlockSparseStep(*node.inputs[:6], *tables, _outputs=3, **settings))
     if site.separate:
         held, total = site.operand(5), site.operand(6)
         total = op.Cast(total, to=int(ir.DataType.INT64))

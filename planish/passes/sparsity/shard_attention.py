@@ -26,8 +26,6 @@ _LONGEST = 32768
 #: Generated kernels take blocks of a multiple of so many tokens.
 KERNEL_BLOCK = 16
 _CUDA_BLOCK = 64
-#: Sizes of heads of their kernels.
-_CUDA_SIZES = (64, 128)
 _POSITIONS = "max_positions"
 _PATTERN_OPTIONS = (
     "block", "local", "stride", "step", "offset", "share_kv", "same", "dense_heads", "dense_every", "sinks",
@@ -240,8 +238,7 @@ class ShardAttention(ApproximatePass):
 
             def make(op: Any, site: Site = site, layout: Layout = layout, bounds: Bounds = bounds) -> list[ir.Value]:
                 if site.past:
-                    lists = target.name == "ort-cuda" and target.kernels and site.size in _CUDA_SIZES
-                    return step(op, site, layout, bounds, lists)
+                    return step(op, site, layout, bounds, lists=target.name == "ort-cuda")
                 return [prompt(op, site, layout, bounds, target.kernels)]
 
             model = run.program.entry(site.entry)

@@ -73,9 +73,9 @@ g (float[B, 1, 256] x, float[B, 2, C, 64] past_0_key, float[B, 2, C, 64] past_0_
 }"""
 
 
-@pytest.mark.parametrize("target", ["ort-cuda:kernels", "ort-cuda"])
+@pytest.mark.parametrize("target", ["ort-cuda:kernels", "ort-cpu"])
 def test_a_step_of_a_sharded_model(target: str) -> None:
-    """With kernels its lists are the operator's; without, they are a mask."""
+    """On CUDA its lists are the operator's; elsewhere they are a mask."""
     program = program_of(STEP)
     ctx = PassContext(target=Target.parse(target))
     result = ShardAttention(block=64, local=1, stride=2, max_length=256).apply(program, ctx)
