@@ -2,22 +2,12 @@
 // (S2-Attention, arXiv:2407.17678). One thread block computes GROUPS tiles of 64 queries of a head; it walks the key
 // tiles that any of them sees, and every one of its groups of four warps keeps a running softmax of its own tile.
 //
-// Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1, BIAS=0|1 (a number for each key that is added to its scores,
-// such as the logarithm of the size of a merged token; over all key tiles), SHIFT=0|1 (numbers that are added to queries and
-// to values, (heads · HEAD) each, which are the bias of their projection; that of keys changes no probability).
-#include "wgmma.cuh"
+// Compiled with -D HEAD=64|128, GROUPS=1|2, ELEMENT_BF16=0|1, and BIAS and SHIFT as attention.cuh has them; with a bias, over
+// all key tiles.
+#include "attention.cuh"
 
-#ifndef HEAD
-#define HEAD 128
-#endif
 #ifndef GROUPS
 #define GROUPS 2
-#endif
-#ifndef BIAS
-#define BIAS 0
-#endif
-#ifndef SHIFT
-#define SHIFT 0
 #endif
 #define THREADS (GROUPS * 128)
 #define TILE_BYTES (HEAD / 64 * PANEL_BYTES)
@@ -37,108 +27,9 @@
 #else
 #define BLOCKS 1
 #endif
-#define NONE 0x7FFFFFFF
-
-struct Parameters {
-  const Element *q, *k, *v;
-  Element *out;
-  float *lse;                              // (batch, q_heads, queries), or null
-  long long q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head;
-  const int *indptr, *indices, *head_layout;  // null: all keys; indices ascend within a row
-  const int *lengths;                      // keys of each batch row, or null: all
-  int queries, keys, q_heads, kv_heads, causal, rows, block;
-  float scale;                             // times log2(e)
-  const float *bias;                       // (batch, keys), for BIAS
-  long long bias_batch;
-#if SHIFT
-  const Element *q_shift, *v_shift;
-#endif
-};
-
-// The key tiles that the GROUPS tiles of queries list, in ascending order, each once.
-struct Cursor {
-  const int *indices;
-  int at[GROUPS], end[GROUPS], next[GROUPS], limit[GROUPS];  // limit: the first tile that is hidden from the group
-  int factor, sub;
-
-  __device__ void start(const Parameters &p, int first_tile, int offset, int head, int tiles) {
-    const bool lists = !BIAS && p.indptr;
-    indices = lists ? p.indices : nullptr;
-    factor = lists ? p.block / TILE : 1;
-    sub = 0;
-    const int *ends = lists ? p.indptr + p.head_layout[head] * (p.rows + 1) : nullptr;
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      int tile = first_tile + g;
-      bool there = tile * TILE < offset + p.queries;
-      limit[g] = !there ? 0 : p.causal ? min(tile + 1, tiles) : tiles;
-      if (ends) {
-        int row = tile / factor;
-        at[g] = row < p.rows ? ends[row] : 0;
-        end[g] = row < p.rows && there ? ends[row + 1] : 0;
-        next[g] = at[g] < end[g] ? indices[at[g]] : NONE;
-      } else {
-        at[g] = 0, end[g] = limit[g], next[g] = limit[g] > 0 ? 0 : NONE;
-      }
-    }
-  }
-
-  // The next tile, and in bit g of `seen` whether group g sees it; NONE at the end.
-  __device__ int step(uint32_t &seen) {
-    while (true) {
-      int block = next[0];
-      for (int g = 1; g < GROUPS; ++g) block = min(block, next[g]);
-      if (block == NONE) return NONE;
-      int tile = block * factor + sub;
-      seen = 0;
-#pragma unroll
-      for (int g = 0; g < GROUPS; ++g)
-        if (next[g] == block && tile < limit[g]) seen |= 1u << g;
-      if (++sub == factor) {
-        sub = 0;
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g)
-          if (next[g] == block) next[g] = ++at[g] < end[g] ? (indices ? indices[at[g]] : at[g]) : NONE;
-      }
-      if (seen) return tile;
-    }
-  }
-};
 
 template <int N> struct Constant {
   static constexpr int value = N;
-};
-
-// Running softmax of the two rows of a tile that a thread shares with the three beside it.
-struct Softmax {
-  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-
-  // Scores of the first 8 · EIGHTS keys → probabilities (up to the rows' factors), those of others are 0; `factor`: what
-  // earlier sums of a row shrink by.
-  template <int EIGHTS> __device__ __forceinline__ void step(float (&s)[TILE / 8][4], float scale, float (&factor)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < EIGHTS; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      float now = fmaxf(maximum[r], top * scale);
-      float base = now == -INFINITY ? 0.f : now;
-      factor[r] = exp2_fast(maximum[r] - base);
-      maximum[r] = now;
-      float total = 0;
-#pragma unroll
-      for (int j = 0; j < TILE / 8; ++j)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float &x = s[j][2 * r + c];
-          x = j < EIGHTS ? exp2_fast(fmaf(x, scale, -base)) : 0.f;
-          total += x;
-        }
-      sum[r] = sum[r] * factor[r] + total;
-    }
-  }
 };
 
 // -inf where a key is later than its query, past the last key, or of a tile that the group does not see.
@@ -151,42 +42,6 @@ __device__ __forceinline__ void hide(float (&s)[TILE / 8][4], int key, int query
       int k = key + j * 8 + (c & 1), q = query + (c >> 1) * 8;
       if (!seen || k >= keys || (causal && k > q)) s[j][c] = -INFINITY;
     }
-}
-
-#if SHIFT
-// Adds 8 numbers to a chunk in shared memory.
-__device__ __forceinline__ void add_to_chunk(uint32_t at, const Element *shift) {
-  uint4 sum, other = __ldg(reinterpret_cast<const uint4 *>(shift));
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(sum.x), "=r"(sum.y), "=r"(sum.z), "=r"(sum.w) : "r"(at) : "memory");
-  uint32_t *one = &sum.x, *two = &other.x;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#if ELEMENT_BF16
-    __nv_bfloat162 x = __hadd2(reinterpret_cast<__nv_bfloat162 &>(one[i]), reinterpret_cast<__nv_bfloat162 &>(two[i]));
-#else
-    __half2 x = __hadd2(reinterpret_cast<__half2 &>(one[i]), reinterpret_cast<__half2 &>(two[i]));
-#endif
-    one[i] = reinterpret_cast<uint32_t &>(x);
-  }
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(sum.x), "r"(sum.y), "r"(sum.z), "r"(sum.w) : "memory");
-}
-#endif
-
-__device__ __forceinline__ void to_operand(const float (&s)[TILE / 8][4], uint32_t (&p)[TILE / 16][4]) {
-#pragma unroll
-  for (int j = 0; j < TILE / 16; ++j)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      p[j][2 * i] = pack(s[2 * j + i][0], s[2 * j + i][1]);
-      p[j][2 * i + 1] = pack(s[2 * j + i][2], s[2 * j + i][3]);
-    }
-}
-
-__device__ __forceinline__ void shrink(float (&o)[HEAD / 8][4], const float (&factor)[2]) {
-#pragma unroll
-  for (int j = 0; j < HEAD / 8; ++j)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) o[j][c] *= factor[c >> 1];
 }
 
 #if !WGMMA
@@ -263,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   };
 #endif
-  Cursor cursor;
+  Cursor<GROUPS> cursor;
   cursor.start(p, first_tile, offset, head, tiles);
   uint32_t now;  // what each group sees of a tile
 #if WGMMA
@@ -312,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   float o[HEAD / 8][4] = {}, factor[2];
   uint32_t operand[TILE / 16][4] = {};
-  Softmax softmax;
+  Softmax<TILE> softmax;
   const int first_query = (first_tile + group) * TILE, query = first_query + warp * 16 + lane / 4;
   const float scale = BIAS ? 1.44269504089f : p.scale;
   [[maybe_unused]] const float raw = p.scale * 0.69314718056f;
@@ -444,26 +299,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
   wait_copies<0>();
 
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float sum = softmax.sum[r];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    int row = query + 8 * r - offset;
-    if (row < 0 || row >= p.queries) continue;
-    float inverse = sum > 0 ? 1 / sum : 0;
-    Element *to = p.out + batch * p.out_batch + row * p.out_row + head * p.out_head;
-#pragma unroll
-    for (int j = 0; j < HEAD / 8; ++j) {
-      float one = o[j][2 * r] * inverse, two = o[j][2 * r + 1] * inverse;
-#if SHIFT  // weights sum to 1, so that what is added to all values is added to their mean
-      const Element *shift = p.v_shift + kv_head * HEAD + j * 8 + lane % 4 * 2;
-      one += static_cast<float>(shift[0]), two += static_cast<float>(shift[1]);
-#endif
-      *reinterpret_cast<uint32_t *>(to + j * 8 + lane % 4 * 2) = pack(one, two);
-    }
-    if (p.lse && lane % 4 == 0)
-      p.lse[(static_cast<long long>(batch) * p.q_heads + head) * p.queries + row] =
-          sum > 0 ? (softmax.maximum[r] + log2f(sum)) * 0.69314718056f : -INFINITY;
-  }
+  write_rows(p, o, softmax.maximum, softmax.sum, query - offset, lane, head, kv_head, batch);
 }

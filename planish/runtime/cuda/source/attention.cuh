@@ -88,13 +88,15 @@ template <int COUNT> struct Cursor {
 template <int COLUMNS> struct Softmax {
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
-  // Scores → probabilities (up to the rows' factors); `factor`: what earlier sums of a row shrink by.
+  // Scores of the first 8 · EIGHTS keys → probabilities (up to the rows' factors), those of others are 0; `factor`: what
+  // earlier sums of a row shrink by.
+  template <int EIGHTS = COLUMNS / 8>
   __device__ __forceinline__ void step(float (&s)[COLUMNS / 8][4], float scale, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float top = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+      for (int j = 0; j < EIGHTS; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
       float now = fmaxf(maximum[r], top * scale);
@@ -107,7 +109,7 @@ template <int COLUMNS> struct Softmax {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float &x = s[j][2 * r + c];
-          x = exp2_fast(fmaf(x, scale, -base));
+          x = j < EIGHTS ? exp2_fast(fmaf(x, scale, -base)) : 0.f;
           total += x;
         }
       sum[r] = sum[r] * factor[r] + total;
