@@ -65,6 +65,10 @@ def _form(node: ir.Node) -> Hashable | None:
     return None if family is None else family.form(node)
 
 
+def _has_one_form(op: str) -> bool:
+    return bool(getattr(family_of(op), "one_form", False))
+
+
 def library_for(models: Iterable[ir.Model]) -> CudaLibrary | None:
     """The library with the kernels of all dialect operators in `models` that have one; None if no operator has.
 
@@ -80,6 +84,7 @@ def library_for(models: Iterable[ir.Model]) -> CudaLibrary | None:
     for op, form in forms:
         if op not in without:
             found.setdefault(op, set()).add(form)
+    found = {op: forms for op, forms in found.items() if len(forms) == 1 or not _has_one_form(op)}
     if not found:
         return None
     return _library(tuple((op, tuple(sorted(found[op], key=repr))) for op in sorted(found)))

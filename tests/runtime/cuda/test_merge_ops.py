@@ -66,7 +66,7 @@ def has_kernel(op, case, **options) -> bool:
 def test_what_has_a_kernel():
     for op in (*MERGES, *FUSED):
         assert has_kernel(op, merge_case(op, 2, 50, 2, 64, 128, 5, 1))
-        assert not has_kernel(op, merge_case(op, 2, 50, 2, 64, 128, 5, 1), half=FLOAT)
+        assert has_kernel(op, merge_case(op, 2, 50, 2, 64, 128, 5, 1), half=FLOAT) == (op in MERGES)
         assert not has_kernel(op, merge_case(op, 1, 2721, 2, 64, 128, 5, 1))
     assert not has_kernel("MergeTokensEnergy", merge_case("MergeTokensEnergy", 1, 1745, 2, 64, 128, 5, 1))
     for size, width, fits in ((64, 1024, True), (64, 1032, False), (64, 100, True), (64, 132, False), (20, 136, False)):
@@ -110,27 +110,35 @@ def test_the_library(stand_in):
     assert hasattr(ctypes.CDLL(str(library.path)), "RegisterCustomOps")
 
 
+def test_both_types_in_one_program_have_no_kernel(stand_in):
+    models = [
+        model_of("MergeTokens", *merge_case("MergeTokens", 2, 50, 2, 64, 128, 5, 1), half) for half in (HALF, FLOAT)
+    ]
+    assert ort_library.library_for(models) is None
+    assert b"-DVALUE=2" in ort_library.library_for(models[1:]).path.read_bytes()
+
+
 here = ort_cuda.PROVIDER in ort.get_available_providers() and driver.available() and toolchain.nvcc() is not None
 gpu = pytest.mark.skipif(not here, reason="no GPU, no nvcc, or an ONNX Runtime without CUDA")
 
 
-def feeds_of(shapes, seed):
+def feeds_of(shapes, seed, kind):
     random = np.random.default_rng(seed)
     made = {}
     for name, shape in shapes.items():
         array = random.integers(1, 5, shape) if name == "sizes" else random.standard_normal(shape)
-        made[name] = array.astype("f4" if name in TYPES else "f2")
+        made[name] = array.astype("f4" if name in TYPES else kind)
     return made
 
 
-def check(op, case, graphs, limit=1e-3):
+def check(op, case, graphs, limit=1e-3, half=HALF):
     shapes, settings = case
-    model = model_of(op, shapes, settings)
+    model = model_of(op, shapes, settings, half)
     library = ort_library.library_for([model])
     assert library is not None
     runner = ort_cuda.compile_ort_cuda(model, Target.parse(f"ort-cuda:kernels,graphs={graphs}"), library=library)
     for seed in range(2):
-        feeds = feeds_of(shapes, seed)
+        feeds = feeds_of(shapes, seed, "f2" if half == HALF else "f4")
         wide = [array.astype("f8") if array.dtype == "f2" else array for array in feeds.values()]
         want = dialect_op(op).reference(*wide, **settings)
         got = runner.run(feeds)
@@ -165,6 +173,12 @@ def test_merging_on_a_gpu(op, case):
 
 
 @gpu
+@pytest.mark.parametrize("case", SIZES[:3])
+def test_merging_in_float32_on_a_gpu(case):
+    check("MergeTokens", merge_case("MergeTokens", *case), 1, 1e-6, FLOAT)
+
+
+@gpu
 @pytest.mark.parametrize(("case", "first"), [*((case, 24) for case in SIZES), ((2, 60, 16, 64, 1024, 8, 1), 0)])
 @pytest.mark.parametrize("op", FUSED)
 def test_merging_between_sum_and_norm_on_a_gpu(op, case, first):
@@ -174,7 +188,7 @@ def test_merging_between_sum_and_norm_on_a_gpu(op, case, first):
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [1, 5, 64, 65, 133, 197, 300])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65, 90, 133, 197, 300])
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("op", ["PackedAttention", "PackedAttentionKeyBias", "FlashAttentionKeyBias"])
 def test_attention_on_a_gpu(op, size, tokens):

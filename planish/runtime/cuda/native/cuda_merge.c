@@ -1,4 +1,4 @@
-/* planish::MergeTokens and its relatives in float16 on GPUs, alone and between a residual sum and a layer norm. */
+/* planish::MergeTokens and its relatives on GPUs, alone and between a residual sum and a layer norm. */
 #include "cuda_merge.h"
 
 #include <math.h>
@@ -8,7 +8,7 @@
 
 #include "launch_merge.h"
 
-enum { HALF = 2, FLOAT = 4, INT64 = 8 };
+enum { FLOAT = 4, INT64 = 8 };
 enum { PIECES = 4, LANES = 32 }; /* what a warp reads of a token at a time, as in merge.cuh */
 
 /* Memory between the steps of a merge. What runs on a stream is in order, so that one block serves all runs there; a
@@ -73,19 +73,19 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
 }
 
 static ort_status *read(const merge *kernel, ort_context *context, inputs *in) {
-  size_t at = 0;
+  size_t at = 0, width = (size_t)kernel->op->width;
   memset(in, 0, sizeof *in);
-  CHECK(planish_input_there(context, at++, HALF, &in->x));
+  CHECK(planish_input_there(context, at++, width, &in->x));
   if (kernel->op->fused) {
-    CHECK(planish_input_there(context, at++, HALF, &in->added));
-    CHECK(planish_input_there(context, at++, HALF, &in->added_shift));
+    CHECK(planish_input_there(context, at++, width, &in->added));
+    CHECK(planish_input_there(context, at++, width, &in->added_shift));
   }
-  CHECK(planish_input_there(context, at++, HALF, &in->keys));
+  CHECK(planish_input_there(context, at++, width, &in->keys));
   if (kernel->op->fused) CHECK(planish_input_there(context, at++, FLOAT, &in->key_shift));
   CHECK(planish_input_there(context, at++, FLOAT, &in->sizes));
   if (kernel->op->fused) {
-    CHECK(planish_input_there(context, at++, HALF, &in->gain));
-    CHECK(planish_input_there(context, at++, HALF, &in->shift));
+    CHECK(planish_input_there(context, at++, width, &in->gain));
+    CHECK(planish_input_there(context, at++, width, &in->shift));
   }
   return NULL;
 }
@@ -150,7 +150,7 @@ static int aligned(const tensor *t) { return !((uintptr_t)t->data & 15); }
 
 /* Whether everything can be read 16 bytes at a time. */
 static int is_wide(const merge *kernel, const inputs *in, int64_t size) {
-  if ((in->x.shape[2] | in->keys.shape[2] | size | kernel->first) & 7) return 0;
+  if ((in->x.shape[2] | in->keys.shape[2] | size | kernel->first) & (16 / kernel->op->width - 1)) return 0;
   return aligned(&in->x) && aligned(&in->keys) && aligned(&in->added) && aligned(&in->added_shift) && aligned(&in->gain) &&
          aligned(&in->shift);
 }
@@ -159,11 +159,11 @@ static ort_status *outputs(const merge *kernel, ort_context *context, const inpu
   const int64_t *x = in->x.shape, left = x[1] - count;
   const int64_t tokens[3] = {x[0], left, x[2]}, all[2] = {x[0], x[1]};
   tensor out;
-  size_t at = 0;
-  CHECK(planish_output_there(context, at++, HALF, tokens, 3, &out));
+  size_t at = 0, width = (size_t)kernel->op->width;
+  CHECK(planish_output_there(context, at++, width, tokens, 3, &out));
   p->y = out.data;
   if (kernel->op->fused) {
-    CHECK(planish_output_there(context, at++, HALF, tokens, 3, &out));
+    CHECK(planish_output_there(context, at++, width, tokens, 3, &out));
     p->normed = out.data;
   }
   CHECK(planish_output_there(context, at++, FLOAT, tokens, 2, &out));
@@ -180,7 +180,7 @@ static ort_status *outputs(const merge *kernel, ort_context *context, const inpu
 static void fill(const merge *kernel, const inputs *in, int64_t size, int64_t count, merge_parameters *p) {
   const int64_t *x = in->x.shape, *keys = in->keys.shape;
   p->x = in->x.data, p->sizes = in->sizes.data;
-  p->keys = (const char *)in->keys.data + HALF * kernel->first;
+  p->keys = (const char *)in->keys.data + kernel->op->width * kernel->first;
   p->x_batch = x[1] * x[2], p->x_row = x[2];
   p->keys_batch = keys[1] * keys[2], p->keys_row = keys[2], p->keys_head = size;
   p->tokens = (int)x[1], p->width = (int)x[2], p->heads = (int)kernel->heads, p->size = (int)size;
@@ -203,7 +203,7 @@ static ort_status *compute(void *given, ort_context *context) {
   const int64_t batch = in.x.shape[0], tokens = in.x.shape[1], width = in.x.shape[2], count = count_of(kernel, tokens);
   memset(&p, 0, sizeof p);
   fill(kernel, &in, size, count, &p);
-  const int64_t widest = LANES * PIECES * (p.wide ? 8 : 1);
+  const int64_t widest = LANES * PIECES * (p.wide ? 16 / kernel->op->width : 1);
   if (kernel->op->fused && width > widest)
     return planish_error("%s: width %ld; the kernel takes at most %ld", kernel->op->base.name, (long)width, (long)widest);
   CHECK(outputs(kernel, context, &in, count, &p));

@@ -40,6 +40,7 @@ class Family(Protocol):
     Attributes:
         native: of ``<native>.c`` and ``<native>.h`` in ``cuda/native``; ``planish_<native>(&op)`` completes an operator
         operators: names in planish's domain.
+        one_form: present and true if an operator can have one form in a library, such as a type of its elements.
     """
 
     native: str
