@@ -12,7 +12,8 @@ kernel each in all but "apart". Variants:
     group     one process, `Group` with exchange="nccl", eager
 
 Each way is a process of its own, with a time limit. Outputs are compared with the whole program on one GPU first. Times
-are medians of interleaved rounds; of two processes those of the slower rank. `--cpu`: small sizes on CPUs, no times.
+are medians of interleaved rounds; of two processes those of the slower rank. They are taken twice: with a pause of some
+milliseconds before each call, and with none, which keeps GPUs at the clocks of a long computation. `--cpu`: small sizes on CPUs, no times.
 """
 
 from __future__ import annotations
@@ -156,11 +157,15 @@ def timeline(group: Group, placed: Any) -> list[dict[str, Any]]:
     return found
 
 
-def rounds_of(calls: dict[str, Callable[[], Any]], devices: list[str], rounds: int) -> dict[str, list[float]]:
+def rounds_of(
+    calls: dict[str, Callable[[], Any]], devices: list[str], rounds: int, rest: bool = True
+) -> dict[str, list[float]]:
+    """Milliseconds by variant; without `rest` GPUs are kept busy, and as warm as by a long prefill."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            sleep(devices)
+            if rest:
+                sleep(devices)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             here = [torch.cuda.current_stream(device) for device in devices]
             here[0].wait_stream(here[1])
@@ -173,6 +178,10 @@ def rounds_of(calls: dict[str, Callable[[], Any]], devices: list[str], rounds: i
                 torch.cuda.synchronize(device)
             found[name].append(start.elapsed_time(end))
     return found
+
+
+def rounds_at(length: int) -> int:
+    return 7 if length > 16384 else 11
 
 
 def group_rows(kind: str, options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
@@ -193,7 +202,7 @@ def group_rows(kind: str, options: argparse.Namespace, keep: Callable[[dict[str,
         feeds = {"x": x if cpu else x.half().to(devices[0])}
         want = Rank(program, _Nothing(), device=devices[0], dtype=dtype, attend=attend, like=alone).run(feeds)["y"]
         own = [of_length(part, length) for part in parts]
-        row: dict[str, Any] = {"way": kind, "length": length, "errors": {}}
+        row: dict[str, Any] = {"way": options.way, "length": length, "errors": {}}
         calls: dict[str, Callable[[], Any]] = {}
         for chunks in (1, *CHUNKS):
             name = "one" if chunks == 1 else f"k={chunks}"
@@ -219,11 +228,33 @@ def group_rows(kind: str, options: argparse.Namespace, keep: Callable[[dict[str,
                     traceback.print_exc()
         if not cpu:
             group.synchronize()
-            row["ms"] = rounds_of(calls, devices, 7 if length > 16384 else 11)
+            row["ms"] = rounds_of(calls, devices, rounds_at(length))
+            busy = {name: call for name, call in calls.items() if name.endswith("graph")}
+            row["busy ms"] = rounds_of(busy, devices, 3 * rounds_at(length), False)
         keep(row)
 
 
 # --- two processes -------------------------------------------------------------------------------------------------
+
+
+def times_of(
+    worker: Worker, calls: dict[str, Callable[[], Any]], rounds: int, rest: bool = True
+) -> dict[str, list[float]]:
+    """As `rounds_of`."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    flag = torch.zeros(1, device=worker.device)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if rest:
+                sleep([worker.device])
+            worker.reducer.begin(flag)()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(end))
+    return found
 
 
 def pair_rows(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
@@ -256,7 +287,8 @@ def pair_rows(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None
             runs |= {f"compute {name}": rank_of(programs[name], _Nothing()) for name in ("one", "k=2")}
         if not cpu:
             calls = {name: worker.graph(lambda run=run, feeds=feeds: run.run(feeds)) for name, run in runs.items()}  # type: ignore[misc]
-            row["ms"] = worker.times(calls, 7 if length > 16384 else 11)
+            row["ms"] = times_of(worker, calls, rounds_at(length))
+            row["busy ms"] = times_of(worker, calls, 3 * rounds_at(length), False)
             del calls
         keep(row)
         del runs
@@ -308,24 +340,30 @@ def started(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for same in zip(*files, strict=False) if len(files) == len(ranks) else ():
         row = dict(same[0])
-        if "ms" in row:
-            row["ms"] = {n: [max(t) for t in zip(*(r["ms"][n] for r in same), strict=True)] for n in row["ms"]}
+        for kind in ("ms", "busy ms"):
+            if kind in row:
+                row[kind] = {n: [max(t) for t in zip(*(r[kind][n] for r in same), strict=True)] for n in row[kind]}
         row["errors"] = {n: max(r["errors"][n] for r in same) for n in row["errors"]}
         rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Medians by length, and how much faster than NCCL without chunks."""
+    """Medians by length, and how much faster than NCCL without chunks: rested, and busy."""
     lines = []
     for length in sorted({row["length"] for row in rows}):
         mine = [row for row in rows if row["length"] == length]
-        times = {f"{r['way']} {n}": median(t) for r in mine for n, t in r.get("ms", {}).items()}
-        base = times.get("nccl one")
+        rested, busy = (
+            {f"{r['way']} {n}": median(t) for r in mine for n, t in r.get(kind, {}).items()}
+            for kind in ("ms", "busy ms")
+        )
+        for name in rested:
+            text = f"{length:6} {name:20}"
+            for times in (rested, busy):
+                ratio = times["nccl one"] / times[name] if {"nccl one", name} <= times.keys() else float("nan")
+                text += f" {times.get(name, float('nan')):8.3f} ms {ratio:.3f}x"
+            lines.append(text)
         errors = [e for r in mine for e in r["errors"].values()]
-        for name, ms in times.items():
-            ratio = f"{base / ms:.3f}x" if base else ""
-            lines.append(f"{length:6} {name:20} {ms:8.3f} ms  {ratio}")
         lines.append(f"{length:6} worst error {max(errors, default=float('nan')):.1e}")
     return "\n".join(lines)
 

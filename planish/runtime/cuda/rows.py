@@ -70,20 +70,37 @@ def add_rms_norm(
         InputError: shapes, dtypes or devices that the kernel does not take.
         UnsupportedError: there is no nvcc to compile it.
     """
-    addends = [item for item in (x, a, b) if item is not None]
-    if not fits(*addends, weight) or any(item.shape != x.shape for item in addends) or weight.dim() != 1:
-        raise InputError(f"operands of shapes {[tuple(i.shape) for i in addends]}, {x.dtype}, have no kernel.")
-    if weight.shape[0] != x.shape[-1]:
-        raise InputError(f"a weight of {weight.shape[0]} for rows of {x.shape[-1]}.")
+    if not fits(x, weight) or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        raise InputError(f"rows of {tuple(x.shape)}, {x.dtype}, and a weight of {tuple(weight.shape)} have no kernel.")
+    y = x.new_empty(x.shape)
+    return y, _rows(x, a, b, weight, y, x.new_empty(x.shape) if total else None, epsilon)
+
+
+def add(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x + (a + b), added in float32; operands, and `out` if it is given, as those of :func:`add_rms_norm`.
+
+    Raises:
+        InputError: shapes, dtypes or devices that the kernel does not take.
+        UnsupportedError: there is no nvcc to compile it.
+    """
+    made = _rows(x, a, b, None, None, x.new_empty(x.shape) if out is None else out, 0.0)
+    assert made is not None
+    return made
+
+
+def _rows(
+    x: torch.Tensor, a: torch.Tensor, b: Any, weight: Any, y: Any, total: torch.Tensor | None, epsilon: float
+) -> torch.Tensor | None:
+    alike = [item for item in (x, a, b, total) if item is not None]
+    if not fits(*alike) or any(item.shape != x.shape for item in alike):
+        raise InputError(f"operands of shapes {[tuple(item.shape) for item in alike]}, {x.dtype}, have no kernel.")
     width = x.shape[-1]
-    y, t = x.new_empty(x.shape), x.new_empty(x.shape) if total else None
-    rows = x.numel() // width if width else 0
-    if rows:
-        pointers = (item.data_ptr() if item is not None else None for item in (x, a, b, weight, y, t))
+    if rows := x.numel() // width if width else 0:
+        pointers = (item.data_ptr() if item is not None else None for item in (x, a, b, weight, y, total))
         parameters = _Norm(*pointers, *(width,) * 5, width, epsilon)
         chunks = next(n for n in (1, 2, 4) if width <= n * _EIGHT * _THREADS)
         _norm(x.device.index or 0, chunks, _is_bf16(x)).launch((rows, 1, 1), _THREADS, _stream(x), parameters)
-    return y, t
+    return total
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from planish.ir.errors import UnsupportedError
 from planish.ir.graphs import dims_of
 from planish.ir.parallel import is_all_reduce
 from planish.ir.program import Program
-from planish.runtime.parallel.torch_ops import ADDENDS, OPS, Attend, contiguous_attention
+from planish.runtime.parallel.torch_ops import ADDENDS, OPS, Attend, add, contiguous_attention
 
 if TYPE_CHECKING:
     import torch
@@ -210,16 +210,17 @@ class Rank:
         concat, index = self._places[node.outputs[0]]
         sizes = [int(dims_of(value)[1]) for value in concat.inputs]  # type: ignore[index, arg-type]
         product = node.op_type == "MatMul" and given[0].dim() == 3 and given[1].dim() == 2
-        alike = node.op_type == "Add" and given[0].shape == given[1].shape
+        addends = [item[0] if isinstance(item, tuple) else item for item in given]
+        alike = node.op_type == "Add" and addends[0].shape == addends[1].shape
         result = None if product or alike else OPS[node.domain, node.op_type](node, given, self.attend)
         if concat not in wholes:
-            width = (given[1] if result is None else result).shape[-1]
-            wholes[concat] = given[0].new_empty(1, sum(sizes), width)
+            width = (addends[1] if result is None else result).shape[-1]
+            wholes[concat] = addends[0].new_empty(1, sum(sizes), width)
         rows = wholes[concat][:, sum(sizes[:index]) : sum(sizes[: index + 1])]
         if product:
             torch.mm(given[0][0], given[1], out=rows[0])
         elif alike:
-            torch.add(given[0], given[1], out=rows)
+            add(given[0], given[1], rows)
         else:
             rows.copy_(result)
         return rows

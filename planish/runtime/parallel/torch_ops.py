@@ -154,6 +154,23 @@ def _skip_rms_norm(node: ir.Node, given: list[Any], _: Attend) -> Any:
     return torch.nn.functional.rms_norm(total, total.shape[-1:], weight, epsilon), None, None, total
 
 
+def add(x: Any, y: Any, out: Any = None) -> Any:
+    """x + y; one of them may be a pair that is to be added up first."""
+    import torch
+
+    if isinstance(x, tuple):
+        x, y = y, x
+    if isinstance(x, tuple):
+        x = x[0] + x[1]
+    if isinstance(y, tuple):
+        if x.shape == y[0].shape and _kernels(x, *y, *(() if out is None else (out,))):
+            from planish.runtime.cuda import rows
+
+            return rows.add(x, y[0], y[1], out)
+        y = y[0] + y[1]
+    return torch.add(x, y, out=out)
+
+
 def _skip_layer_norm(node: ir.Node, given: list[Any], _: Attend) -> Any:
     import torch
 
@@ -226,13 +243,14 @@ OPS: dict[tuple[str, str], Callable[[ir.Node, list[Any], Attend], Any]] = {
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): _skip_rms_norm,
     ("com.microsoft", "SkipLayerNormalization"): _skip_layer_norm,
     ("", "Div"): _divide,
+    ("", "Add"): lambda node, given, attend: add(given[0], given[1]),
     ("", "Identity"): lambda node, given, attend: given[0],
     ("", "Transpose"): lambda node, given, attend: given[0].permute(
         list(node.attributes.get_ints("perm", range(given[0].dim())[::-1]))
     ),
     **{
         ("", op): _plain(name)
-        for op, name in {"MatMul": "matmul", "Add": "add", "Sub": "sub", "Mul": "mul", "Min": "minimum",
+        for op, name in {"MatMul": "matmul", "Sub": "sub", "Mul": "mul", "Min": "minimum",
                          "Tanh": "tanh", "Erf": "erf", "Sigmoid": "sigmoid", "Relu": "relu", "Pow": "pow",
                          "Sqrt": "sqrt"}.items()
     },
@@ -241,4 +259,5 @@ OPS: dict[tuple[str, str], Callable[[ir.Node, list[Any], Attend], Any]] = {
 ADDENDS: dict[tuple[str, str], tuple[int, ...]] = {
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): (0, 1),
     ("com.microsoft", "SkipLayerNormalization"): (0, 1),
+    ("", "Add"): (0, 1),
 }

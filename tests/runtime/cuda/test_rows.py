@@ -46,6 +46,9 @@ def test_add_rms_norm(dtype, shape, pair, poison):
         y, t = rows.add_rms_norm(x, a, b if pair else None, weight, 1e-3, total)
         assert off(y, want) < LIMITS[dtype]
         assert (t is None) != total and (t is None or off(t, sums) < LIMITS[dtype])
+    if pair:
+        out = torch.full_like(x, math.nan)
+        assert rows.add(x, a, b, out) is out and off(out, sums) < LIMITS[dtype] and torch.equal(rows.add(x, a, b), out)
     if pair:  # both ranks have the same bits
         other = rows.add_rms_norm(x, b, a, weight, 1e-3)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip((y, other[1]), (other[0], other[1]), strict=True))
@@ -67,5 +70,7 @@ def test_what_has_no_kernel():
     assert not rows.fits(x)
     with pytest.raises(InputError, match="have no kernel"):
         rows.add_rms_norm(x, x, None, x[0])
+    with pytest.raises(InputError, match="have no kernel"):
+        rows.add(x, x, x)
     with pytest.raises(InputError, match="do not fit each other"):
         rows.swiglu(x, x)

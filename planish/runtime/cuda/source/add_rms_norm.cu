@@ -1,6 +1,7 @@
 // total = x + (a + b); y = total / sqrt(mean(total²) + epsilon) · weight (Zhang & Sennrich 2019, arXiv:1910.07467), by
 // rows, in float32 inside; b may be absent. It is what follows a sum over two ranks that their copies have not added yet:
-// a + b is one number on both ranks, whichever of them is a. A block has one row, and keeps it in registers.
+// a + b is one number on both ranks, whichever of them is a. A block has one row, and keeps it in registers. Without y it
+// only adds.
 #include "tiles.cuh"
 
 #ifndef CHUNKS
@@ -70,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_rms_norm(const __grid_
     }
     if (p.total != nullptr) store(p.total + row * p.total_row + column, kept[chunk]);
   }
+  if (p.y == nullptr) return;
   __shared__ float sums[THREADS / 32];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
