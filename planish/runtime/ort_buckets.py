@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from planish.ir.buckets import Buckets
-from planish.runtime.ort_device import Buffers, DeviceRunner, settle
-from planish.runtime.tensors import is_torch
+from planish.runtime.ort_device import Buffers, DeviceRunner
+from planish.runtime.tensors import is_torch, settle
 
 if TYPE_CHECKING:
     from planish.ir.program import Program

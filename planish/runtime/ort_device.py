@@ -24,8 +24,11 @@ from planish.runtime.tensors import (
     from_ortvalue,
     from_torch,
     is_torch,
+    likeness,
+    settle,
     to_ortvalue,
     to_torch,
+    view_of,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +116,7 @@ class DeviceRunner:
 
     def _like(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Dtypes and shapes of inputs, checked."""
-        seen = {name: _likeness(value) for name, value in given.items()}
+        seen = {name: likeness(value) for name, value in given.items()}
         self._checks(seen)
         return seen
 
@@ -151,7 +154,7 @@ class DeviceRunner:
     def _bound(self, given: Mapping[str, Any], seen: Mapping[str, np.ndarray], on_device: bool) -> dict[str, Any]:
         values = self._values(given, seen, on_device)
         if on_device:
-            return {name: _to_torch(value) for name, value in values.items()}
+            return {name: view_of(value) for name, value in values.items()}
         return {name: from_ortvalue(value, self._types[name] or 0) for name, value in values.items()}
 
     def _values(self, given: Mapping[str, Any], seen: Mapping[str, np.ndarray], there: bool) -> dict[str, ort.OrtValue]:
@@ -341,7 +344,7 @@ class Buffers:
     def view(self, name: str) -> Any:
         """An input or output as a torch tensor, without a copy."""
         if name not in self._views:
-            self._views[name] = _to_torch(self.inputs[name] if name in self.inputs else self.given[name])
+            self._views[name] = view_of(self.inputs[name] if name in self.inputs else self.given[name])
         return self._views[name]
 
     def outputs(self, on_device: bool) -> dict[str, Any]:
@@ -369,25 +372,6 @@ def _options(graph: int) -> ort.RunOptions:
     return options
 
 
-def settle(values: Any) -> None:
-    """Waits for what torch still has to do to its tensors: ONNX Runtime has a stream of its own."""
-    for value in values:
-        if is_torch(value) and value.device.type == "cuda":
-            sys.modules["torch"].cuda.current_stream(value.device).synchronize()
-            return
-
-
-def _likeness(value: Any) -> Any:
-    """An array of the dtype and shape of a tensor on a device, without memory; what is no tensor stays as it is."""
-    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
-        return value
-    name = str(value.dtype).rpartition(".")[2]
-    known = {dtype.name: dtype for dtype in (*NATIVE.values(), *EXTENDED.values())}
-    if name not in known:
-        raise InputError(f"a tensor of {value.dtype} on a device is nothing that ONNX Runtime takes.")
-    return np.broadcast_to(np.empty((), known[name]), tuple(value.shape))
-
-
 def _element(array: np.ndarray) -> Any:
     """The same for a dtype: NumPy's own, or the number of the element type."""
     for number, dtype in EXTENDED.items():
@@ -399,10 +383,3 @@ def _element(array: np.ndarray) -> Any:
 def element_of(dtype: int) -> Any:
     """What ONNX Runtime's bindings take for an element type."""
     return NATIVE[dtype].type if dtype in NATIVE else int(dtype)
-
-
-def _to_torch(value: ort.OrtValue) -> Any:
-    """A torch tensor over the memory of an OrtValue, which it keeps alive."""
-    torch = sys.modules["torch"]
-    tensor = torch.from_dlpack(value._ortvalue.__dlpack__())
-    return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor

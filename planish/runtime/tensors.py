@@ -195,3 +195,29 @@ def to_arrays(feeds: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         else:
             arrays[name] = value
     return arrays, found
+
+
+def settle(values: Any) -> None:
+    """Waits for what torch still has to do to its tensors: ONNX Runtime has a stream of its own."""
+    for value in values:
+        if is_torch(value) and value.device.type == "cuda":
+            sys.modules["torch"].cuda.current_stream(value.device).synchronize()
+            return
+
+
+def likeness(value: Any) -> Any:
+    """An array of the dtype and shape of a tensor on a device, without memory; what is no tensor stays as it is."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        return value
+    name = str(value.dtype).rpartition(".")[2]
+    known = {dtype.name: dtype for dtype in (*NATIVE.values(), *EXTENDED.values())}
+    if name not in known:
+        raise InputError(f"a tensor of {value.dtype} on a device is nothing that ONNX Runtime takes.")
+    return np.broadcast_to(np.empty((), known[name]), tuple(value.shape))
+
+
+def view_of(value: Any) -> Any:
+    """A torch tensor over the memory of an OrtValue, which it keeps alive."""
+    torch = sys.modules["torch"]
+    tensor = torch.from_dlpack(value._ortvalue.__dlpack__())
+    return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
