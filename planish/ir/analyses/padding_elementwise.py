@@ -88,7 +88,8 @@ def elementwise(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Seque
     state = _state(node, given)
     if low and node.op_type == "Cast" and node.attributes.get_int("to", 1) == ir.DataType.FLOAT16:
         state = max(state, State.OPEN)
-    return [Held(tuple(sizes), spans, state, affine)] + [None] * (len(node.outputs) - 1)
+    below = given[0].below if node.op_type in ("Identity", "Cast") else None
+    return [Held(tuple(sizes), spans, state, affine, below)] + [None] * (len(node.outputs) - 1)
 
 
 def _operands(node: ir.Node, args: Sequence[Held | None]) -> list[Held]:

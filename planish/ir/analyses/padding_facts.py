@@ -103,7 +103,8 @@ class Held:
         spans: the axes that carry the dimension.
         state: what padded elements can be.
         affine: its elements as a function of their positions, where they are one.
-        columns: of the entries along its last axis, where each is affine.
+        below: its elements are integers from 0 to less than this size, in the padding too.
+        columns: of the entries along its last axis, as far as they are affine or below a size.
         table: a constant, or the corner of one that it is.
         mixed: why its real part may depend on padding; empty: it does not.
         dtype: its element type's name.
@@ -114,7 +115,8 @@ class Held:
     spans: Mapping[int, Span] = field(default_factory=dict)
     state: State = State.FINITE
     affine: Affine | None = None
-    columns: tuple[Affine, ...] | None = None
+    below: Size | None = None
+    columns: tuple[Affine | Size, ...] | None = None
     table: np.ndarray | None = None
     mixed: str = ""
     dtype: str = ""

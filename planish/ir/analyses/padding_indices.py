@@ -175,6 +175,8 @@ def require_inside(flow: Flow, index: Held, size: Size | None) -> None:
         if len(grown) == 1 and index.spans[grown[0]].plain and at.steps[grown[0]] == 1:
             flow.bound(size[0] - index.spans[grown[0]].plus - int(highest))
             return
+    if index.below is not None and index.below == size:
+        return
     facts = [span.fact for span in index.spans.values()]
     if not all(isinstance(f, Known) and 0 <= f.value < size[0] for f in facts):
         raise Mixes("picks by an index that is not known in the padding, and may lie outside")
@@ -207,6 +209,10 @@ def _gather_nd(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequen
     spans: dict[int, Span] = {}
     places: dict[int, int] = {}
     for axis, column in enumerate(columns):
+        if not isinstance(column, Affine):
+            if axis in data.spans or column != data.sizes[axis]:
+                raise Mixes(f"picks entries of {flow.dim} that may be padding, or lie outside")
+            continue
         if column.start or len(column.steps) != 1 or next(iter(column.steps.values())) != 1:
             raise Mixes("picks by an index that is not made of positions alone")
         places[axis] = at = next(iter(column.steps))
@@ -219,13 +225,15 @@ def _gather_nd(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequen
             raise Mixes("picks by positions that the data may not have")
     if len({*places.values()}) < len(places):
         raise Mixes("picks a diagonal")
+    free = Fact.FREE if len(places) == len(columns) else Fact.ANY
     for at, span in index.spans.items():
         if at not in spans and at < len(out):
-            spans[at] = replace(span, fact=Fact.FREE if data.constant is None else Known(data.constant))
+            spans[at] = replace(span, fact=free if data.constant is None else Known(data.constant))
     rest = range(len(columns), len(data.sizes))
     places |= {axis: len(out) + k for k, axis in enumerate(rest)}
     spans |= {places[axis]: s for axis, s in data.spans.items() if axis in rest}
     affine = None if data.affine is None else data.affine.moved(places)
+    affine = affine if len(places) == len(data.sizes) or data.constant is not None else None
     return [Held((*out, *(data.sizes[axis] for axis in rest)), spans, data.state, affine)]
 
 

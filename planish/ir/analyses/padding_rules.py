@@ -85,13 +85,14 @@ def _arg(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Hel
     axis = x.axis_of(node.attributes.get_int("axis", -1 if node.op_type == "TopK" else 0))
     if axis in x.spans:
         raise Mixes(f"picks among all of {flow.dim}, padding included")
-    made = []
+    made: list[Held | None] = []
     for value in node.outputs:
         sizes = flow.declared(value)
         keep = node.op_type == "TopK" or bool(node.attributes.get_int("keepdims", 1))
         spans = {a - (not keep and a > axis): replace(s, fact=Fact.ANY) for a, s in x.spans.items()}
-        made.append(Held(sizes, spans, x.state))
-    return list(made)
+        index = (node.op_type != "TopK" or len(made) == 1) and x.state is not State.ANY
+        made.append(Held(sizes, spans, x.state, below=x.size(axis) if index else None))
+    return made
 
 
 def _cumsum(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Held | None]:

@@ -27,6 +27,7 @@ def permuted(x: Held, order: Sequence[int]) -> Held:
         {place[axis]: span for axis, span in x.spans.items()},
         x.state,
         None if x.affine is None else x.affine.moved(place),
+        x.below,
         table=None if x.table is None else x.table.transpose(order),
     )
 
@@ -49,7 +50,7 @@ def _moved(x: Held, sizes: tuple[Size | None, ...], places: Mapping[int, int]) -
     if x.affine is not None:
         affine = x.affine.moved({**dict.fromkeys(range(x.rank or 0), -1), **places})
         affine = None if affine is None or -1 in affine.steps else affine
-    return Held(sizes, spans, x.state, affine)
+    return Held(sizes, spans, x.state, affine, x.below)
 
 
 def _unsqueeze(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Held | None]:
@@ -139,7 +140,7 @@ def _expand(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[
             assert size is not None
             spans[axis] = flow.span(size, Fact.FREE if x.constant is None else Known(x.constant))
     affine = None if x.affine is None else x.affine.moved({a: a + shift for a in range(len(x.sizes))})
-    return [Held(sizes, spans, x.state, affine)]
+    return [Held(sizes, spans, x.state, affine, x.below)]
 
 
 def _constant_of_shape(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Held | None]:
@@ -195,9 +196,10 @@ def _concat(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[
             facts = [s.fact for s in carried]
             spans[at] = replace(carried[0], fact=facts[0] if all(f == facts[0] for f in facts) else Fact.ANY)
     columns = None
-    if axis == rank - 1 and all(a.affine is not None and {*(a.size(axis) or (0,))} == {1} for a in parts):
-        columns = tuple(a.affine for a in parts if a.affine is not None)
-    return [Held(tuple(sizes), spans, max(a.state for a in parts), _joined(parts, axis), columns)]
+    if axis == rank - 1 and all({*(a.size(axis) or (0,))} == {1} for a in parts):
+        found = [a.affine or a.below for a in parts]
+        columns = tuple(c for c in found if c is not None) if None not in found else None
+    return [Held(tuple(sizes), spans, max(a.state for a in parts), _joined(parts, axis), columns=columns)]
 
 
 def _joined(parts: Sequence[Held], axis: int) -> Affine | None:

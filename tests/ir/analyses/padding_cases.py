@@ -108,6 +108,13 @@ HOLDS = {
         "float[4] g = {1, 2, 1, 0.5}",
         "n",
     ),
+    "the token with the largest number": (
+        "(float[b, n] x, float[b, n, 4] z) => (float[b, 4] y)",
+        """a = ArgMax<axis = 1, keepdims = 0>(x) s = Shape<end = 1>(x) l = Squeeze(s) r = Range(c0, l, c1)
+        i = Unsqueeze(r, one) j = Unsqueeze(a, one) k = Concat<axis = 1>(i, j) y = GatherND(z, k)""",
+        "int64 c0 = {0}, int64 c1 = {1}, int64[1] one = {1}",
+        "b",
+    ),
     "causal attention": (
         "(float[b, n, 4] x) => (float[b, n, 4] y)",
         "y = Attention<is_causal = 1, q_num_heads = 2, kv_num_heads = 2>(x, x, x)",
@@ -238,8 +245,8 @@ DECLINED = {
     ),
     "an index of unknown numbers": (
         "(float[n, 4] x) => (float[n, 4] y)",
-        "h = Relu(x) i = ArgMax<axis = 1, keepdims = 0>(h) y = Gather(w, i)",
-        WEIGHT,
+        "e = Exp(x) h = ReduceMax<keepdims = 0>(e, one) i = Cast<to = 7>(h) y = Gather(w, i)",
+        f"{WEIGHT}, int64[1] one = {{1}}",
         "n",
         "may lie outside",
     ),
