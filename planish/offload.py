@@ -17,7 +17,7 @@ from planish.ir.target import Target
 from planish.passes.base import ApproximatePass, Pass, PassContext
 from planish.passes.defaults import RECOGNIZE, lowering
 from planish.passes.manager import PassManager
-from planish.passes.pipeline import as_passes, parse_pipeline
+from planish.passes.pipeline import as_passes, format_pipeline, parse_pipeline
 from planish.runtime.compile import for_another_machine
 from planish.runtime.executable import Executable
 from planish.runtime.offload.account import MemoryBudgetError, size_text
@@ -140,31 +140,35 @@ def _smaller(
     if budget.error is None or budget.metric is not None or not budget.gates:
         return program, engine
     request = replace(_request(program), new=_TOKENS)
-    best, before = _planned(engine, request), engine.parts.facts().weights
+    best, before, half = _planned(engine, request), engine.parts.facts().weights, False
     for passes in _LOWER_PRECISION:
         if best is not None and not best.streamed() and not best.kv_host():
             break
         candidate = original.clone()
-        if not PassManager(as_passes(passes)).apply(candidate, PassContext(target)).modified:
+        candidate.target = target  # a GPU's products take half precision with weights in few bits
+        # What float16 alone leaves as it is has that precision already.
+        wanted = as_passes(passes)[: 1 if half else None]
+        if not PassManager(wanted).apply(candidate, PassContext(target)).modified:
+            half = half or passes == _LOWER_PRECISION[0]
             continue
-        error = _error(original, candidate, target)
+        error, name = _error(original, candidate, target), format_pipeline(wanted)
         if not error <= budget.error:
-            notes.append(f"{passes} was taken back: error {error:.2g} > {budget.error:.2g}")
+            notes.append(f"{name} was taken back: error {error:.2g} > {budget.error:.2g}")
             continue
         made = _engine(candidate, target, device)
         found, now = _planned(made, request), made.parts.facts().weights
         if found is None:
-            notes.append(f"{passes} was taken back: weights of {size_text(now)} do not fit either")
+            notes.append(f"{name} was taken back: weights of {size_text(now)} do not fit either")
             continue
         step = f"a step is estimated at {milliseconds(found.seconds)}"
         if best is not None:
             step += f" in the place of {milliseconds(best.seconds)}"
             if request_seconds(found) > request_seconds(best) / _WORTH:
-                notes.append(f"{passes} was taken back: error {error:.2g}, {step}")
+                notes.append(f"{name} was taken back: error {error:.2g}, {step}")
                 continue
         program, engine, best = candidate, made, found
         sizes = f"{size_text(before)} → {size_text(now)}"
-        notes.append(f"{passes} for the memory budget: weights {sizes}, error {error:.2g}, {step}")
+        notes.append(f"{name} for the memory budget: weights {sizes}, error {error:.2g}, {step}")
     return program, engine
 
 

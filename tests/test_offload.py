@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
@@ -100,7 +101,8 @@ def test_a_lower_precision_must_be_faster(monkeypatch: pytest.MonkeyPatch) -> No
     assert exe.program is not None and exe.program.weight_bytes() > 70_000
 
 
-def test_weights_in_few_bits_where_half_precision_is_not_enough(slow_link: None) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_in_few_bits_where_half_precision_is_not_enough(slow_link: None, half: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -114,10 +116,12 @@ def test_weights_in_few_bits_where_half_precision_is_not_enough(slow_link: None)
                 parameter.mul_(5.0)
     device = HostDevice(560 << 10)
     limits = Budget(error=0.2, seconds=0.5)
-    exe = optimize_budgeted(model, TARGET, task="causal-lm", budget=limits, device=device)
+    given = copy.deepcopy(model).half() if half else model
+    exe = optimize_budgeted(given, TARGET, task="causal-lm", budget=limits, device=device)
     assert exe.report is not None
     text = "\n".join(exe.report.ledger.notes)
-    assert "quantize-weights,float16 for the memory budget: weights 1.3 MiB → 330 KiB" in text
+    note = "quantize-weights,float16 for the memory budget: weights 1.3 MiB → 330 KiB"
+    assert ("quantize-weights for the memory budget: weights 640 KiB → 326 KiB" if half else note) in text
     assert not exe.runners["prefill"].engine.plan(Request(2, 16, 2)).streamed()  # type: ignore[attr-defined]
     ids = np.random.default_rng(0).integers(3, 256, (2, 12))
     first = exe.run({"input_ids": ids, "lengths": np.array([12, 12])})["logits"]

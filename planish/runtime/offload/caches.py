@@ -36,6 +36,7 @@ class Caches:
         stage = max((sum(map(_nbytes, self._shapes[k])) for k in self.host), default=0)
         self._buffers = [self._zeros(stage, "buffers for caches") for _ in range(plan.kv_slots if self.host else 0)]
         self._ring: Ring | None = None
+        self._stepping = False
         #: Addresses that the ring has given out, by layer.
         self._now: dict[int, int] = {}
 
@@ -46,11 +47,14 @@ class Caches:
             self._ring.begin(sorted(self.host))
 
     def begin_step(self) -> None:
-        """Layers will be asked for once each, in order, to write one token; caches of the host go up and down."""
-        if self.host and not self.plan.cooperative:
-            if self._ring is None or self._ring.load is None:
-                self._ring = Ring(self.device, self._buffers, load=self._send, unload=self._bring_token)
-            self._ring.begin(sorted(self.host))
+        """Layers will be asked for once each, in order, to write one token; caches that are copied go up and down."""
+        if self.host and not self._stepping:
+            self._ring = Ring(self.device, self._buffers, load=self._send, unload=self._bring_token)
+            if self.plan.attended:  # on the host, which waits for no event of a stream: the prompt's must be there
+                self.device.synchronize(self.device.record(COPY))
+            self._stepping = True
+        if self._ring is not None:
+            self._ring.begin(sorted(self.host.keys() - self.plan.attended))
 
     def acquire(self, layer: int, row: int | None = None) -> list[Place]:
         """Key and value of a layer on the device, of one row or all; the compute stream waits for them."""

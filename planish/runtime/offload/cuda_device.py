@@ -16,7 +16,6 @@ from planish.runtime.cuda.driver import check, library
 from planish.runtime.offload.account import Account, MemoryBudgetError, size_text
 from planish.runtime.offload.device import COMPUTE, COPY, Event, Rows
 from planish.runtime.offload.planned import LIBRARIES, arena
-from planish.runtime.offload.small_copies import SmallCopies
 
 _HOST_MEMORY, _DEVICE_MEMORY = 1, 2  # CUmemorytype
 _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # CUdevice_attribute
@@ -59,7 +58,6 @@ class CudaDevice:
         for stream in self._streams:
             check(self._cuda.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream")
         self._blocks: dict[int, tuple[int, str]] = {}
-        self._small = SmallCopies()
 
     def memory(self) -> tuple[int, int]:
         """Bytes of the GPU that are free, and all, as the driver has it."""
@@ -188,9 +186,6 @@ class CudaDevice:
 
     def _copy(self, target: int, source: int, rows: Rows, stream: int, *, up: bool) -> None:
         where = self._streams[stream]
-        if stream == COMPUTE and rows.count == 1 and self._small.takes(target, source, rows.width):
-            self._small(target, source, rows.width, where.value or 0)
-            return
         if rows.count == 1:
             call = self._cuda.cuMemcpyHtoDAsync_v2 if up else self._cuda.cuMemcpyDtoHAsync_v2
             code = call(ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(rows.width), where)

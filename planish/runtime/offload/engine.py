@@ -56,6 +56,7 @@ class Engine:
         self.parts, self.split = Parts(split, device, target), split
         self.device, self.rates, self.measured = device, rates or Rates(), rates is not None
         self.current: Plan | None = None
+        self._plans: dict[tuple[Request, int | None, Rates], Plan] = {}
         self.lengths = np.zeros(0, np.int64)
         self._weights: dict[int, int] = {}  # addresses of resident units
         self._slots: list[int] = []
@@ -76,7 +77,10 @@ class Engine:
         Raises:
             MemoryBudgetError: the budget is too small.
         """
-        return make_plan(self.parts.facts(), request, self.device.account.limit, self.rates)
+        key = request, self.device.account.limit, self.rates
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.parts.facts(), *key)
+        return self._plans[key]
 
     def prompt(self, rows: Sequence[np.ndarray], plan: Plan) -> np.ndarray:
         """Reads the prompts, rows of ids (tokens) int64; returns the logits of each row's last token."""
@@ -110,7 +114,7 @@ class Engine:
         for layer in range(len(self.parts.layers)):
             address = self._acquire(layer)
             made = self._places(flow, self.parts.carried[layer + 1])
-            if layer in caches.host and plan.cooperative:
+            if layer in plan.attended:
                 self._cooperative(layer, address, flow, made)
             else:
                 self._whole(layer, address, flow, made)
@@ -261,7 +265,7 @@ class Engine:
         sets = [self._carried_buffers(flow.sizes) for _ in range(2)]
         for boundary, names in enumerate(self.parts.carried):
             flow.values.update(zip(names, sets[boundary % 2], strict=False))
-        for layer in self._caches.host if self.current.cooperative else ():
+        for layer in sorted(self.current.attended):
             unit = self.parts.layers[layer]
             for at, name in enumerate((*unit.queries, unit.mixed)):
                 self._exchange(flow, name, f"exchange {at}")

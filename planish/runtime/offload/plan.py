@@ -110,7 +110,7 @@ class Plan:
         slots: buffers that the weights of the others go through.
         kv_device: layers whose cache is on the device.
         kv_slots: buffers that caches of the host go through, in the prompt or in each step.
-        cooperative: attention of steps over caches on the host is computed there.
+        attended: layers whose attention is computed on the host in each step; other caches of the host are copied.
         rows: what takes how much on the device, in words.
         times: estimated, of a step.
         rates: that they were estimated with.
@@ -124,7 +124,7 @@ class Plan:
     slot_bytes: int
     kv_device: frozenset[int]
     kv_slots: int
-    cooperative: bool
+    attended: frozenset[int]
     workspace: int
     facts: Facts = field(compare=False, repr=False)
     rates: Rates = field(compare=False, repr=False)
@@ -165,7 +165,7 @@ class Plan:
             "streamed": len(self.streamed()),
             "kv_device": len(self.kv_device),
             "kv_host": len(self.kv_host()),
-            "cooperative": self.cooperative and bool(self.kv_host()),
+            "attended": len(self.attended),
             "rows": dict(self.rows),
             "seconds_per_step": self.seconds,
             "times": asdict(self.times),

@@ -3,13 +3,14 @@
 What does not fit is left to the host by what each costs. Weights on the host are copied through a ring of buffers
 once for every step. The cache of a layer on the host is attended to there, or copied through a ring of its own: by
 the rule of FastAttention (arXiv 2410.16663, CPU-GPU cooperative strategy) the first if T_host(kv) + T_link(q, k, v, o)
-is less than kv / BW_link, at rates that were measured. A prompt goes through layer by layer, in chunks, so its weights
+is less than kv / BW_link, at rates that were measured. Where both ways read main memory faster together, some of these
+caches are copied beside the attention to the others. A prompt goes through layer by layer, in chunks, so its weights
 are copied once, and a cache that will stay on the host is on the device only while its layer runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from planish.runtime.offload.account import MemoryBudgetError, size_text
@@ -51,13 +52,13 @@ def place(
     kv_device: Collection[int] = (),
     slots: int = 2,
     kv_slots: int = 2,
-    cooperative: bool | None = None,
+    attended: Collection[int] | None = None,
     budget: int | None = None,
 ) -> Plan:
     """A plan by what is where, whether or not it fits.
 
     Args:
-        cooperative: None: by the rule.
+        attended: layers whose attention is on the host; None: by the rule, and by the least time where it says so.
     """
     streamed = [size for k, size in enumerate(facts.units) if k not in resident]
     slots = min(slots, len(streamed))
@@ -78,39 +79,46 @@ def place(
         ("activations within a layer", space),
         ("libraries", facts.reserve),
     ]
-    moved = [_kv(facts, ask, k) for k in host]
-    if cooperative is None:
-        cooperative = _rule(rates, sum(streamed), sum(moved), len(host))
-    read = sum(facts.units) + sum(_kv(facts, ask, k) for k in (range(len(facts.kv)) if not cooperative else kv_device))
-    device = max(read / rates.device, len(facts.units) * rates.launch)
-    times = _times(rates, sum(streamed), moved, device, cooperative, (slots, kv_slots))
+
+    def timed(there: Collection[int]) -> Times:
+        copied = sum(_kv(facts, ask, k) for k in host if k not in there)
+        read = sum(facts.units) + sum(_kv(facts, ask, k) for k in range(len(facts.kv)) if k not in there)
+        device = max(read / rates.device, len(facts.units) * rates.launch)
+        mixed = bool(there) and bool(copied)
+        ahead = slots != 1 and (kv_slots != 1 or mixed or not copied)
+        bytes_there = sum(_kv(facts, ask, k) for k in there)
+        return _times(rates, sum(streamed) + copied, bytes_there, len(there), device, ahead)
+
+    if attended is None:
+        stays = _rule(rates, sum(_kv(facts, ask, k) for k in host), len(host))
+        ways = [_spread(host, count) for count in range(len(host), 0, -1)] if stays else [()]
+        attended = min(ways, key=lambda there: timed(there).step)
     return Plan(
-        ask, budget, chunk, frozenset(resident), slots, slot, frozenset(kv_device), kv_slots, cooperative, space,
-        facts, rates, tuple((what, size) for what, size in rows if size), times,
+        ask, budget, chunk, frozenset(resident), slots, slot, frozenset(kv_device), kv_slots, frozenset(attended),
+        space, facts, rates, tuple((what, size) for what, size in rows if size), timed(attended),
     )  # fmt: skip
 
 
-def _rule(rates: Rates, streamed: int, kv: int, layers: int) -> bool:
-    """Whether caches on the host are attended to there."""
-    _, attention = rates.both(streamed, kv)
-    return bool(layers) and attention + layers * rates.latency < kv / rates.link
+def _rule(rates: Rates, kv: int, layers: int) -> bool:
+    """Whether caches on the host are attended to there, T_host(kv) + T_link(q, k, v, o) < kv / BW_link."""
+    return bool(layers) and kv / rates.host + layers * rates.latency < kv / rates.link
 
 
-def _times(
-    rates: Rates, streamed: int, moved: list[int], device: float, cooperative: bool, slots: tuple[int, int]
-) -> Times:
-    """Of a step; copies go on beside the rest where there is more than one buffer."""
-    if cooperative:
-        copies, attention = rates.both(streamed, sum(moved))
-        attention += len(moved) * rates.latency
-        ahead = slots[0] != 1
-        if not ahead:
-            copies, attention = streamed / rates.link, sum(moved) / rates.host + len(moved) * rates.latency
-    else:
-        copies, attention = (streamed + sum(moved)) / rates.link, 0.0
-        ahead = 1 not in slots
-    step = max(copies, attention + device) if ahead else copies + attention + device
-    return Times(copies, attention, device, step)
+def _spread(host: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` of the layers to attend to on the host; the others lie evenly among them, to be copied meanwhile."""
+    others = len(host) - count
+    copied = {host[(2 * k + 1) * len(host) // (2 * others)] for k in range(others)}
+    return tuple(k for k in host if k not in copied)
+
+
+def _times(rates: Rates, copied: int, attended: int, layers: int, device: float, ahead: bool) -> Times:
+    """Of a step; copies go on beside the rest if they can go `ahead` of it."""
+    waits = layers * rates.latency
+    if not ahead:
+        copies, attention = copied / rates.link, attended / rates.host + waits
+        return Times(copies, attention, device, copies + attention + device)
+    copies, attention = rates.both(copied, attended)
+    return Times(copies, attention + waits, device, max(copies, attention + waits + device))
 
 
 def _candidates(facts: Facts, request: Request, budget: int | None, rates: Rates) -> Iterator[Plan]:
@@ -131,7 +139,7 @@ def _candidates(facts: Facts, request: Request, budget: int | None, rates: Rates
             # earlier ones would have to wait.
             kv_device = frozenset(range(on_device))
             for kv_slots in (2, 1) if on_device < layers else (0,):
-                for slots in (2, 3, 1, 0):
+                for slots in (0, 2, 3, 1):  # without any, all weights are on the device
                     found = _fill(facts, request, budget, rates, chunk, kv_device, slots, kv_slots)
                     if found is not None:
                         yield found
@@ -151,31 +159,27 @@ def _fill(
     """As many units on the device as fit, from the last one back: the head of the next step is prepared meanwhile."""
     order = sorted(range(len(facts.units)), key=lambda k: facts.units[k], reverse=True)
 
-    def fitting(resident: Collection[int]) -> Plan | None:
-        plan = place(
+    def placed(resident: Collection[int], attended: Collection[int] | None) -> Plan:
+        return place(
             facts, request, rates, chunk=chunk, resident=resident, kv_device=kv_device, slots=slots,
-            kv_slots=kv_slots, budget=budget,
+            kv_slots=kv_slots, attended=attended, budget=budget,
         )  # fmt: skip
-        return plan if plan.total <= budget else None
 
-    if not slots:
-        return fitting(order)
-    resident: set[int] = set()
-    plan = fitting(resident)
-    if plan is None:
+    def weights(resident: Collection[int]) -> int:
+        streamed = [facts.units[k] for k in order if k not in resident]
+        return sum(facts.units[k] for k in resident) + min(slots, len(streamed)) * max(streamed, default=0)
+
+    resident: set[int] = set() if slots else set(order)
+    room = budget - placed(resident, ()).total + weights(resident)
+    if slots and weights(resident) > room:
         # A unit that is larger than all others makes the buffers large: it stays where it is, if that is less.
         resident = {order[0]}
-        plan = fitting(resident)
-    if plan is None:
+    if weights(resident) > room:
         return None
     for k in order:
-        if k in resident or len(resident) + 1 + slots > len(order):
-            continue
-        more = fitting(resident | {k})
-        if more is not None:
+        if k not in resident and len(resident) + 1 + slots <= len(order) and weights(resident | {k}) <= room:
             resident.add(k)
-            plan = more
-    return plan
+    return placed(resident, None)
 
 
 def _kv(facts: Facts, request: Request, layer: int) -> int:

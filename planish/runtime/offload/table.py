@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 from planish.runtime.offload.account import size_text
 from planish.runtime.offload.plan import Plan
 
@@ -19,24 +17,32 @@ def plan_table(plan: Plan) -> str:
     if streamed:
         size = size_text(sum(facts.units[k] for k in streamed))
         lines.append(f"  on the host: weights of {len(streamed)} of {len(facts.units)} units, {size}, copied each step")
-    if host:
-        size = size_text(sum(plan.kv_bytes(k) for k in host))
-        way = "attended to there" if plan.cooperative else "copied each step"
-        lines.append(f"  on the host: caches of {len(host)} of {len(facts.kv)} layers, {size}, {way}")
-    lines += [f"  {name:<16}{weights:<38}{cache}".rstrip() for name, weights, cache in _places(plan)]
+    ways = {"attended to there": plan.attended, "copied each step": [k for k in host if k not in plan.attended]}
+    for way, found in ways.items():
+        if found:
+            size = size_text(sum(plan.kv_bytes(k) for k in found))
+            lines.append(f"  on the host: caches of {len(found)} of {len(facts.kv)} layers, {size}, {way}")
+    lines += [f"  {name:<20}{weights:<38}{cache}".rstrip() for name, weights, cache in _places(plan)]
     return "\n".join([*lines, f"  {_estimate(plan)}"])
 
 
 def _places(plan: Plan) -> list[tuple[str, str, str]]:
     """(units, their weights, their caches), units that are alike together."""
     layers = len(plan.facts.kv)
-    kinds = [(_weights(plan, k), _cache(plan, k) if k < layers else "") for k in range(len(plan.facts.units))]
-    rows = []
-    for kind, group in itertools.groupby(range(len(kinds)), key=lambda k: (kinds[k], k >= layers)):
-        found = list(group)
-        span = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
-        rows.append(("logits" if kind[1] else f"layer{'s' * (len(found) > 1)} {span}", *kind[0]))
-    return rows
+    groups: dict[tuple[str, str], list[int]] = {}
+    for k in range(layers):
+        groups.setdefault((_weights(plan, k), _cache(plan, k)), []).append(k)
+    rows = [(f"layer{'s' * (len(found) > 1)} {_numbers(found)}", *kind) for kind, found in groups.items()]
+    return rows + [("logits", _weights(plan, k), "") for k in range(layers, len(plan.facts.units))]
+
+
+def _numbers(found: list[int]) -> str:
+    """``0 to 3`` or ``1, 4, ... 31``."""
+    if len(found) == 1:
+        return str(found[0])
+    if found[-1] - found[0] == len(found) - 1:
+        return f"{found[0]} to {found[-1]}"
+    return ", ".join(map(str, found)) if len(found) < 4 else f"{found[0]}, {found[1]}, ... {found[-1]}"
 
 
 def _weights(plan: Plan, unit: int) -> str:
@@ -49,7 +55,7 @@ def _cache(plan: Plan, layer: int) -> str:
     if layer in plan.kv_device:
         return "cache on the device"
     size = plan.kv_bytes(layer)
-    if plan.cooperative:
+    if layer in plan.attended:
         return f"cache on the host, attended to there, {milliseconds(size / plan.rates.host + plan.rates.latency)}"
     return f"cache on the host, copied, {milliseconds(size / plan.rates.link)}"
 

@@ -78,18 +78,18 @@ def test_quantized_weights_stream(bits: int) -> None:
         decoder(half=False), Target.parse("ort-cuda:memory=1GiB"), device=HostDevice(), **options
     )
     ids = np.random.default_rng(2).integers(3, VOCABULARY, 100)
-    for cooperative in (False, True):
+    for attended in ((), (0, 2), (0, 1, 2, 3)):
         found, wanted = (
-            steps(x.runners["prefill"].engine, ids, cooperative)  # type: ignore[attr-defined]
+            steps(x.runners["prefill"].engine, ids, attended)  # type: ignore[attr-defined]
             for x in (exe, reference)
         )
         assert np.linalg.norm(found - wanted) < 0.01 * np.linalg.norm(wanted)
 
 
-def steps(engine: Engine, ids: np.ndarray, cooperative: bool) -> np.ndarray:
+def steps(engine: Engine, ids: np.ndarray, attended: tuple[int, ...]) -> np.ndarray:
     """Logits of a prompt and of three tokens after it, (4, vocabulary) float64; nothing stays on the device."""
     request = Request(1, len(ids), NEW)
-    plan = place(engine.parts.facts(), request, Rates(), chunk=32, cooperative=cooperative)
+    plan = place(engine.parts.facts(), request, Rates(), chunk=32, attended=attended)
     found = [engine.prompt([ids], plan)] + [engine.step(np.array([token])) for token in (5, 17, 300)]
     engine.close()
     return np.concatenate(found).astype(np.float64)

@@ -95,16 +95,16 @@ def test_a_budget_gives_the_same_tokens_and_is_kept(share: float, rates: Rates) 
 def test_attention_on_the_host(name: str, own: bool) -> None:
     engine = engine_of(name, rates=FAST)
     engine.parts.own_kernel = own
-    plan = placed(engine, kv_device=(1,), cooperative=True)
+    plan = placed(engine, kv_device=(1,), attended=(0, 2))
     np.testing.assert_array_equal(run(engine, plan), expected(name))
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("cooperative", [True, False])
+@pytest.mark.parametrize("attended", [(1, 2), (2,), ()])
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_streams_may_run_in_any_order(seed: int, cooperative: bool, slots: int) -> None:
+def test_streams_may_run_in_any_order(seed: int, attended: tuple[int, ...], slots: int) -> None:
     engine = engine_of("Llama", seed=100 + seed)
-    plan = placed(engine, kv_device=(0,), cooperative=cooperative, slots=slots, kv_slots=1 + seed % 2)
+    plan = placed(engine, kv_device=(0,), attended=attended, slots=slots, kv_slots=1 + seed % 2)
     np.testing.assert_array_equal(run(engine, plan), expected("Llama"))
 
 
@@ -114,14 +114,46 @@ def test_a_forgotten_event_gives_other_tokens(monkeypatch: pytest.MonkeyPatch) -
     found = []
     for seed in range(4):
         engine = engine_of("Llama", seed=seed)
-        found.append((run(engine, placed(engine, (0,), False)) == expected("Llama")).all())
+        found.append((run(engine, placed(engine, (0,))) == expected("Llama")).all())
     assert not all(found)
 
 
-def placed(engine: Engine, kv_device: tuple[int, ...], cooperative: bool, slots: int = 2, kv_slots: int = 2) -> Plan:
+def placed(
+    engine: Engine, kv_device: tuple[int, ...], attended: tuple[int, ...] = (), slots: int = 2, kv_slots: int = 2
+) -> Plan:
     """No weights on the device, and the caches of these layers alone."""
-    given = {"chunk": 8, "kv_device": kv_device, "cooperative": cooperative, "slots": slots, "kv_slots": kv_slots}
+    given = {"chunk": 8, "kv_device": kv_device, "attended": attended, "slots": slots, "kv_slots": kv_slots}
     return place(engine.parts.facts(), REQUEST, Rates(), **given)
+
+
+class _Order:
+    """In the place of a random generator: the stream of computing first, or that of copies."""
+
+    def __init__(self, last: bool) -> None:
+        self.last = last
+
+    def integers(self, count: int) -> int:
+        return count - 1 if self.last else 0
+
+
+@pytest.mark.parametrize("copies_first", [False, True])
+@pytest.mark.parametrize("resident", [(0, 1, 2, 3), ()])
+@pytest.mark.parametrize("attended", [(0, 1, 2), (1,)])
+def test_attention_on_the_host_waits_for_the_caches_of_the_prompt(
+    copies_first: bool, resident: tuple[int, ...], attended: tuple[int, ...]
+) -> None:
+    engine = engine_of("Llama")
+    engine.device._random = _Order(copies_first)  # type: ignore[attr-defined]
+    plan = place(
+        engine.parts.facts(),
+        REQUEST,
+        Rates(),
+        chunk=8,
+        resident=resident,
+        slots=0 if resident else 2,
+        attended=attended,
+    )
+    np.testing.assert_array_equal(run(engine, plan), expected("Llama"))
 
 
 def test_forms_of_the_gpu_are_chosen_within_a_part() -> None:
@@ -130,12 +162,12 @@ def test_forms_of_the_gpu_are_chosen_within_a_part() -> None:
     assert "SkipSimplifiedLayerNormalization" in kinds
     assert len({id(unit.whole.model) for unit in split.layers}) == 1
     engine = engine_of("Llama", target="ort-cuda:sm_80")
-    np.testing.assert_array_equal(run(engine, placed(engine, (), True)), expected("Llama"))
+    np.testing.assert_array_equal(run(engine, placed(engine, (), (0, 1, 2))), expected("Llama"))
 
 
 def test_one_generation_after_another_keeps_weights_and_gives_the_rest_back() -> None:
     engine = engine_of("Llama", rates=FAST)
-    plan = placed(engine, kv_device=(2,), cooperative=True)
+    plan = placed(engine, kv_device=(2,), attended=(0, 1))
     first = run(engine, plan)
     held = engine.device.account.used
     np.testing.assert_array_equal(run(engine, plan), first)
@@ -180,6 +212,9 @@ def test_an_account_that_is_passed_raises() -> None:
 
 def test_the_table_says_what_is_where() -> None:
     engine = engine_of("Llama")
-    text = placed(engine, kv_device=(0,), cooperative=True).table()
+    text = placed(engine, kv_device=(0,), attended=(1,)).table()
     assert "2 buffers for weights that stream" in text and "caches of 1 of 3 layers" in text
-    assert "caches of 2 of 3 layers" in text and "attended to there" in text
+    for layer, way in ((1, "attended to there"), (2, "copied")):
+        assert any(
+            line.startswith(f"  layer {layer} ") and f"cache on the host, {way}" in line for line in text.split("\n")
+        )

@@ -8,7 +8,7 @@ import pytest
 
 from planish.runtime.offload.account import MemoryBudgetError
 from planish.runtime.offload.plan import Facts, Rates, Request
-from planish.runtime.offload.planner import least_bytes, make_plan, place
+from planish.runtime.offload.planner import least_bytes, make_plan, place, request_seconds
 
 FACTS = Facts(
     units=(100,) * 8 + (150,), kv=(2,) * 8, carried=1, sides=0, logits=10, splits=frozenset(range(8)),
@@ -35,7 +35,8 @@ def test_no_plan_is_over_its_budget(budget: int, rates: Rates) -> None:
 
 def test_more_memory_is_never_slower() -> None:
     rates = Rates(link=1e3, device=1e6, host=1e9, latency=1e-6, launch=1e-9)
-    seconds = [make_plan(FACTS, Request(1, 64, 64), budget, rates).seconds for budget in range(700, 2600, 100)]
+    plans = [make_plan(FACTS, Request(1, 64, 64), budget, rates) for budget in range(700, 2600, 100)]
+    seconds = [request_seconds(plan) for plan in plans]
     assert seconds == sorted(seconds, reverse=True)
 
 
@@ -45,7 +46,29 @@ def test_the_rule_of_fastattention_decides_where_attention_is() -> None:
     kv = FACTS.kv[0] * request.capacity
     for host, latency, cooperative in ((1e4, 0.0, True), (1e2, 0.0, False), (1e4, 2 * kv / 1e3, False)):
         plan = make_plan(FACTS, request, budget, Rates(link=1e3, device=1e9, host=host, latency=latency))
-        assert plan.kv_host() and plan.cooperative is cooperative
+        assert plan.kv_host() and bool(plan.attended) is cooperative
+
+
+def test_some_caches_are_copied_beside_the_attention_to_the_others() -> None:
+    """With a host that reads twice as fast as the link copies, a third of the layers is copied."""
+    rates = Rates(link=1e3, device=1e9, host=2e3, latency=0.0, launch=0.0)
+    given = {"chunk": 16, "resident": range(9), "slots": 0}
+    facts = replace(FACTS, units=(0,) * 9)
+    plan = place(facts, Request(1, 600, 8), rates, **given)
+    assert "layers 1, 4, 6 " in plan.table() and "layers 0, 2, ... 7 " in plan.table()
+    assert len(plan.attended) == 5 and plan.attended < set(plan.kv_host())
+    step = place(facts, Request(1, 600, 8), rates, attended=range(8), **given).seconds
+    assert plan.seconds == pytest.approx(
+        step * 6 / 8, rel=1e-4
+    )  # three of eight copies take the time of six attended to
+    assert "caches of 3 of 8 layers" in plan.table() and "caches of 5 of 8 layers" in plan.table()
+
+
+def test_weights_that_fit_do_not_stream_for_the_caches() -> None:
+    facts = replace(FACTS, workspace=lambda *_: 0)
+    least = 950 + 2 * 600 * 2 + 200
+    plan = make_plan(facts, Request(1, 600, 8), least + 2 * 600, SLOW_HOST)
+    assert not plan.streamed() and plan.kv_host()
 
 
 def test_layers_that_can_not_be_cut_keep_their_caches() -> None:
@@ -82,7 +105,7 @@ def test_copies_and_attention_share_main_memory() -> None:
 def test_the_table_has_a_line_for_each_group_of_layers() -> None:
     plan = place(
         FACTS, Request(1, 64, 8), Rates(link=1e3, host=1e4, latency=0.0), chunk=16, resident=(0, 1, 8),
-        kv_device=(0,), cooperative=True,
+        kv_device=(0,), attended=range(1, 8),
     )  # fmt: skip
     text = plan.table().splitlines()
     assert [line.split("  ")[1] for line in text if "weights on the device" in line or "streamed," in line] == [

@@ -126,7 +126,7 @@ def test_rates_are_those_of_the_machine_at_hand(
         ids, mask = prompts(3, 20)
         exe.generate(ids, 30, attention_mask=mask)
         plan = exe.runners["prefill"].plan  # type: ignore[attr-defined]
-        assert plan.kv_host() and plan.cooperative is cooperative
+        assert plan.kv_host() and bool(plan.attended) is cooperative
 
 
 def test_loading_imports_neither_torch_nor_the_passes(made: tuple[Path, np.ndarray], tmp_path: Path) -> None:
