@@ -41,8 +41,8 @@ _FIRST = 80
 class Bfloat16(ApproximatePass):
     """Turns values and weights into bfloat16 from the first product on; a target's ``dtype=bfloat16`` asks for it.
 
-    As `float16`, with the range of float32 and three bits less of the mantissa. Operators that the CUDA provider has no
-    kernel for in bfloat16 stay float32.
+    As `float16`, with the range of float32 and three bits less of the mantissa. On ``ort-cuda``, operators that the CUDA
+    provider has no kernel for in bfloat16 stay float32.
     """
 
     name: ClassVar[str] = "bfloat16"
@@ -51,10 +51,12 @@ class Bfloat16(ApproximatePass):
 
     def apply(self, program: Program, ctx: PassContext) -> PassResult:
         reason = ""
-        if ctx.target.name != "ort-cuda":
-            reason = f"target '{ctx.target}' has no form in bfloat16; 'ort-cuda' has"
+        if ctx.target.device != "cuda":
+            reason = f"target '{ctx.target}' has no form in bfloat16; targets on CUDA have"
         elif ctx.target.capability is not None and ctx.target.capability < _FIRST:
             reason = f"{ctx.target.arch} has no bfloat16, which begins with sm_{_FIRST}; float16 is its type of 16 bits"
         if reason:
             return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], [reason])
+        if ctx.target.runtime == "tvm":
+            return halve(program, self.name, ir.DataType.BFLOAT16, steps=True)
         return halve(program, self.name, ir.DataType.BFLOAT16, only=KERNELS)

@@ -47,7 +47,7 @@ _STEP_INPUTS = (0, 1, 2, *_PASTS, 7, 8, 10)
 class Float16(ApproximatePass):
     """Turns values and weights into float16 from the first product on; a target's ``dtype=float16`` asks for it.
 
-    Inputs and outputs of the program keep their types, but for the caches of a causal language model on ``ort-cuda``,
+    Inputs and outputs of the program keep their types, but for the caches of a causal language model,
     which become float16: their step then has a kernel there, and writes them in place. Products, attention and norms
     sum in float32 in the kernels of GPUs; sums and powers of the graph itself, angles of positions and what control
     flow carries stay float32. Finite constants beyond 65504, as masks have, become 65504.
@@ -61,7 +61,7 @@ class Float16(ApproximatePass):
         if ctx.target.device != "cuda":
             reason = f"target '{ctx.target}' is no faster in float16; targets on CUDA are"
             return PassResult(False, 0, [Declined(self.name, program.default_entry, reason)], [reason])
-        return halve(program, self.name, ir.DataType.FLOAT16, steps=ctx.target.name == "ort-cuda")
+        return halve(program, self.name, ir.DataType.FLOAT16, steps=ctx.target.device == "cuda")
 
 
 def halve(

@@ -129,3 +129,34 @@ def _restored(t: Translator, parts: Sequence[Operand | None], sizes: tuple[int, 
         return (number - middle).astype("float32") * s(i[0], at).astype("float32")
 
     return t.compute("restore", inputs, element, [columns, depth], dtype)
+
+
+@emits("GatherBlockQuantized", domain="com.microsoft")
+def _gather(t: Translator, node: ir.Node) -> Operand:
+    """Rows of a table (rows, …, codes), whose last axis is scaled by blocks."""
+    from planish.runtime.relax.gathers import checked
+
+    data, indices, scales, *rest = t.inputs(node)
+    assert data is not None and indices is not None and scales is not None
+    bits, block = int(attribute(node, "bits", 4)), int(attribute(node, "block_size", 128))
+    last = data.rank - 1
+    odd = attribute(node, "gather_axis", 0) or attribute(node, "quantize_axis", 1) != last or data.dtype != "uint8"
+    if odd or bits not in (4, 8) or any(item is not None for item in rest):
+        t.refuse(node, "codes of other bits or axes, or with zeros")
+    t.require_float(node, scales)
+    tir, rank = t.tir, indices.rank
+    each = 8 // bits
+    inner = [*data.dims[1:last], data.dims[last] * each]
+    dims = [*indices.dims, *inner]
+    rows = t.reshape(checked(t, node, indices, [data.dims[0]]), indices.dims or [1])
+
+    def element(i: Any, at: Any, codes: Any, factors: Any) -> Any:
+        row, middle, place = at(*(i[:rank] or [0])), i[rank:-1], i[-1]
+        number = codes(row, *middle, tir.floordiv(place, each)).astype("int32")
+        if bits == 4:
+            number = tir.bitwise_and(tir.shift_right(number, tir.floormod(place, 2).astype("int32") * 4), 15)
+        factor = factors(row, *middle, tir.floordiv(place, block)).astype("float32")
+        return (number - (1 << (bits - 1))).astype("float32") * factor
+
+    inputs = [rows, t.tensor(data), t.tensor(scales)]
+    return Operand(scales.dtype, dims, t.compute("gather_blocks", inputs, element, dims, scales.dtype))
