@@ -150,8 +150,8 @@ class _Halving:
         if _has_caches(node) and not self.steps:
             return {}
         if node.domain == DIALECT_DOMAIN:
-            operands = dialect_op(node.op_type).schema.inputs
-            return {i: operands[i].type_var for i in range(len(node.inputs)) if self.half in operands[i].dtypes}
+            operands = dialect_op(node.op_type).schema.inputs[: len(node.inputs)]  # relational layers have more inputs
+            return {i: operand.type_var for i, operand in enumerate(operands) if self.half in operand.dtypes}
         schema = _schema(node, self.opsets)
         if schema is None:
             return {}

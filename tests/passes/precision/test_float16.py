@@ -149,3 +149,13 @@ def test_angles_stay():
     got = run_reference(program, inputs)["y"]
     want = np.sin(np.array([[4001], [77777]]) * np.array([1, 0.1, 0.01, 0.001]))
     np.testing.assert_allclose(got, want, atol=8e-3)
+
+
+def test_relational_layers_stay():
+    """They are float32, with more inputs than their schema names."""
+    from planish.ir.relational.models import rgcn
+    from tests.ir.relational.graphs import random_graph
+    from tests.runtime.cuda.test_relational_ops import model_of
+
+    model = model_of(rgcn(8, 8), random_graph(1, (20,), 3, 60))
+    assert apply_pass(PASS, program_of(model, "ort-cuda")).fired == 0
