@@ -37,7 +37,7 @@ _STAY = frozenset(
 )
 
 
-#: Inputs of com.microsoft's GroupQueryAttention: caches, and all of its type (a bias and tables of rotation among them).
+#: Inputs of com.microsoft's GroupQueryAttention: caches, and all that have its type (a bias and rotations too).
 _PASTS = (3, 4)
 _STEP_INPUTS = (0, 1, 2, *_PASTS, 7, 8, 10)
 
