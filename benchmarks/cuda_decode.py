@@ -5,9 +5,9 @@
 "graph" is `generate`; "no graph" its step without one; "copied caches" runs the entry `decode` on tensors of the
 GPU, as plain ONNX Runtime does, which copies each cache. Peers are `generate` of transformers in float16: with a static
 cache, which it compiles by torch.compile(mode="reduce-overhead"), and eager. Times are from token to token, with the
-choice of the token, on the host; medians of rounds that are interleaved. "regret" is how far the logit of a chosen
-token is below the largest one of the float32 model behind the same tokens, in standard deviations of its logits: the
-most, and the share of tokens that are the float32 model's own.
+choice of the token, on the host; medians of rounds that are interleaved. "error" is that of the last step's logits
+against the float32 model behind the same tokens (relative L2), "agree" the share of tokens that are that model's own
+choice behind the tokens before them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ import numpy as np
 import torch
 
 TARGET = "ort-cuda:dtype=float16"
-Decode = Callable[[np.ndarray, int], tuple[np.ndarray, list[float]]]
+#: Tokens, seconds from each to the next, and the logits of the last step.
+Decoded = tuple[np.ndarray, list[float], Any]
+Decode = Callable[[np.ndarray, int], Decoded]
 LABELS = {
     "llama": "Llama shape: 8 layers of 2048, 32 heads on 8 of 64, 32000 tokens",
     "gpt2": "GPT-2: 12 layers of 768, 12 heads of 64, 50257 tokens",
@@ -52,10 +54,10 @@ def build(name: str, tiny: bool, positions: int) -> Any:
         else:
             small = {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": 500} if tiny else {}
             model = GPT2LMHeadModel(GPT2Config(**small, n_positions=positions, **ends))
-    with torch.no_grad():  # logits then depend on what was read
+    with torch.no_grad():  # larger weights than training begins with: tokens then depend on what was read
         for label, parameter in model.named_parameters():
             if parameter.dim() > 1 and not any(part in label for part in ("embed", "wte", "wpe", "lm_head")):
-                parameter.mul_(2.0)
+                parameter.normal_(0, 3.0 / parameter.shape[0 if name == "gpt2" else 1] ** 0.5)
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -84,10 +86,11 @@ def planish_decodes(model: Any, target: str) -> dict[str, Decode]:
     print(f"{target}: made in {time.perf_counter() - started:.1f} s {notes}", flush=True)
 
     def ours(exe: Any) -> Decode:
-        def decode(ids: np.ndarray, new: int) -> tuple[np.ndarray, list[float]]:
+        def decode(ids: np.ndarray, new: int) -> Decoded:
             at: list[float] = []
             made = exe.generate(ids, new, stream=lambda _: at.append(time.perf_counter()))
-            return made, list(np.diff(at))
+            kept = list(getattr(exe.runners["decode"], "kept", {}).values())
+            return made, list(np.diff(at)), torch.from_numpy(kept[-1].logits) if kept else None
 
         return decode
 
@@ -95,7 +98,7 @@ def planish_decodes(model: Any, target: str) -> dict[str, Decode]:
     if getattr(exe.runners["decode"], "capture", False):
         found["no graph"] = ours(without_graph(exe))
 
-    def copied(ids: np.ndarray, new: int) -> tuple[np.ndarray, list[float]]:
+    def copied(ids: np.ndarray, new: int) -> Decoded:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lengths = torch.full((len(ids),), ids.shape[1], device=device)
         given = exe.run({"input_ids": torch.from_numpy(ids).to(device), "lengths": lengths}, "prefill")
@@ -105,14 +108,16 @@ def planish_decodes(model: Any, target: str) -> dict[str, Decode]:
             room[:, :, : ids.shape[1]] = cache
             caches[name.replace("present", "past")] = room
         at, rows = [], [torch.from_numpy(ids)]
-        for _ in range(new):
+        for step in range(new):
             rows.append(logits.argmax(-1, keepdim=True).cpu())
             at.append(time.perf_counter())
+            if step == new - 1:
+                break
             feeds = {"input_ids": rows[-1].to(device), "lengths": lengths.clone(), **caches}
             given = exe.run(feeds, "decode")
             logits, lengths = given.pop("logits"), lengths + 1
             caches = {name.replace("present", "past"): cache for name, cache in given.items()}
-        return torch.cat(rows, 1).numpy(), list(np.diff(at))
+        return torch.cat(rows, 1).numpy(), list(np.diff(at)), logits
 
     found["copied caches"] = copied
     return found
@@ -136,7 +141,7 @@ class _Clock:
 def peer(model: Any, **options: Any) -> Decode:
     """`generate` of transformers."""
 
-    def decode(ids: np.ndarray, new: int) -> tuple[np.ndarray, list[float]]:
+    def decode(ids: np.ndarray, new: int) -> Decoded:
         clock = _Clock()
         given = torch.from_numpy(ids).to(model.device)
         more = {"streamer": clock} if len(ids) == 1 else {}
@@ -147,18 +152,21 @@ def peer(model: Any, **options: Any) -> Decode:
             )
         result = made.cpu().numpy()
         # A streamer takes one row: of several, the mean, with the prompt in it.
-        return result, list(np.diff(clock.at)) if more else [(time.perf_counter() - started) / new] * new
+        return result, list(np.diff(clock.at)) if more else [(time.perf_counter() - started) / new] * new, None
 
     return decode
 
 
 @torch.no_grad()
-def regret(model: Any, tokens: np.ndarray, prompt: int) -> tuple[float, float]:
-    """How far chosen tokens are from the float32 model's behind the same tokens: the most, and how many agree."""
+def reference(model: Any, tokens: np.ndarray, prompt: int) -> tuple[float, torch.Tensor]:
+    """The share of tokens that are the float32 model's choice behind those before them, and its last logits."""
     logits = model(torch.from_numpy(tokens[:, :-1]).to(model.device)).logits[:, prompt - 1 :].float()
-    chosen = torch.from_numpy(tokens[:, prompt:]).to(model.device)
-    lost = (logits.max(-1).values - logits.gather(-1, chosen[..., None])[..., 0]) / logits.std(-1)
-    return float(lost.max()), float((lost == 0).float().mean())
+    agree = logits.argmax(-1).cpu() == torch.from_numpy(tokens[:, prompt:])
+    return float(agree.float().mean()), logits[:, -1].cpu()
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float().cpu() - want).norm() / want.norm())
 
 
 def rows(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -170,14 +178,23 @@ def rows(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     random, prompts = np.random.default_rng(0), {}
     for context in contexts:
         prompts[context] = random.integers(3, 500, (arguments.rows, context))
-    checked: dict[tuple[str, int], Any] = {}
+    checked: dict[tuple[str, int], tuple[Any, ...]] = {}
+    plain: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
     for label, decode in decodes.items():
         for context, ids in prompts.items():
             try:
-                checked[label, context] = regret(model, decode(ids, arguments.new)[0], context)
+                tokens, _, last = decode(ids, arguments.new)
+                agree, want = reference(model, tokens, context)
+                plain.setdefault(context, (tokens, want))
+                fresh = len(np.unique(tokens[:, context:]))
+                checked[label, context] = None if last is None else relative(last, want), agree, fresh
             except Exception:
                 traceback.print_exc()
     half = model.half()
+    for context, (tokens, want) in plain.items():  # what float16 makes of the same tokens there
+        with torch.no_grad():
+            last = half(torch.from_numpy(tokens[:, :-1]).to(half.device)).logits[:, -1]
+        checked["transformers, eager", context] = relative(last, want), None, None
     peers = {"transformers, eager": peer(half)}
     if arguments.static:
         peers["transformers, static cache, compiled"] = peer(half, cache_implementation="static")
@@ -198,7 +215,7 @@ def rows(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for label, decode in labels.items():
                 times.setdefault(label, []).append(median(decode(ids, arguments.new)[1]))
         for label, steps in times.items():
-            most, agree = checked.get((label, context), (None, None))
+            error, agree, fresh = checked.get((label, context), (None, None, None))
             row = {
                 "model": name,
                 "context": context,
@@ -207,7 +224,10 @@ def rows(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "step_ms": 1e3 * median(steps),
             }
             row |= {"least_ms": 1e3 * min(steps), "most_ms": 1e3 * max(steps)}
-            found.append(row | {"tokens_per_s": arguments.rows / median(steps), "regret": most, "agree": agree})
+            found.append(
+                row
+                | {"tokens_per_s": arguments.rows / median(steps), "error": error, "agree": agree, "distinct": fresh}
+            )
     return found
 
 
@@ -232,10 +252,11 @@ def main() -> None:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"\n{card}, torch {torch.__version__}, {arguments.rows} row(s)")
     for name in arguments.models.split(","):
-        print(f"\n{LABELS[name]}\n\n| context | | ms a step | tokens/s | regret | agree |\n|---|---|---|---|---|---|")
+        print(f"\n{LABELS[name]}\n\n| context | | ms a step | tokens/s | error | agree |\n|---|---|---|---|---|---|")
         for row in (row for row in found if row["model"] == name):
-            lost = "" if row["regret"] is None else f"{row['regret']:.1e} | {row['agree']:.2f}"
-            cells = row["context"], row["label"], f"{row['step_ms']:.3f}", f"{row['tokens_per_s']:.0f}", lost or " | "
+            error = "" if row["error"] is None else f"{row['error']:.1e}"
+            agree = "" if row["agree"] is None else f"{row['agree']:.2f} of {row['distinct']} kinds"
+            cells = row["context"], row["label"], f"{row['step_ms']:.3f}", f"{row['tokens_per_s']:.0f}", error, agree
             print("| " + " | ".join(map(str, cells)) + " |")
     if arguments.json:
         arguments.json.write_text(

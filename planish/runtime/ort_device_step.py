@@ -15,7 +15,9 @@ import onnxruntime as ort
 
 from planish.ir.block_sparsity.slots import SlotPlan
 from planish.ir.causal_lm import IDS, LENGTHS, LOGITS, cache_layer
+from planish.ir.errors import UnsupportedError
 from planish.runtime.device_memory import DeviceMemory
+from planish.runtime.ort import one_line
 from planish.runtime.ort_device import DeviceRunner, element_of
 from planish.runtime.tensors import NATIVE, NUMPY
 
@@ -72,7 +74,10 @@ class DeviceEntries:
             if self.decode.capture:
                 capacity = bucket(capacity, self.positions)
             key = len(tokens), capacity
-            self._step = self.decode.kept.pop(key, None) or DeviceStep(self.decode, *key, self.slots)
+            self._step = self.decode.kept.pop(key, None)
+            if self._step is None:
+                self._keep(self._limit - 1)
+                self._step = DeviceStep(self.decode, *key, self.slots)
             self._step.begin(self._first, self._lengths)
             self._first.clear()
         return self._step(tokens)
@@ -82,9 +87,17 @@ class DeviceEntries:
         self._first.clear()
         if self._step is not None and self.decode.capture:
             self.decode.kept[self._step.key] = self._step
-            while len(self.decode.kept) > max(self.decode.graphs, 1):
-                self.decode.kept.popitem(last=False)
+            self._keep(self._limit)
         self._step = None
+
+    @property
+    def _limit(self) -> int:
+        return max(self.decode.graphs, 1)
+
+    def _keep(self, count: int) -> None:
+        """Lets go of what was kept longest, but for so many."""
+        while len(self.decode.kept) > count:
+            self.decode.kept.popitem(last=False)
 
 
 class DeviceStep:
@@ -133,7 +146,7 @@ class DeviceStep:
         logits = next(spec for spec in decode.outputs if spec.name == LOGITS)
         assert logits.shape is not None and logits.dtype is not None
         dims, dtype = (rows, int(logits.shape[-1])), NATIVE[logits.dtype]  # type: ignore[arg-type]
-        self._logits, self._result = self._memory.host(dims, dtype), self._empty(dtype.type, dims)
+        self.logits, self._result = self._memory.host(dims, dtype), self._empty(dtype.type, dims)
         self._binding.bind_ortvalue_output(LOGITS, self._result)
 
     def begin(self, present: Mapping[str, ort.OrtValue], lengths: np.ndarray) -> None:
@@ -162,8 +175,16 @@ class DeviceStep:
         for bind in self._again:
             bind()
         self._decode.call(self._binding, self._options)
-        self._memory.download(self._logits, self._result.data_ptr())
-        return self._logits
+        self._memory.download(self.logits, self._result.data_ptr())
+        return self.logits
 
     def _empty(self, element: Any, shape: tuple[int, ...]) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element, self._decode.device, self._decode.index)
+        where = self._decode.device, self._decode.index
+        try:
+            return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element, *where)
+        except Exception as error:
+            rows, capacity = self.key
+            raise UnsupportedError(
+                f"caches for {rows} rows of {capacity} tokens do not fit on the device ({one_line(error)}): give fewer "
+                "rows or tokens, or a memory budget, as in 'ort-cuda:memory=16GiB'."
+            ) from error

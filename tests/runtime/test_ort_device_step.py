@@ -150,6 +150,19 @@ def test_capacities_come_in_few_sizes():
     assert len({bucket(tokens) for tokens in range(1, 1 << 15)}) < 30
 
 
+def test_caches_that_do_not_fit(monkeypatch):
+    exe, ids = on_host("Llama"), prompts(2, 6)[0]
+    exe.generate(ids[:1], 3)
+
+    def full(*arguments):
+        raise RuntimeError("Failed to allocate memory\nfor requested buffer")
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", staticmethod(full))
+    with pytest.raises(UnsupportedError, match="caches for 2 rows of 64 tokens do not fit.*fewer rows") as caught:
+        exe.generate(ids, 5)
+    assert "\n" not in str(caught.value) and not exe.runners[DECODE].kept
+
+
 def test_made_for_another_machine():
     with pytest.raises(UnsupportedError, match="which this machine has not: export it"):
         made("Llama").generate(prompts(1, 3)[0], 4)
