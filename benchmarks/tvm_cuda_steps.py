@@ -112,38 +112,46 @@ class Static(nn.Module):
         return self.head(self.last(x))
 
 
-@torch.inference_mode()
-def compare(sizes: dict[str, Any], batch: int) -> dict[str, float]:
-    module = module_of(sizes)
-    ids = torch.randint(1, sizes["words"], (batch, HELD + 1))
-    exe = planish.optimize(module.half(), "tvm-cuda", task="causal-lm", budget=planish.Budget(gates=False))
+def compare(sizes: dict[str, Any], batch: int, target: str) -> dict[str, float]:
+    ids = torch.randint(1, sizes["words"], (batch, HELD + 1), generator=torch.Generator().manual_seed(1))
+    row, got = _ours(sizes, ids, target)
+    with torch.inference_mode():
+        reference = module_of(sizes).cuda()
+        want = reference(ids.cuda()).logits[:, -1].cpu().double()
+        row["error"] = float((torch.tensor(got).double() - want).norm() / want.norm())
+        half = reference.half()
+        theirs = half(ids.cuda()).logits[:, -1].cpu().double()
+        row["error of torch"] = float((theirs - want).norm() / want.norm())
+        past = half(ids[:, :HELD].cuda(), use_cache=True).past_key_values
+        last = ids[:, HELD:].cuda()
+
+        def grown() -> None:
+            half(last, past_key_values=past, use_cache=True)
+            past.crop(HELD)
+
+        row["transformers"] = _median(grown)
+        static = Static(sizes, batch).half().cuda().eval()
+        row["compile+graph"] = _compiled(static, last)
+    return row
+
+
+def _ours(sizes: dict[str, Any], ids: torch.Tensor, target: str) -> tuple[dict[str, float], np.ndarray]:
+    exe = planish.optimize(module_of(sizes).half(), target, task="causal-lm", budget=planish.Budget(gates=False))
     ours = TvmCudaEntries(exe.runners["prefill"], exe.runners["decode"], {})  # type: ignore[arg-type]
-    ours.start(ids[:, :HELD].numpy(), np.full(batch, HELD, np.int64), ROOM - HELD + 1)
+    ours.start(ids[:, :HELD].numpy(), np.full(len(ids), HELD, np.int64), ROOM - HELD + 1)
     got = ours.step(ids[:, HELD].numpy())
-    step, row = ours._step, {}
+    step = ours._step
     assert step is not None
     step.advance()  # captured; the same token at the same place
-    stream = torch.cuda.ExternalStream(step.stream.address)
-    with torch.cuda.stream(stream):
-        row["ours"] = _median(step.advance)
+    with torch.cuda.stream(torch.cuda.ExternalStream(step.stream.address)):
+        median = _median(step.advance)
     again = np.empty_like(got)
     step.stream.to_host(again, step.logits.data_ptr())
     ours.close()
-    reference = module_of(sizes).cuda()
-    want = reference(ids.cuda()).logits[:, -1].cpu().double()
-    row["error"] = float((torch.tensor(got).double() - want).norm() / want.norm())
-    row["graph differs"] = float(np.abs(again.astype(np.float64) - got).max())
-    half = reference.half()
-    row["error of torch"] = float((half(ids.cuda()).logits[:, -1].cpu().double() - want).norm() / want.norm())
-    past = half(ids[:, :HELD].cuda(), use_cache=True).past_key_values
-    last = ids[:, HELD:].cuda()
+    return {"ours": median, "graph differs": float(np.abs(again.astype(np.float64) - got).max())}, got
 
-    def grown() -> None:
-        half(last, past_key_values=past, use_cache=True)
-        past.crop(HELD)
 
-    row["transformers"] = _median(grown)
-    static = Static(sizes, batch).half().cuda().eval()
+def _compiled(static: nn.Module, last: torch.Tensor) -> float:
     at = torch.tensor([HELD], device="cuda")
     compiled = torch.compile(static, mode="max-autotune-no-cudagraphs", fullgraph=True)
     for _ in range(3):
@@ -152,8 +160,7 @@ def compare(sizes: dict[str, Any], batch: int) -> dict[str, float]:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         compiled(last, at)
-    row["compile+graph"] = _median(graph.replay)
-    return row
+    return _median(graph.replay)
 
 
 def _median(function: Callable[[], Any]) -> float:
@@ -177,10 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--target", default="tvm-cuda")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.cases.split(","):
-        rows.append({"case": name, **compare(*CASES[name])})
+        rows.append({"case": name, **compare(*CASES[name], arguments.target)})
         print(name, "  ".join(f"{key} {value:.3g}" for key, value in rows[-1].items() if key != "case"), flush=True)
     print(torch.cuda.get_device_name(0))
     if arguments.json:

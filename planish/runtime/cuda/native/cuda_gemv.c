@@ -4,22 +4,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "launch_gemv.h"
+
 #define API(slot, ...) (((ort_status * (*)(__VA_ARGS__)) planish_api[slot]))
 enum { X, CODES, SCALES, UP_CODES, UP_SCALES, INPUTS };
-enum { TILE = 16, MOST_ROWS = 8, FEW_ROWS = 2 };
-enum { THREADS = 256, MANY_CHANNELS = 8192 }; /* weights of more channels have twice as many blocks, of half the threads */
 
 typedef struct {
   const cuda_gemv_op *op;
   int64_t block;
-  int shift, constant;
+  int constant;
 } gemv;
-
-/* As quantized_gemv.cu has it. */
-typedef struct {
-  void *x, *codes, *scales, *zeros, *added, *y, *up_codes, *up_scales;
-  int rows, n, k, stride, blocks, block_shift, is_signed;
-} parameters;
 
 static void destroy(void *kernel) { free(kernel); }
 
@@ -39,8 +33,7 @@ static ort_status *create(const ort_custom_op *given, ort_api api, const ort_inf
     return planish_error("%s: blocks of %ld; kernels take powers of two from 16 on", op->base.name, (long)block);
   gemv *kernel = calloc(1, sizeof *kernel);
   if (!kernel) return planish_error("no memory for a kernel");
-  *kernel = (gemv){op, block, 0, 1};
-  while (1 << kernel->shift < block) ++kernel->shift;
+  *kernel = (gemv){op, block, 1};
   for (size_t i = CODES; i < (size_t)(op->base.inputs - op->bias); ++i) kernel->constant &= is_constant(info, i);
   *made = kernel;
   return NULL;
@@ -65,7 +58,7 @@ static ort_status *check(
     return planish_error("%s: the bias must have %ld numbers", name, (long)n);
   if (k % 8 || blocks * kernel->block * bits % 128)
     return planish_error("%s: %ld columns in blocks of %ld; kernels read 16 bytes at a time", name, (long)k, (long)kernel->block);
-  if (n > 0x7fffffff - TILE || k > 0x7ffffff) return planish_error("%s: a weight of %ld × %ld is too large", name, (long)n, (long)k);
+  if (n > 0x7fffffff - GEMV_TILE || k > 0x7ffffff) return planish_error("%s: a weight of %ld × %ld is too large", name, (long)n, (long)k);
   if (((uintptr_t)x->data | (uintptr_t)codes->data) & 15)
     return planish_error("%s: x and codes must start at multiples of 16 bytes", name);
   return NULL;
@@ -93,19 +86,18 @@ static ort_status *compute(void *given, ort_context *context) {
   CHECK(planish_output_there(context, 0, 2, shape, rank, &y));
   if (!y.bytes) return NULL;
   CHECK(planish_cuda_stream(context, &stream));
-  int64_t rows = planish_product(shape, rank - 1), blocks = all[CODES].shape[1];
-  for (int64_t row = 0; row < rows; row += MOST_ROWS) {
-    int count = (int)(rows - row < MOST_ROWS ? rows - row : MOST_ROWS);
-    int few = count <= FEW_ROWS && !(op->bits == 4 && kernel->block < 32);
-    CHECK(planish_cuda_kernel(few ? &op->few : &op->many, &code));
-    parameters p = {
-        (char *)all[X].data + 2 * row * k, all[CODES].data, all[SCALES].data, op->zeros ? zeros.data : NULL,
-        op->bias ? bias.data : NULL, (char *)y.data + 2 * row * n,
-        op->gated ? all[UP_CODES].data : NULL, op->gated ? all[UP_SCALES].data : NULL, count, (int)n, (int)k,
-        (int)(blocks * kernel->block * op->bits / 128), (int)blocks, kernel->shift, 0};
+  int64_t rows = planish_product(shape, rank - 1);
+  gemv_parameters p = gemv_sizes(n, k, op->bits, kernel->block);
+  p.codes = all[CODES].data, p.scales = all[SCALES].data;
+  p.zeros = op->zeros ? zeros.data : NULL, p.added = op->bias ? bias.data : NULL;
+  if (op->gated) p.up_codes = all[UP_CODES].data, p.up_scales = all[UP_SCALES].data;
+  for (int64_t row = 0; row < rows; row += GEMV_ROWS) {
+    p.rows = (int)(rows - row < GEMV_ROWS ? rows - row : GEMV_ROWS);
+    p.x = (char *)all[X].data + 2 * row * k, p.y = (char *)y.data + 2 * row * n;
+    CHECK(planish_cuda_kernel(gemv_few(p.rows, op->bits, kernel->block) ? &op->few : &op->many, &code));
     void *arguments[] = {&p};
     int64_t channels = op->gated ? 2 * n : n; /* a block has as many of each weight as it would have of one */
-    unsigned grid = (unsigned)((channels + TILE - 1) / TILE), threads = channels > MANY_CHANNELS ? THREADS / 2 : THREADS;
+    unsigned grid = gemv_grid(channels), threads = gemv_threads(channels);
     /* Before it waits for x the kernel reads weights, which nothing in front of it may write. */
     CHECK(kernel->constant ? planish_cuda_launch_early(&code, grid, threads, stream, arguments)
                            : planish_cuda_launch(&code, grid, 1, 1, threads, stream, arguments));

@@ -13,16 +13,20 @@ enum { GEMV_THREADS = 256, GEMV_MANY_CHANNELS = 8192 };
 typedef struct {
   const void *x, *codes, *scales, *zeros, *added;
   void *y;
+  const void *up_codes, *up_scales; /* with GATED: of the second weight */
   int rows, n, k, stride, blocks, block_shift, is_signed;
 } gemv_parameters;
+
+/* Grid and threads for n channels; a pair of weights has twice as many as one. */
+static inline unsigned gemv_grid(int64_t channels) { return (unsigned)((channels + GEMV_TILE - 1) / GEMV_TILE); }
+static inline unsigned gemv_threads(int64_t channels) {
+  return channels > GEMV_MANY_CHANNELS ? GEMV_THREADS / 2 : GEMV_THREADS;
+}
 
 /* Whether the form for one or two rows takes a call; its blocks do not end inside of 16 bytes. */
 static inline int gemv_few(int64_t rows, int bits, int64_t block) {
   return rows <= GEMV_FEW_ROWS && !(bits == 4 && block < 32);
 }
-
-static inline unsigned gemv_grid(int64_t n) { return (unsigned)((n + GEMV_TILE - 1) / GEMV_TILE); }
-static inline unsigned gemv_threads(int64_t n) { return n > GEMV_MANY_CHANNELS ? GEMV_THREADS / 2 : GEMV_THREADS; }
 
 /* Sizes of a weight (n, k) in blocks, a power of two; addresses and rows are left to the caller. */
 static inline gemv_parameters gemv_sizes(int64_t n, int64_t k, int bits, int64_t block) {

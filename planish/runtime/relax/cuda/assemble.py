@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +137,10 @@ def native_objects(folder: Path, codes: Codes, calls: set[str], ours: set[Code])
     if calls & {"planish_linear", "planish_batched"}:
         made.append(_compile("products", folder))
     lines: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        binaries = list(pool.map(lambda code: _binary(codes, code), sorted(ours)))
     for number, code in enumerate(sorted(ours)):
-        (folder / f"code{number}.fatbin").write_bytes(_binary(codes, code))
+        (folder / f"code{number}.fatbin").write_bytes(binaries[number])
         line = f"BINARY({number}, {code.number}, {code.size}, {code.form})\n"
         lines.setdefault(code.family, []).append(line)
     for family, own in lines.items():
