@@ -29,7 +29,9 @@ def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry
     if target.name == "ort-cuda":
         from planish.runtime.ort_cuda import compile_ort_cuda, kernels_of
 
-        return compile_ort_cuda(program.entry(entry), target, library=kernels_of(program, target))
+        specs = [spec for name in program.entries for spec in program.inputs(name)] if target.buckets else []
+        dims = {d for spec in specs for d in spec.shape or () if isinstance(d, str)}
+        return compile_ort_cuda(program.entry(entry), target, library=kernels_of(program, target), dims=dims)
     if target.name == "tvm-cpu":
         from planish.runtime.tvm import compile_tvm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
@@ -236,8 +236,12 @@ def compile_ort_cuda(
     optimize: bool = True,
     options: Mapping[str, str] | None = None,
     library: CudaLibrary | None = None,
+    dims: Collection[str] = (),
 ) -> DeviceRunner | Offline:
     """A session on a GPU for a model; for a target that names an architecture, on a machine without: an `Offline`.
+
+    Args:
+        dims: symbols of other entries of the program, which a target's buckets may name.
 
     Raises:
         UnsupportedError: there is no GPU or no CUDA provider, or ONNX Runtime has no kernel for a node.
@@ -251,7 +255,7 @@ def compile_ort_cuda(
     if target.buckets:
         from planish.ir.analyses.bucket_plan import plan_buckets
 
-        buckets, notes = plan_buckets(model, target.buckets)
+        buckets, notes = plan_buckets(model, target.buckets, dims)
     if is_elsewhere(target):
         made = Offline(inputs, outputs, target, library)
         made.buckets, made.notes = buckets, [*made.notes, *notes]

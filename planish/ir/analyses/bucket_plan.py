@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -12,8 +12,13 @@ from planish.ir.errors import unknown
 from planish.ir.graphs import dims_of
 
 
-def plan_buckets(model: ir.Model, asked: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Buckets | None, list[str]]:
+def plan_buckets(
+    model: ir.Model, asked: Sequence[tuple[str, tuple[int, ...]]], others: Collection[str] = ()
+) -> tuple[Buckets | None, list[str]]:
     """What of a model is padded to which sizes, None if nothing is, and what a report should say about it.
+
+    Args:
+        others: dimensions that other entries of the program have; here they are passed over.
 
     Raises:
         InputError: no input has a dimension of that name (with a did-you-mean).
@@ -27,6 +32,8 @@ def plan_buckets(model: ir.Model, asked: Sequence[tuple[str, tuple[int, ...]]]) 
     notes: list[str] = []
     assumes: list[str] = []
     for dim, listed in asked:
+        if dim not in symbols and dim in others:
+            continue
         if dim not in symbols:
             raise unknown("dimension", dim, sorted(symbols))
         proof = padding(model, dim, fills)

@@ -139,3 +139,4 @@ def test_plan():
     assert plan.sizes == {"n": (2, 4)} and "not padded to 8: the model takes up to 4" in notes[1]
     with pytest.raises(InputError, match="no dimension|unknown dimension"):
         plan_buckets(program.main, (("m", (1,)),))
+    assert plan_buckets(program.main, (("m", (1,)),), {"m"}) == (None, [])
