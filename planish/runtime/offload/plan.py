@@ -16,7 +16,7 @@ class Rates:
         device: bytes per second that the device reads from its own memory.
         host: bytes of cache per second that attention on the host reads.
         latency: seconds that a layer whose attention is on the host waits beside that, for both copies.
-        launch: seconds that it takes to start a layer.
+        launch: seconds that it takes to start a layer; not measured: of an H100 and its host.
         shared_link, shared_host: `link` and `host` while both go on, since both read main memory; 0: the same.
     """
 
@@ -24,7 +24,7 @@ class Rates:
     device: float = 1e12
     host: float = 10e9
     latency: float = 50e-6
-    launch: float = 1e-4
+    launch: float = 2.5e-4
     shared_link: float = 0.0
     shared_host: float = 0.0
 

@@ -83,7 +83,8 @@ def place(
     def timed(there: Collection[int]) -> Times:
         copied = sum(_kv(facts, ask, k) for k in host if k not in there)
         read = sum(facts.units) + sum(_kv(facts, ask, k) for k in range(len(facts.kv)) if k not in there)
-        device = max(read / rates.device, len(facts.units) * rates.launch)
+        # A layer that is attended to on the host is started twice: in front of its attention, and behind it.
+        device = max(read / rates.device, (len(facts.units) + len(there)) * rates.launch)
         mixed = bool(there) and bool(copied)
         ahead = slots != 1 and (kv_slots != 1 or mixed or not copied)
         bytes_there = sum(_kv(facts, ask, k) for k in there)
