@@ -1,6 +1,6 @@
 """Whole layers on two GPUs: sums by NCCL or by copies, all rows at once or in chunks that overlap.
 
-    python benchmarks/cuda_exchange.py [--json FILE] [--lengths 4096 ...] [--ways copy nccl nccl:4]
+    python benchmarks/cuda_exchange.py [--json FILE] [--lengths 4096 ...] [--ways copy nccl nccl:4] [--brief]
 
 Two layers of Llama-7B's shape (width 4096, 32 heads of 128, a gated network of 11008), float16, batch 1, causal, shared
 out by `tensor_parallel`. Attention is cuDNN's, whole, in all variants; the residual with its norm, and SwiGLU, are one
@@ -13,7 +13,9 @@ kernel each in all but "apart". Variants:
 
 Each way is a process of its own, with a time limit. Outputs are compared with the whole program on one GPU first. Times
 are medians of interleaved rounds; of two processes those of the slower rank. They are taken twice: with a pause of some
-milliseconds before each call, and with none, which keeps GPUs at the clocks of a long computation. `--cpu`: small sizes on CPUs, no times.
+milliseconds before each call, and with none, which keeps GPUs at the clocks of a long computation.
+
+`--brief`: without k=4 and "apart". `--cpu`: small sizes on CPUs, no times.
 """
 
 from __future__ import annotations
@@ -204,7 +206,7 @@ def group_rows(kind: str, options: argparse.Namespace, keep: Callable[[dict[str,
         own = [of_length(part, length) for part in parts]
         row: dict[str, Any] = {"way": options.way, "length": length, "errors": {}}
         calls: dict[str, Callable[[], Any]] = {}
-        for chunks in (1, *CHUNKS):
+        for chunks in (1, *CHUNKS[: 1 if options.brief else None]):
             name = "one" if chunks == 1 else f"k={chunks}"
             mine = own if chunks == 1 else [chunked(part, chunks, least) for part in own]
             group = Group(mine, devices, kind, dtype=dtype, attend=attend, like=like)
@@ -230,7 +232,7 @@ def group_rows(kind: str, options: argparse.Namespace, keep: Callable[[dict[str,
             group.synchronize()
             row["ms"] = rounds_of(calls, devices, rounds_at(length))
             busy = {name: call for name, call in calls.items() if name.endswith("graph")}
-            row["busy ms"] = rounds_of(busy, devices, 3 * rounds_at(length), False)
+            row["busy ms"] = rounds_of(busy, devices, 2 * rounds_at(length), False)
         keep(row)
 
 
@@ -276,7 +278,7 @@ def pair_rows(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None
         feeds = {"x": worker.random(9, 1, length, whole_width(whole))}
         own = of_length(norms, length)
         programs = {"one": own, "k=2": chunked(own, 2, least)}
-        if not options.few:
+        if not options.few and not options.brief:
             programs |= {"apart": of_length(part, length), "k=4": chunked(own, 4, least)}
         runs = {name: rank_of(program) for name, program in programs.items()}
         row: dict[str, Any] = {"way": options.way, "length": length, "errors": {}}
@@ -288,7 +290,7 @@ def pair_rows(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None
         if not cpu:
             calls = {name: worker.graph(lambda run=run, feeds=feeds: run.run(feeds)) for name, run in runs.items()}  # type: ignore[misc]
             row["ms"] = times_of(worker, calls, rounds_at(length))
-            row["busy ms"] = times_of(worker, calls, 3 * rounds_at(length), False)
+            row["busy ms"] = times_of(worker, calls, 2 * rounds_at(length), False)
             del calls
         keep(row)
         del runs
@@ -372,6 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--brief", action="store_true")
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--ways", nargs="*", default=["copy", "nccl", "nccl:4", "group"])
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])

@@ -26,8 +26,9 @@ ALLOWED = {
     "relational": {"ir", "passes", "frontends", "runtime"},
     "cli": {"ir", "passes", "frontends", "runtime", "driver"},
 }
-#: Modules at the top of the package; everything else lies in a room.
-TOP = {"__init__", "driver", "offload", "version"}  # offload: the driver of memory budgets
+#: Modules at the top of the package; everything else lies in a room. Drivers of their own: offload, of memory budgets;
+#: parallel, of several devices.
+TOP = {"__init__", "driver", "offload", "parallel", "version"}
 #: Packages that these rooms import only inside functions.
 LAZY = {
     "ir": {"torch", "onnxscript", "onnxruntime", "rich", "jinja2", "plotly", "transformers"},

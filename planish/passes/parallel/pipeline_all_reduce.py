@@ -5,7 +5,6 @@ Two chunks are enough: while one is on its way between the ranks, the other is c
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -19,6 +18,7 @@ from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
 from planish.passes.canonicalize.editing import Editor
 from planish.passes.parallel.chunks import Bounds, Chunker, resized
+from planish.passes.parallel.turns import in_turn
 from planish.passes.registry import register
 
 #: Work on each number by itself.
@@ -205,7 +205,7 @@ class _Split:
                     self._join(node, value, bounds)
         for node in reversed(order):
             maker.editor.remove(node)
-        _in_turn(graph, self.chunk_of)
+        in_turn(graph, self.chunk_of)
 
     def _rows(self, value: ir.Value | None) -> bool:
         return value is not None and _lead(value) == self.lead and not _same_for_all(value)
@@ -253,43 +253,3 @@ class _Split:
         self.maker.editor.replace(value, whole)
         for user, index in inside:  # which go with it
             user.replace_input_with(index, value)
-
-
-def _in_turn(graph: ir.Graph, chunk_of: dict[ir.Node, int]) -> None:
-    """Orders nodes by how many sums are above them, then by chunk: what waits for a sum comes behind other chunks."""
-    nodes = list(graph)
-    place = {node: index for index, node in enumerate(nodes)}
-    depth: dict[ir.Node, int] = {}
-    missing: dict[ir.Node, int] = {}
-    below: dict[ir.Node, list[ir.Node]] = {node: [] for node in nodes}
-    for node in nodes:
-        above = {v.producer() for v in _reads(node)} & place.keys()
-        depth[node] = max((depth[n] + is_all_reduce(n) for n in above if n is not None), default=0)
-        missing[node] = len(above)
-        for other in above:
-            below[other].append(node)  # type: ignore[index]
-
-    def rank(node: ir.Node) -> tuple[int, int, int]:
-        return depth[node], chunk_of.get(node, len(chunk_of)), place[node]
-
-    ready = [(*rank(node), node) for node in nodes if not missing[node]]
-    heapq.heapify(ready)
-    order = []
-    while ready:
-        node = heapq.heappop(ready)[-1]
-        order.append(node)
-        for other in below[node]:
-            missing[other] -= 1
-            if not missing[other]:
-                heapq.heappush(ready, (*rank(other), other))
-    graph.remove(nodes)
-    graph.extend(order)
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, by the graphs inside of it too."""
-    from planish.ir.graphs import subgraphs_of
-
-    inner = [n for graph in subgraphs_of(node) for n in graph.all_nodes()]
-    ends = [v for graph in subgraphs_of(node) for v in graph.outputs]
-    return [v for n in (node, *inner) for v in n.inputs if v is not None] + ends

@@ -38,8 +38,8 @@ def exchange(kind: str, devices: Sequence[str]) -> Exchange:
     """An exchange between devices by its name: ``"copy"`` or ``"nccl"``.
 
     Raises:
-        InputError: another name, or a number of devices that the exchange does not take.
-        UnsupportedError: NCCL is not there, or GPUs can not reach each other's memory.
+        InputError: another name.
+        UnsupportedError: NCCL is not there, GPUs can not reach each other's memory, or copies are asked of other than 2.
     """
     if kind not in KINDS:
         raise InputError(f"exchange is {kind!r}; it is one of {', '.join(KINDS)}.")
@@ -82,13 +82,12 @@ class CopyExchange:
     """Addends by copies from device to device, each on a stream of the sender.
 
     Raises:
-        InputError: there are not two devices.
-        UnsupportedError: they are GPUs that can not reach each other's memory.
+        UnsupportedError: there are not two devices, or they are GPUs that can not reach each other's memory.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
         if len(devices) != 2:
-            raise InputError(f"an exchange by copies is between 2 ranks, not {len(devices)}; take exchange='nccl'.")
+            raise UnsupportedError(f"copies are between 2 ranks, not {len(devices)}; take exchange='nccl'.")
         self.devices = list(devices)
         self._inboxes = [_Inbox() for _ in devices]
         self._lanes = [_lane(device) for device in devices]
@@ -239,6 +238,8 @@ class NcclExchange:
         from planish.runtime.parallel import nccl
 
         self.devices = [torch.device(device) for device in devices]
+        if any(device.type != "cuda" for device in self.devices):
+            raise UnsupportedError(f"NCCL makes sums between GPUs; the devices are {', '.join(devices)}.")
         self.communicators = nccl.all_of_one_process([device.index or 0 for device in self.devices])
         self.streams = [torch.cuda.Stream(device, priority=-1) for device in self.devices]
         self._begun = [0 for _ in devices]

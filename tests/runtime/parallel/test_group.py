@@ -148,8 +148,10 @@ def test_ranks_that_do_not_fit_each_other() -> None:
 def test_exchanges() -> None:
     with pytest.raises(InputError, match="one of copy, nccl"):
         exchange("mail", CPU)
-    with pytest.raises(InputError, match="between 2 ranks, not 3"):
+    with pytest.raises(UnsupportedError, match="between 2 ranks, not 3"):
         exchange("copy", ["cpu"] * 3)
+    with pytest.raises(UnsupportedError, match="between GPUs; the devices are cpu, cpu"):
+        exchange("nccl", CPU)
     made = CopyExchange(CPU)
     wait = made.reducer(0).begin(torch.ones(2))
     with pytest.raises(InputError, match="which rank 1 has not begun"):
