@@ -53,7 +53,8 @@ def _attend(
             raise Mixes(f"keys or values in the padding of {flow.dim} may be no numbers, hidden or not")
         if any(mask.data for mask, _, _ in masks):
             flow.assumes.add(SEEN)
-    seen = all(_rows_see(mask, axis) for mask, axis, _ in masks)
+    # All masks for one reason: a key that one shows and another hides is hidden.
+    seen = all(_rows_see(mask, axis) for mask, axis, _ in masks) or all(_sees_itself(mask) for mask, _, _ in masks)
     finite = seen and all(x.state is State.FINITE for x in operands)
     return made, State.FINITE if finite else State.ANY
 
@@ -70,9 +71,15 @@ def _hides(mask: Held, axis: int) -> bool:
 def _rows_see(mask: Held, axis: int | None) -> bool:
     """Whether a padded query sees as much as a real one, or at least no row is without a number."""
     span = None if axis is None else mask.spans.get(axis)
-    if mask.dtype != "BOOL" and mask.state is State.FINITE:
-        return True
-    return span is None or span.fact is Fact.FREE or span.fact in (Known(1.0),)
+    return _finite(mask) or span is None or span.fact is Fact.FREE or span.fact in (Known(1.0),)
+
+
+def _sees_itself(mask: Held) -> bool:
+    return _finite(mask) or mask.diagonal
+
+
+def _finite(mask: Held) -> bool:
+    return mask.dtype != "BOOL" and mask.state is State.FINITE
 
 
 def _mask(flow: Flow, mask: Held | None) -> list[tuple[Held, int | None, int]]:

@@ -89,7 +89,8 @@ def elementwise(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Seque
     if low and node.op_type == "Cast" and node.attributes.get_int("to", 1) == ir.DataType.FLOAT16:
         state = max(state, State.OPEN)
     below = given[0].below if node.op_type in ("Identity", "Cast") else None
-    return [Held(tuple(sizes), spans, state, affine, below)] + [None] * (len(node.outputs) - 1)
+    diagonal = _diagonal(node, given, rank, spans)
+    return [Held(tuple(sizes), spans, state, affine, below, diagonal=diagonal)] + [None] * (len(node.outputs) - 1)
 
 
 def _operands(node: ir.Node, args: Sequence[Held | None]) -> list[Held]:
@@ -243,6 +244,27 @@ def _compare(
     if always is None:
         return Fact.ANY
     return Known(float(always != node.op_type.startswith("Greater")))
+
+
+def _diagonal(node: ir.Node, given: Sequence[Held], rank: int, spans: Mapping[int, Span]) -> bool:
+    """Whether each query sees its own position in a mask."""
+    op = node.op_type
+    last = (spans.get(rank - 2), spans.get(rank - 1))
+    if last[0] is None or last[1] is None or not last[0].plain or not last[0].like(last[1]):
+        return False
+    if op in ("And", "Cast", "Identity"):
+        return all(a.diagonal or a.constant == 1 for a in given)
+    if op in ("Or", "Add"):
+        return any(a.diagonal for a in given) and (op == "Or" or all(a.diagonal or not a.state for a in given))
+    if op == "Where":
+        return given[0].diagonal and given[1].state is State.FINITE and given[1].rank == 0
+    moved = [a.affine and a.affine.moved({k: k + rank - (a.rank or 0) for k in range(a.rank or 0)}) for a in given]
+    if len(moved) != 2 or moved[0] is None or moved[1] is None or op not in _LOGIC:
+        return False
+    difference = moved[0].plus(moved[1], -1)
+    along = difference.steps.get(rank - 2, 0) + difference.steps.get(rank - 1, 0)
+    here = not along and not difference.steps.keys() - {rank - 2, rank - 1}
+    return here and bool(_NUMBERS[op](difference.start, 0))
 
 
 def _least(difference: Affine, axis: int, spans: Mapping[int, Span], smallest: int) -> float:

@@ -105,6 +105,7 @@ class Held:
         affine: its elements as a function of their positions, where they are one.
         below: its elements are integers from 0 to less than this size, in the padding too.
         columns: of the entries along its last axis, as far as they are affine or below a size.
+        diagonal: of a mask over queries and keys, its last two axes: each query sees its own position, padded or not.
         table: a constant, or the corner of one that it is.
         mixed: why its real part may depend on padding; empty: it does not.
         dtype: its element type's name.
@@ -117,6 +118,7 @@ class Held:
     affine: Affine | None = None
     below: Size | None = None
     columns: tuple[Affine | Size, ...] | None = None
+    diagonal: bool = False
     table: np.ndarray | None = None
     mixed: str = ""
     dtype: str = ""

@@ -120,6 +120,7 @@ def _softmax(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence
         flow.assumes.add(attention.SEEN)
         spans[at] = replace(x.spans[at], fact=Known(0.0) if node.op_type == "Softmax" else Fact.ANY)
     seen = all(s.fact is Fact.FREE for a, s in x.spans.items() if a not in over)
+    seen = seen or (x.diagonal and over == {(x.rank or 0) - 1})
     finite = x.state is State.FINITE or (x.state is State.OPEN and seen)
     return [Held(x.sizes, spans, State.FINITE if finite and node.op_type == "Softmax" else State.ANY)]
 

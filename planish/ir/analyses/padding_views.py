@@ -50,7 +50,8 @@ def _moved(x: Held, sizes: tuple[Size | None, ...], places: Mapping[int, int]) -
     if x.affine is not None:
         affine = x.affine.moved({**dict.fromkeys(range(x.rank or 0), -1), **places})
         affine = None if affine is None or -1 in affine.steps else affine
-    return Held(sizes, spans, x.state, affine, x.below)
+    kept = x.diagonal and [places.get((x.rank or 0) - k) for k in (1, 2)] == [len(sizes) - 1, len(sizes) - 2]
+    return Held(sizes, spans, x.state, affine, x.below, diagonal=kept)
 
 
 def _unsqueeze(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Held | None]:
@@ -140,7 +141,7 @@ def _expand(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[
             assert size is not None
             spans[axis] = flow.span(size, Fact.FREE if x.constant is None else Known(x.constant))
     affine = None if x.affine is None else x.affine.moved({a: a + shift for a in range(len(x.sizes))})
-    return [Held(sizes, spans, x.state, affine, x.below)]
+    return [Held(sizes, spans, x.state, affine, x.below, diagonal=x.diagonal)]
 
 
 def _constant_of_shape(flow: Flow, node: ir.Node, args: Sequence[Held | None]) -> Sequence[Held | None]:

@@ -115,6 +115,15 @@ HOLDS = {
         "int64 c0 = {0}, int64 c1 = {1}, int64[1] one = {1}",
         "b",
     ),
+    "two layers of causal attention in a window": (
+        "(float[b, n, 4] x) => (float[b, n, 4] z)",
+        """sh = Shape<start = 1, end = 2>(x) l = Squeeze(sh) r = Range(c0, l, c1) k = Unsqueeze(r, a0)
+        q = Unsqueeze(r, a1) f = Sub(q, c2) m1 = LessOrEqual(k, q) m2 = Greater(k, f) m3 = And(m1, m2)
+        m = Unsqueeze(m3, a01) y = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x, m)
+        z = Attention<q_num_heads = 2, kv_num_heads = 2>(y, y, y, m)""",
+        "int64 c0 = {0}, int64 c1 = {1}, int64 c2 = {2}, int64[1] a0 = {0}, int64[1] a1 = {1}, int64[2] a01 = {0, 1}",
+        "n",
+    ),
     "causal attention": (
         "(float[b, n, 4] x) => (float[b, n, 4] y)",
         "y = Attention<is_causal = 1, q_num_heads = 2, kv_num_heads = 2>(x, x, x)",
@@ -170,6 +179,16 @@ DECLINED = {
         "(float[b, n, 4] x, int64[b, n] mask) => (float[b, n, 4] y)",
         "l = Log(x) m = Cast<to = 6>(mask) y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x, l, , m)",
         "",
+        "n",
+        "may be no numbers",
+    ),
+    "a window, and padding in front": (
+        "(float[b, n, 4] x, bool[b, 1, 1, n] mask) => (float[b, n, 4] z)",
+        """sh = Shape<start = 1, end = 2>(x) l = Squeeze(sh) r = Range(c0, l, c1) k = Unsqueeze(r, a0)
+        q = Unsqueeze(r, a1) f = Sub(q, c2) m1 = LessOrEqual(k, q) m2 = Greater(k, f) m3 = And(m1, m2)
+        m4 = Unsqueeze(m3, a01) m = And(m4, mask) y = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x, m)
+        z = Attention<q_num_heads = 2, kv_num_heads = 2>(y, y, y, m)""",
+        "int64 c0 = {0}, int64 c1 = {1}, int64 c2 = {2}, int64[1] a0 = {0}, int64[1] a1 = {1}, int64[2] a01 = {0, 1}",
         "n",
         "may be no numbers",
     ),
