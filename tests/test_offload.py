@@ -40,6 +40,8 @@ def test_generate_under_a_budget_is_that_of_transformers() -> None:
     plan = exe.runners["prefill"].plan  # type: ignore[attr-defined]
     assert plan.streamed()
     assert exe.report is not None and any("on the device, planned of" in note for note in exe.report.ledger.notes)
+    text = exe.runners["prefill"].table()  # type: ignore[attr-defined]
+    assert "a step is estimated at" in text and text.endswith("the median of 5")
     logits = exe.run({"input_ids": ids[:1], "lengths": np.array([11])})["logits"]
     assert logits[0].argmax() == tokens[0, 11]
 

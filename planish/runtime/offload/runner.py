@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from planish.runtime.offload.engine import Engine
 from planish.runtime.offload.plan import Plan, Request
 from planish.runtime.offload.planned import PlannedDevice
 from planish.runtime.offload.planner import least_bytes
+from planish.runtime.offload.table import milliseconds
 from planish.runtime.tensors import to_arrays, to_torch
 
 
@@ -29,6 +31,7 @@ class BudgetRunner:
         offline: the machine at hand has no such GPU: it can be exported, and not run.
         request: that a plan was checked with when this was made.
         plan: of the last generation; before the first, of `request`.
+        steps: seconds that each step of the last generation took.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
@@ -43,6 +46,7 @@ class BudgetRunner:
         kind = ElementType(int(logits.dtype))
         self.outputs = [TensorSpec(LOGITS, kind, ("batch", engine.parts.vocabulary))]
         self.plan: Plan = engine.plan(request)
+        self.steps: list[float] = []
         self.notes = self.plan.table().splitlines()
         if not engine.measured:
             self.notes.append("rates of the machine are assumed, not measured")
@@ -71,12 +75,24 @@ class BudgetRunner:
             MemoryBudgetError: this does not fit.
             UnsupportedError: this was made for another machine.
         """
+        self.steps.clear()
         self.plan = self.engine.plan(Request(len(prompts), int(lengths.max()), new))
         return self.engine.prompt([row[:length] for row, length in zip(prompts, lengths, strict=True)], self.plan)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Reads one token a row, (batch) int64; returns the logits of the next, (batch, vocabulary)."""
-        return self.engine.step(tokens)
+        started = time.perf_counter()
+        logits = self.engine.step(tokens)
+        self.steps.append(time.perf_counter() - started)
+        return logits
+
+    def table(self) -> str:
+        """The plan of the last generation, and what its steps took beside what was estimated."""
+        text = self.plan.table()
+        if self.steps:
+            took = milliseconds(float(np.median(self.steps)))
+            text += f"\n  a step took {took}, the median of {len(self.steps)}"
+        return text
 
     def close(self) -> None:
         """Ends a generation: gives back everything but weights."""
