@@ -116,10 +116,11 @@ class Engine:
             made = self._places(flow, self.parts.carried[layer + 1])
             if layer in plan.attended:
                 self._cooperative(layer, address, flow, made)
+                self._release(layer)
             else:
                 self._whole(layer, address, flow, made)
+                self._release(layer)  # first, since the next weights are waited for before the next cache
                 caches.release(layer)
-            self._release(layer)
         logits = self._logits([flow])
         self.lengths += 1
         return logits
