@@ -29,8 +29,12 @@ class Exchange(Protocol):
         """Called before a run: ranks are in step again, whatever became of the last one."""
         ...
 
-    def forget(self) -> None:
-        """Called where all that was begun is done, before and behind the capture of a graph."""
+    def forget(self) -> list[Any]:
+        """Called where all that was begun is done, before and behind the capture of a graph.
+
+        Returns:
+            Memory that a graph uses and has to keep.
+        """
         ...
 
 
@@ -39,7 +43,7 @@ def exchange(kind: str, devices: Sequence[str]) -> Exchange:
 
     Raises:
         InputError: another name.
-        UnsupportedError: NCCL is not there, GPUs can not reach each other's memory, or copies are asked of other than 2.
+        UnsupportedError: there is no NCCL, GPUs can not reach each other's memory, or copies are asked of other than 2.
     """
     if kind not in KINDS:
         raise InputError(f"exchange is {kind!r}; it is one of {', '.join(KINDS)}.")
@@ -62,16 +66,23 @@ class _Slot:
 
 @dataclass
 class _Inbox:
-    """The slots of one rank: free ones by shape and dtype, and what has been sent in the order of the sums."""
+    """The slots of one rank: free ones by shape and dtype, and what has been sent in the order of the sums.
+
+    Attributes:
+        used: shapes and dtypes of this run.
+    """
 
     free: dict[tuple[Any, ...], list[_Slot]] = field(default_factory=dict)
+    used: set[tuple[Any, ...]] = field(default_factory=set)
     sent: dict[int, tuple[_Slot, Any]] = field(default_factory=dict)
     begun: int = 0
 
     def take(self, like: torch.Tensor, device: str, lane: _Lane) -> _Slot:
         import torch
 
-        free = self.free.setdefault((tuple(like.shape), like.dtype), [])
+        kind = tuple(like.shape), like.dtype
+        self.used.add(kind)
+        free = self.free.setdefault(kind, [])
         if free:
             return free.pop(0)
         # Its memory may have been another tensor's, which the rank still reads.
@@ -100,12 +111,15 @@ class CopyExchange:
         for inbox in self._inboxes:
             inbox.begun = 0
             inbox.sent.clear()
+            # Slots for other lengths than the last run's are let go; what reads them is on the stream they are made on.
+            inbox.free = {kind: slots for kind, slots in inbox.free.items() if kind in inbox.used}
+            inbox.used.clear()
 
-    def forget(self) -> None:
-        for inbox in self._inboxes:
-            for free in inbox.free.values():
-                for slot in free:
-                    slot.read = None
+    def forget(self) -> list[Any]:
+        slots = [slot for inbox in self._inboxes for free in inbox.free.values() for slot in free]
+        for slot in slots:
+            slot.read = None
+        return [slot.tensor for slot in slots]
 
     def send(self, rank: int, tensor: torch.Tensor) -> Callable[[], Received]:
         """Begins to send an addend; returns what waits for the other's."""
@@ -126,7 +140,7 @@ class CopyExchange:
 
             def release() -> None:
                 got.read = lane.mark()
-                mine.free[tuple(got.tensor.shape), got.tensor.dtype].append(got)
+                mine.free.setdefault((tuple(got.tensor.shape), got.tensor.dtype), []).append(got)
 
             return Received(got.tensor, release)
 
@@ -254,7 +268,8 @@ class NcclExchange:
         self._pending.clear()
         self._done.clear()
 
-    def forget(self) -> None: ...
+    def forget(self) -> list[Any]:
+        return []
 
     def begin(self, rank: int, tensor: torch.Tensor) -> Callable[[], None]:
         import torch

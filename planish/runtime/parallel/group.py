@@ -215,7 +215,7 @@ class Graph:
                 self.outputs = group._all(self._feeds)
             for stream in others:
                 first.wait_stream(stream)
-        group.exchange.forget()
+        self._kept = group.exchange.forget()
 
     def __call__(self, feeds: Mapping[str, Any] | None = None) -> Tensors:
         """Runs on the current stream of the first device, with new inputs of the same shapes if they are given."""

@@ -127,6 +127,16 @@ def test_weights_are_there_once() -> None:
         assert {v.name: t.data_ptr() for v, t in two._weights.items() if v.name in mine} == mine
 
 
+def test_memory_of_other_lengths_is_let_go() -> None:
+    whole = transformer()
+    group = Group(tensor_parallel(whole, 2).programs, CPU)
+    for length in (17, 20, 20, 9):
+        given = feeds(length=length)
+        assert compare_outputs(run_reference(whole, given), arrays(group.run(given))).relative_l2 < 1e-6
+    lengths = {shape[1] for inbox in group.exchange._inboxes for shape, _ in inbox.free}
+    assert lengths == {9, 20}
+
+
 def test_ranks_that_do_not_fit_each_other() -> None:
     first, second = tensor_parallel(transformer(length=150), 2).programs
     with pytest.raises(InputError, match="these are the ranks"):
