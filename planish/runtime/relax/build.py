@@ -15,7 +15,8 @@ from planish.ir.spec import TensorSpec
 from planish.runtime.kernels.cpu import LEVELS
 from planish.runtime.kernels.template import Template, compile_module, import_tvm
 from planish.runtime.relax.device import CpuDevice
-from planish.runtime.relax.translator import CHECK, Translator, weights_of
+from planish.runtime.relax.operand import weights_of
+from planish.runtime.relax.translator import CHECK, Translator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

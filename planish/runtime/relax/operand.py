@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,12 @@ def stored(dims: Sequence[Any], order: Sequence[int] | None) -> list[Any]:
     return list(dims) if order is None else [dims[axis] for axis in order]
 
 
+def same_order(dims: Sequence[Any], own: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two orders of axes differ by axes of size 1 alone, which lie nowhere."""
+    long = [axis for axis, size in enumerate(dims) if not (isinstance(size, int) and size == 1)]
+    return [axis for axis in own if axis in long] == [axis for axis in other if axis in long]
+
+
 @dataclass
 class Parameter:
     """A weight that the function takes behind its inputs.
@@ -92,6 +98,11 @@ class Parameter:
     name: str
     array: np.ndarray
     var: Any
+
+
+def weights_of(parameters: Mapping[str, Parameter]) -> dict[str, np.ndarray]:
+    """Parameter name → array, in the order in which the function takes them."""
+    return {name: parameter.array for name, parameter in parameters.items()}
 
 
 @dataclass

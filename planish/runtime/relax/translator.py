@@ -15,7 +15,7 @@ from planish.ir.graphs import constant_tensor, dims_of
 from planish.runtime.kernels.template import Template, import_tvm
 from planish.runtime.relax.device import Device
 from planish.runtime.relax.needed import needed
-from planish.runtime.relax.operand import Lazy, Operand, Parameter, digest, identifier, same_array, shown
+from planish.runtime.relax.operand import Lazy, Operand, Parameter, digest, identifier, same_array, same_order, shown
 
 if TYPE_CHECKING:
     from planish.ir.program import TensorSpec
@@ -163,9 +163,11 @@ class Translator:
             wanted = order or tuple(range(operand.rank))
             source = [wanted.index(axis) for axis in own]
             dims = [operand.dims[axis] for axis in wanted]
-            made = self.compute(
-                "transpose", [self.stored(operand)], lambda i, x: x(*[i[a] for a in source]), dims, operand.dtype
-            )
+            var = self.stored(operand)
+            if same_order(operand.dims, own, wanted):
+                made = self.reshape(var, dims)
+            else:
+                made = self.compute("transpose", [var], lambda i, x: x(*[i[a] for a in source]), dims, operand.dtype)
             self.derived[key] = (operand, made)  # holds the operand, so that its identity is not used twice
         return self.derived[key][1]
 
@@ -393,8 +395,3 @@ def axis_of(node: ir.Node, rank: int, default: int, name: str = "axis") -> int:
     """An axis, from 0 to rank - 1."""
     axis = int(attribute(node, name, default))
     return axis + rank if axis < 0 else axis
-
-
-def weights_of(parameters: Mapping[str, Parameter]) -> dict[str, np.ndarray]:
-    """Parameter name → array, in the order in which the function takes them."""
-    return {name: parameter.array for name, parameter in parameters.items()}

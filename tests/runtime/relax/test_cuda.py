@@ -151,7 +151,7 @@ def test_what_attention_is_launched_with_is_what_its_sources_have() -> None:
         plain = re.sub(r"//[^\n]*|/\*.*?\*/|#if SHIFT.*?#endif", "", struct[1], flags=re.S)
         return [re.findall(r"\w+", part)[-1] for item in plain.split(";") if item.strip() for part in item.split(",")]
 
-    for source, name in (("attention.cu", "attention_prefill"), ("attention_decode.cu", "attention_step")):
+    for source, name in (("attention.cuh", "attention_prefill"), ("attention_decode.cu", "attention_step")):
         kernel = (toolchain._SOURCE / source).read_text()
         caller = fields(header, rf"typedef struct \{{([^{{}}]*?)\}} {name};")
         assert fields(kernel, r"struct Parameters \{(.*?)\};") == caller

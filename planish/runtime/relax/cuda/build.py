@@ -14,7 +14,8 @@ from planish.ir.errors import UnsupportedError
 from planish.runtime.kernels.template import import_tvm
 from planish.runtime.relax.cuda.assemble import Codes, assembling, native_objects
 from planish.runtime.relax.cuda.device import CudaDevice
-from planish.runtime.relax.translator import CHECK, Translator, weights_of
+from planish.runtime.relax.operand import weights_of
+from planish.runtime.relax.translator import CHECK, Translator
 
 if TYPE_CHECKING:
     import onnx_ir as ir
