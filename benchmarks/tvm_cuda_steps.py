@@ -136,7 +136,7 @@ def compare(sizes: dict[str, Any], batch: int, target: str) -> dict[str, float]:
 
 
 def _ours(sizes: dict[str, Any], ids: torch.Tensor, target: str) -> tuple[dict[str, float], np.ndarray]:
-    exe = planish.optimize(module_of(sizes).half(), target, task="causal-lm", budget=planish.Budget(gates=False))
+    exe = planish.optimize(module_of(sizes), target, task="causal-lm", budget=planish.Budget(gates=False))
     ours = TvmCudaEntries(exe.runners["prefill"], exe.runners["decode"], {})  # type: ignore[arg-type]
     ours.start(ids[:, :HELD].numpy(), np.full(len(ids), HELD, np.int64), ROOM - HELD + 1)
     got = ours.step(ids[:, HELD].numpy())
@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--target", default="tvm-cuda")
+    parser.add_argument("--target", default="tvm-cuda:dtype=float16")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.cases.split(","):
