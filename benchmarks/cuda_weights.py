@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from planish.ir.ops import import_functions
-from planish.ir.ops.quantized_linear import unpack
 from planish.ir.program import Program
 from planish.ir.target import Target
 from planish.passes.base import PassContext
@@ -35,6 +35,15 @@ KINDS = {
     "float16": (16, False), "8 bits, ONNX Runtime": (8, False), "8 bits": (8, True),
     "4 bits, ONNX Runtime": (4, False), "4 bits": (4, True),
 }  # fmt: skip
+
+
+def dense(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What codes of 8 bits stand for, (k, n) float16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    numbers, by = (torch.from_numpy(array).to(device) for array in (codes, scales))
+    weight = ((numbers.half() - 128) * by[..., None]).flatten(1).T.contiguous().cpu().numpy()
+    assert isinstance(weight, np.ndarray)
+    return weight
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,7 @@ class Step:
         )
         self.bytes += codes.nbytes + scales.nbytes if self.bits < 16 else 2 * n * k
         if self.bits == 16:
-            numbers = (unpack(codes, 8).astype("f2") - np.float16(128)) * scales[..., None]
-            made = self.add("MatMul", x, self.constant(np.ascontiguousarray(numbers.reshape(n, k).T)))
+            made = self.add("MatMul", x, self.constant(dense(codes, scales)))
         else:
             settings = {"K": k, "N": n, "bits": bits, "block_size": BLOCK}
             given = self.constant(codes), self.constant(scales.reshape(-1))
@@ -222,7 +230,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    import torch
     from cuda_gemv import bandwidth
 
     shape = Shape(2, 256, 4, 2, 704, 1000) if arguments.tiny else Shape()

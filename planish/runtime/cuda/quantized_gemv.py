@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 8
 _FEW_ROWS = 2
-_CHANNELS, _THREADS = 16, 256  # of a block, as in quantized_gemv.cu
-#: Weights of more channels have blocks enough for smaller ones, which are more evenly spread.
-_MANY_CHANNELS = 8192
+_CHANNELS = 16  # of a block, as in quantized_gemv.cu
+#: Channels of a weight, at most → threads of a block. Few blocks have more of them to themselves; many are smaller, and
+#: more evenly spread.
+_THREADS = ((4224, 384), (8192, 256))
+_LEAST_THREADS = 128
 
 
 class Parameters(ctypes.Structure):
@@ -96,7 +98,7 @@ def launch_plan(
     few = rows <= _FEW_ROWS and (bits == 8 or block != 16)
     defines = kernel_macros(bits, few, zeros=zeros, channel=block is None)
     sizes = (rows, n, k, codes * bits // 128, blocks, shift, int(signed))
-    threads = _THREADS // 2 if n > _MANY_CHANNELS else _THREADS
+    threads = next((count for channels, count in _THREADS if n <= channels), _LEAST_THREADS)
     return LaunchPlan("quantized_gemv.cu", defines, -(-n // _CHANNELS), threads, sizes)
 
 

@@ -116,7 +116,8 @@ def test_turing(turing, bits):
 
 def test_launch_plan():
     plan = launch_plan(1, 11008, 4096, 4, 32)
-    assert (plan.grid, plan.threads) == (688, 128) and launch_plan(1, 8192, 4096, 4, 32).threads == 256
+    assert (plan.grid, plan.threads) == (688, 128)
+    assert [launch_plan(1, n, 4096, 4, 32).threads for n in (16, 4096, 6144, 8208)] == [384, 384, 256, 128]
     assert plan.defines == {"BITS": 4, "CHANNEL": 0, "FEW": 1, "GATED": 0, "ZEROS": 0}
     assert plan.sizes == (1, 11008, 4096, 128, 128, 5, 0)
     assert launch_plan(8, 17, 4096, 8, None, signed=True).sizes == (8, 17, 4096, 256, 1, 30, 1)

@@ -6,8 +6,7 @@
 #include <stdint.h>
 
 enum { GEMV_ROWS = 8, GEMV_FEW_ROWS = 2, GEMV_TILE = 16 };
-/* Weights of more channels have twice as many blocks, of half the threads. */
-enum { GEMV_THREADS = 256, GEMV_MANY_CHANNELS = 8192 };
+enum { GEMV_FEW_CHANNELS = 4224, GEMV_MANY_CHANNELS = 8192 };
 
 /* As quantized_gemv.cu has it. */
 typedef struct {
@@ -17,10 +16,11 @@ typedef struct {
   int rows, n, k, stride, blocks, block_shift, is_signed;
 } gemv_parameters;
 
-/* Grid and threads for n channels; a pair of weights has twice as many as one. */
+/* Grid and threads for n channels; a pair of weights has twice as many as one. Few blocks have more of them to
+   themselves; many are smaller, and more evenly spread. */
 static inline unsigned gemv_grid(int64_t channels) { return (unsigned)((channels + GEMV_TILE - 1) / GEMV_TILE); }
 static inline unsigned gemv_threads(int64_t channels) {
-  return channels > GEMV_MANY_CHANNELS ? GEMV_THREADS / 2 : GEMV_THREADS;
+  return channels <= GEMV_FEW_CHANNELS ? 384 : channels <= GEMV_MANY_CHANNELS ? 256 : 128;
 }
 
 /* Whether the form for one or two rows takes a call; its blocks do not end inside of 16 bytes. */

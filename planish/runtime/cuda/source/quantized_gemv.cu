@@ -32,7 +32,7 @@
 #define GATED 0
 #endif
 #define CHANNELS (GATED ? 8 : 16)        // of y, that a block makes
-#define WARPS 8                          // of a block, at most; blocks of weights with many channels have fewer
+#define WARPS 12                         // of a block, at most; blocks of weights with many channels have fewer
 #define GROUP 2                          // steps whose reads are under way
 #define LANE_CODES (128 / BITS)          // in 16 bytes
 #define STEP (4 * LANE_CODES)            // columns that a warp reads at a time
@@ -316,7 +316,7 @@ __device__ __forceinline__ void finish(const Parameters &p, int tile, const floa
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) quantized_gemv(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) quantized_gemv(const __grid_constant__ Parameters p) {
   const Lane at;
   const int tiles = (p.n + CHANNELS - 1) / CHANNELS, steps = (p.stride + 3) / 4;
   const int begin = at.warp * GROUP, stride = GROUP * (blockDim.x / 32);
