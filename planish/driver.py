@@ -103,13 +103,7 @@ def optimize(
     elsewhere = for_another_machine(target, measured=budget.gates)
     pipeline = resolve_pipeline(passes, target, approximate)
     hooks.progress("reading the model")
-    compare: Callable[[Bench], Any] | None
-    if task is not None:
-        program, compare = _capture_causal_lm(hooks, model, example_inputs, dynamic_shapes, calibration, target, task)
-        note = ""
-    else:
-        program, compare, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
-        note = _calibrate(program, calibration if calibration is not None else example)
+    program, compare, note = _calibrated(hooks, model, example_inputs, dynamic_shapes, calibration, target, task)
     pipeline = _with_shapes(program, pipeline)
     bench = Bench(measured_on(program, target), program.calibration)
     if compare is not None:
@@ -191,6 +185,22 @@ def _with_shapes(program: Program, pipeline: list[Pass]) -> list[Pass]:
     if any(isinstance(p, infer) for p in pipeline) or holds("shapes", program):
         return pipeline
     return [infer(), *pipeline]
+
+
+def _calibrated(
+    hooks: Hooks,
+    model: Any,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    calibration: Any,
+    target: Target,
+    task: str | CausalLM | None,
+) -> tuple[Program, Callable[[Bench], Any] | None, str]:
+    """The program with inputs to measure with, its comparison with a module, and why there is nothing to measure with."""
+    if task is not None:
+        return *_capture_causal_lm(hooks, model, example_inputs, dynamic_shapes, calibration, target, task), ""
+    program, compare, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
+    return program, compare, _calibrate(program, calibration if calibration is not None else example)
 
 
 def _capture(
