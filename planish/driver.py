@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planish.capture import capture
 from planish.ir.budget import Budget
 from planish.ir.causal_lm import CausalLM
 from planish.ir.errors import InputError, PlanishError, UnsupportedError
 from planish.ir.ledger import Ledger, LedgerEntry
-from planish.ir.program import Calibration, Program
+from planish.ir.program import Program
 from planish.ir.sharing import unify_weights
 from planish.ir.target import IMPLEMENTED, Target
 from planish.passes.base import Pass, PassContext, PassResult
@@ -103,7 +103,7 @@ def optimize(
     elsewhere = for_another_machine(target, measured=budget.gates)
     pipeline = resolve_pipeline(passes, target, approximate)
     hooks.progress("reading the model")
-    program, compare, note = _calibrated(hooks, model, example_inputs, dynamic_shapes, calibration, target, task)
+    program, compare, note = capture(hooks.progress, model, example_inputs, dynamic_shapes, calibration, target, task)
     pipeline = _with_shapes(program, pipeline)
     bench = Bench(measured_on(program, target), program.calibration)
     if compare is not None:
@@ -171,11 +171,6 @@ def _implemented(target: Target) -> Target:
     return target
 
 
-def _is_module(model: Any) -> bool:
-    torch = sys.modules.get("torch")  # a module can not exist before torch is imported
-    return torch is not None and isinstance(model, torch.nn.Module)
-
-
 def _with_shapes(program: Program, pipeline: list[Pass]) -> list[Pass]:
     """Rules look at dtypes and shapes, which an ONNX file need not hold: they are inferred first, as a pass."""
     from planish.ir.properties import holds
@@ -185,82 +180,6 @@ def _with_shapes(program: Program, pipeline: list[Pass]) -> list[Pass]:
     if any(isinstance(p, infer) for p in pipeline) or holds("shapes", program):
         return pipeline
     return [infer(), *pipeline]
-
-
-def _calibrated(
-    hooks: Hooks,
-    model: Any,
-    example_inputs: Any,
-    dynamic_shapes: Any,
-    calibration: Any,
-    target: Target,
-    task: str | CausalLM | None,
-) -> tuple[Program, Callable[[Bench], Any] | None, str]:
-    """The program with inputs to measure with, its comparison with a module, and why there is nothing to measure with."""
-    if task is not None:
-        return *_capture_causal_lm(hooks, model, example_inputs, dynamic_shapes, calibration, target, task), ""
-    program, compare, example = _capture(hooks, model, example_inputs, dynamic_shapes, target)
-    return program, compare, _calibrate(program, calibration if calibration is not None else example)
-
-
-def _capture(
-    hooks: Hooks, model: Any, example_inputs: Any, dynamic_shapes: Any, target: Target
-) -> tuple[Program, Callable[[Bench], Any] | None, Any]:
-    """The program, its comparison with the module it came from, and inputs to measure with, where there are any."""
-    if _is_module(model):
-        from planish.frontends.torch import capture
-
-        captured = capture(model, example_inputs, dynamic_shapes, target, progress=hooks.progress)
-        return captured.program, lambda bench: captured.check(bench.run_inputs), captured.example
-    if dynamic_shapes is not None:
-        raise InputError("dynamic_shapes is for torch modules; an ONNX model says itself which sizes are dynamic.")
-    from planish.frontends.onnx import load_onnx
-
-    return load_onnx(model, target), None, example_inputs
-
-
-def _capture_causal_lm(
-    hooks: Hooks,
-    model: Any,
-    example_inputs: Any,
-    dynamic_shapes: Any,
-    calibration: Any,
-    target: Target,
-    task: str | CausalLM,
-) -> tuple[Program, Callable[[Bench], Any]]:
-    """The calibrated program of a causal language model, and its comparison with the model."""
-    options = CausalLM.parse(task)
-    if not _is_module(model):
-        raise InputError(f"task 'causal-lm' takes a model of transformers, not {type(model).__name__}.")
-    if dynamic_shapes is not None:
-        raise InputError("task 'causal-lm': batch and lengths are always dynamic; leave dynamic_shapes out.")
-    from planish.frontends.causal_lm import capture_causal_lm
-
-    captured = capture_causal_lm(model, example_inputs, target, options=options, progress=hooks.progress)
-    batches = captured.example if calibration is None else captured.batches(calibration)
-    synthetic = captured.synthetic and calibration is None
-    first, *others = [Calibration(found, synthetic, entry) for entry, found in batches.items()]
-    first.others = others
-    captured.program.calibration = first
-    return captured.program, lambda bench: captured.check(
-        lambda program, entry, inputs: bench.run_inputs(program, inputs, entry)
-    )
-
-
-def _calibrate(program: Program, given: Any) -> str:
-    """Sets the program's calibration; returns why there is nothing to measure with, if so."""
-    from planish.ir.inputs import synthesize
-    from planish.ir.signature import as_batches
-
-    entry = program.default_entry
-    if given is not None:
-        program.calibration = Calibration(as_batches(given, program.inputs(entry)), entry=entry)
-        return ""
-    try:
-        program.calibration = Calibration([synthesize(program, entry)], synthetic=True, entry=entry)
-    except PlanishError as error:
-        return str(error)
-    return ""
 
 
 def _run_passes(

@@ -28,7 +28,7 @@ ALLOWED = {
 }
 #: Modules at the top of the package; everything else lies in a room. Drivers of their own: offload, of memory budgets;
 #: parallel, of several devices.
-TOP = {"__init__", "driver", "offload", "parallel", "version"}
+TOP = {"__init__", "capture", "driver", "offload", "parallel", "version"}
 #: Packages that these rooms import only inside functions.
 LAZY = {
     "ir": {"torch", "onnxscript", "onnxruntime", "rich", "jinja2", "plotly", "transformers"},
