@@ -62,6 +62,16 @@ def build(name: str, tiny: bool, positions: int) -> Any:
     return model.eval()
 
 
+def halved(model: Any) -> Any:
+    """The module in float16, but for the angles of its positions: as transformers loads it."""
+    angles = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    model.half()
+    for name, buffer in angles.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer)
+    return model
+
+
 def without_graph(exe: Any) -> Any:
     """The same sessions, whose steps are not captured."""
     import onnxruntime as ort
@@ -190,7 +200,7 @@ def rows(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 checked[label, context] = None if last is None else relative(last, want), agree, fresh
             except Exception:
                 traceback.print_exc()
-    half = model.half()
+    half = halved(model)
     for context, (tokens, want) in plain.items():  # what float16 makes of the same tokens there
         with torch.no_grad():
             last = half(torch.from_numpy(tokens[:, :-1]).to(half.device)).logits[:, -1]
