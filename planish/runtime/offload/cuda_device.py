@@ -22,6 +22,7 @@ _MEMORY_CLOCK, _BUS_WIDTH = 36, 37  # CUdevice_attribute
 #: Of a T4, in bytes per second, where the driver does not say.
 _LEAST_BANDWIDTH = 3e11
 _NON_BLOCKING, _NO_TIMING, _PORTABLE = 1, 2, 1
+_NOT_READY = 600  # CUresult
 #: cuBLAS takes 32 MiB a handle on Hopper, and each session has a handle; this is what it takes before Hopper.
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_SMALL = ":4096:2:16:8"
@@ -116,6 +117,13 @@ class CudaDevice:
     def synchronize(self, event: Event) -> None:
         assert isinstance(event, _CudaEvent)
         check(self._cuda.cuEventSynchronize(event.handle), "a run on the GPU")
+
+    def done(self, event: Event) -> bool:
+        assert isinstance(event, _CudaEvent)
+        code = self._cuda.cuEventQuery(event.handle)
+        if code != _NOT_READY:
+            check(code, "a run on the GPU")
+        return bool(code != _NOT_READY)
 
     def launch(self, run: Callable[[], None]) -> None:
         try:

@@ -58,6 +58,9 @@ class Device(Protocol):
     def synchronize(self, event: Event) -> None:
         """Waits on the host."""
 
+    def done(self, event: Event) -> bool:
+        """Whether an event happened."""
+
     def launch(self, run: Callable[[], None]) -> None:
         """Runs something that puts its work into the compute stream."""
 
@@ -148,6 +151,9 @@ class HostDevice:
             item = ready[int(self._random.integers(len(ready)))].popleft()
             if not isinstance(item, _Ticket):
                 item()
+
+    def done(self, event: Event) -> bool:
+        return bool(event.done)  # type: ignore[attr-defined]
 
     def launch(self, run: Callable[[], None]) -> None:
         self._queues[COMPUTE].append(run)

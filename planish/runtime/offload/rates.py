@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable
 
@@ -65,23 +64,14 @@ def _together(
     """Bytes per second of copies and of attention while both go on: they read the same memory."""
     device.synchronize(device.record(COPY))
     started = time.perf_counter()
-    ended: list[float] = []
     for _ in range(count):
         copy()
-    event = device.record(COPY)
-
-    def wait() -> None:
-        device.synchronize(event)
-        ended.append(time.perf_counter())
-
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    runs, last = 0, started
-    while waiter.is_alive():
+    event, runs = device.record(COPY), 0
+    while not device.done(event):  # a thread that waits would take a core from those that attend
         run()
-        runs, last = runs + 1, time.perf_counter()
-    waiter.join()
-    return count * room / (ended[0] - started), runs * nbytes / max(last - started, 1e-9)
+        runs += 1
+    seconds = time.perf_counter() - started
+    return count * room / seconds, runs * nbytes / seconds
 
 
 def _attention(parts: Parts, device: Device) -> tuple[Callable[[], None], int] | None:
