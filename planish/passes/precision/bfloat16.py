@@ -41,7 +41,7 @@ _FIRST = 80
 class Bfloat16(ApproximatePass):
     """Turns values and weights into bfloat16 from the first product on; a target's ``dtype=bfloat16`` asks for it.
 
-    As `float16`, with the range of float32 and three bits less of the mantissa. On ``ort-cuda``, operators that the CUDA
+    As `float16`, with the range of float32 and three bits less of the mantissa. On ``ort-cuda``, operators that the
     provider has no kernel for in bfloat16 stay float32.
     """
 
