@@ -287,7 +287,7 @@ def theirs(options: argparse.Namespace) -> Row:
     return row | {"weights": total, "limit": limit, "peak": most, "prompt_seconds": one, "tokens_per_second": 1 / step}
 
 
-def worker(arguments: list[str], seconds: float = 90) -> Row:
+def worker(arguments: list[str], seconds: float = 240) -> Row:
     """One row in a process of its own."""
     command = [sys.executable, __file__, "--worker", *arguments]
     try:
