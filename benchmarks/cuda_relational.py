@@ -3,10 +3,12 @@
     python benchmarks/cuda_relational.py [--json FILE] [--sizes aifb,bgs,am] [--layers rgcn,rgat,hgt] [--rounds N]
 
 "operator" is the exported layer on target ort-cuda with kernels, "planish" what `planish.relational.compile` gives.
+
 Graphs are random, of the sizes of the data sets: types by Zipf's law, sources uniform, destinations skewed; edges are
-sorted by type for everybody. One layer, 64 × 64, float32 without TF32. CUDA events, medians, peers interleaved in one
-process, each timed at its second call in a row; memory is the peak above what there was before the call. Peers that do
-not fit are left out. Errors are relative, L2, against the layer in float64 (torch by hand, or PyG's), where that fits.
+sorted by type for everybody. Destinations of am-1.0 (or another exponent) are by Zipf's law too, and 60 % of those of
+am-hub are one node. One layer, 64 × 64, float32 without TF32. CUDA events, medians, peers interleaved in one process,
+each timed at its second call in a row; memory is the peak above what there was before the call. Peers that do not fit
+are left out. Errors are relative, L2, against the layer in float64 (torch by hand, or PyG's), where that fits.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ class Case:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.nodes, self.edges, self.types = SIZES[name]
+        self.nodes, self.edges, self.types = SIZES[name.partition("-")[0]]
         random = np.random.default_rng(1)
         share = 1 / np.arange(1, self.types + 1)
         types = np.sort(random.choice(self.types, self.edges, p=share / share.sum()))
         src = random.integers(0, self.nodes, self.edges)
-        dst = np.minimum((random.random(self.edges) ** 2 * self.nodes).astype(np.int64), self.nodes - 1)
+        dst = self.destinations(random)
         self.graph = rel.Graph(np.stack([src, dst]), types, num_nodes=self.nodes, num_edge_types=self.types)
         self.index = torch.tensor(np.stack([src, dst]), device="cuda")
         self.type = torch.tensor(types, device="cuda")
@@ -51,6 +53,17 @@ class Case:
         torch.manual_seed(0)
         self.x = torch.randn(self.nodes, WIDTH, device="cuda")
         self.y_gradient = torch.randn(self.nodes, WIDTH, device="cuda")
+
+    def destinations(self, random: np.random.Generator) -> np.ndarray:
+        """Skewed; after Zipf's law with the exponent that the name ends in; or for ``hub``, 60 % are one node."""
+        kind = self.name.partition("-")[2]
+        if kind == "hub":
+            return np.where(random.random(self.edges) < 0.6, 7, random.integers(0, self.nodes, self.edges))
+        if kind:
+            shares = np.cumsum(np.arange(1, self.nodes + 1) ** -float(kind))
+            rank = np.searchsorted(shares, random.random(self.edges) * shares[-1])
+            return random.permutation(self.nodes)[np.minimum(rank, self.nodes - 1)]
+        return np.minimum((random.random(self.edges) ** 2 * self.nodes).astype(np.int64), self.nodes - 1)
 
     def grouped(self) -> dict[tuple[str, str, str], torch.Tensor]:
         parts = self.index.split(self.lengths, 1)
