@@ -164,3 +164,17 @@ def test_weights_in_few_bits(dtype: str, dims: list[Any], bits: int, block: int,
         want = x.astype(np.float64) @ weight.T
         error = np.linalg.norm(runner.run({"x": x})["y"] - want) / np.linalg.norm(want)
         assert error < (2e-3 if dtype == "float16" else 1e-6)
+
+
+@gpu
+def test_rows_of_a_table_in_four_bits() -> None:
+    rng = np.random.default_rng()
+    codes = rng.integers(0, 256, (37, 5, 16)).astype(np.uint8)
+    scales = rng.random((37, 5, 1)).astype(np.float16)
+    inputs = [constant("codes", codes), value("ids", ["b", "s"], ir.DataType.INT64), constant("scales", scales)]
+    outputs = [value("y", ["b", "s", 5, 32], ir.DataType.FLOAT16)]
+    settings = {"bits": 4, "block_size": 32, "gather_axis": 0, "quantize_axis": 2}
+    runner = compile_tvm_cuda(one("GatherBlockQuantized", "com.microsoft", inputs, outputs, **settings), here())
+    ids = rng.integers(0, 37, (3, 7))
+    want = ((unpacked(codes, 4).astype(int) - 8) * scales.astype(np.float64))[ids]
+    np.testing.assert_allclose(runner.run({"ids": ids})["y"], want, rtol=1e-3, atol=1e-3)
