@@ -126,16 +126,16 @@ def test_an_evicted_cache_is_smaller_and_says_so() -> None:
 
 
 def test_the_caches_that_generation_binds_are_the_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planish.runtime import generate
+    from planish.runtime import ort_bound
 
     bound: list[int] = []
-    original = generate.BoundRun
+    original = ort_bound.BoundRun
 
     def watch(runner: Any, inputs: Any, outputs: Any) -> Any:
         bound.append(sum(a.nbytes for name, a in inputs.items() if cache_layer(name) is not None))
         return original(runner, inputs, outputs)
 
-    monkeypatch.setattr(generate, "BoundRun", watch)
+    monkeypatch.setattr(ort_bound, "BoundRun", watch)
     for more in ("", ",evict=True"):
         exe, _ = sharded("pattern='sink-window',block=4,local=2" + more)
         exe.generate(LONGER[:1], max_new_tokens=20)
