@@ -28,15 +28,10 @@
 #define BLOCKS 1
 #endif
 
-template <int N> struct Constant {
-  static constexpr int value = N;
-};
-
 // -inf where a key is later than its query, past the last key, or of a tile that the group does not see.
-template <int EIGHTS>
 __device__ __forceinline__ void hide(float (&s)[TILE / 8][4], int key, int query, int keys, bool causal, bool seen) {
 #pragma unroll
-  for (int j = 0; j < EIGHTS; ++j)
+  for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       int k = key + j * 8 + (c & 1), q = query + (c >> 1) * 8;
@@ -171,11 +166,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int first_query = (first_tile + group) * TILE, query = first_query + warp * 16 + lane / 4;
   const float scale = BIAS ? 1.44269504089f : p.scale;
   [[maybe_unused]] const float raw = p.scale * 0.69314718056f;
-  auto weighed = [&](auto &s, int tile, bool visible, int stage, auto eighths) {
-    constexpr int EIGHTS = decltype(eighths)::value;
+  auto soften = [&](float(&s)[TILE / 8][4], int tile, bool visible, int stage) {
 #if BIAS
 #pragma unroll
-    for (int j = 0; j < EIGHTS; ++j) {
+    for (int j = 0; j < TILE / 8; ++j) {
       float b0, b1;
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1)
                    : "r"(biases + (stage * TILE + j * 8 + lane % 4 * 2) * 4) : "memory");
@@ -184,21 +178,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 #endif
     if (!visible || (tile + 1) * TILE > keys || (p.causal && tile * TILE + TILE - 1 > first_query))
-      hide<EIGHTS>(s, tile * TILE + lane % 4 * 2, query, keys, p.causal, visible);
-    softmax.step<EIGHTS>(s, scale, factor);
+      hide(s, tile * TILE + lane % 4 * 2, query, keys, p.causal, visible);
+    softmax.step(s, scale, factor);
   };
-  // A warp whose queries are all past the last one has nothing to weigh, and the last tile may hold few keys: of short
-  // sequences with small heads that is much of the time.
-  const bool idle = first_query + warp * 16 - offset >= p.queries;
-  auto soften = [&](float(&s)[TILE / 8][4], int tile, bool visible, int stage) {
-    const int rest = keys - tile * TILE;
-    if (idle) return;
-    if (HEAD > 64 || rest > 48) weighed(s, tile, visible, stage, Constant<8>());
-    else if (rest > 32) weighed(s, tile, visible, stage, Constant<6>());
-    else if (rest > 16) weighed(s, tile, visible, stage, Constant<4>());
-    else weighed(s, tile, visible, stage, Constant<2>());
-  };
-
   int tile = cursor.step(now);
   load(0, tile);
 #if WGMMA
@@ -241,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     score(s, keys_at(0));
     group_wait<0>();
     soften(s, tile, now >> group & 1, 0);
-    if (!idle) to_operand(s, operand);
+    to_operand(s, operand);
     while ((tile = ahead[0]) != NONE) {
       now = visible[0];
 #pragma unroll
@@ -257,10 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       group_wait<1>();
       soften(s, tile, now >> group & 1, stage);
       group_wait<0>();
-      if (!idle) {
-        shrink(o, factor);
-        to_operand(s, operand);
-      }
+      shrink(o, factor);
+      to_operand(s, operand);
     }
     group_fence();
     weigh(keys_at(stage) + TILE_BYTES);
@@ -285,11 +265,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     float s[TILE / 8][4];
     scores(s, base + group * TILE_BYTES, at, warp, lane);
     soften(s, tile, now >> group & 1, stage);
-    if (!idle) {
-      shrink(o, factor);
-      to_operand(s, operand);
-      weighted(o, operand, at + TILE_BYTES, lane);
-    }
+    shrink(o, factor);
+    to_operand(s, operand);
+    weighted(o, operand, at + TILE_BYTES, lane);
     __syncthreads();
 #if STAGES == 1
     next = cursor.step(later);

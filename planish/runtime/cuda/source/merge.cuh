@@ -91,36 +91,32 @@ __device__ __forceinline__ __half *place(__half *row, int column) { return row +
 
 // Lanes by heads and columns: `lanes` of them side by side read a head's columns, N at a time; of two tokens at once.
 template <int N>
-__device__ DIRECTIONS void directions(const Value *keys, const float *key_shift, long long keys_row, long long keys_head,
-                                      int all, int heads, int size, __half *units, int padded, int first, int step) {
-  const int lane = threadIdx.x % 32, pieces = size / N;
+__device__ DIRECTIONS void directions(const Parameters &p, const Value *keys, __half *units, int padded, int first, int step) {
+  const int lane = threadIdx.x % 32, pieces = p.size / N;
   int lanes = 1;
   while (lanes < pieces && lanes < 32) lanes *= 2;
   const int at = lane & (lanes - 1), group = lane / lanes, groups = 32 / lanes;
-  const float share = 1.f / heads;
-  for (int token = first; token < all; token += 2 * step) {
-    const int tokens[2] = {token, min(token + step, all - 1)};
+  const float share = 1.f / p.heads;
+  for (int token = first; token < p.tokens; token += 2 * step) {
+    const int tokens[2] = {token, min(token + step, p.tokens - 1)};
     float mean[2][N];
     auto average = [&](int piece) {
-      float shift[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) shift[i] = key_shift && piece < pieces ? __ldg(key_shift + piece * N + i) : 0.f;
 #pragma unroll
       for (int u = 0; u < 2; ++u)
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[u][i] = 0;
-      for (int head = group; head < heads; head += HEADS * groups) {
+      for (int head = group; head < p.heads; head += HEADS * groups) {
         Some<N> some[2][HEADS];  // all reads come first
 #pragma unroll
         for (int h = 0; h < HEADS; ++h)
 #pragma unroll
           for (int u = 0; u < 2; ++u)
-            if (piece < pieces && head + h * groups < heads)
-              some[u][h] = *reinterpret_cast<const Some<N> *>(keys + tokens[u] * keys_row +
-                                                              (head + h * groups) * keys_head + piece * N);
+            if (piece < pieces && head + h * groups < p.heads)
+              some[u][h] = *reinterpret_cast<const Some<N> *>(keys + tokens[u] * p.keys_row +
+                                                              (head + h * groups) * p.keys_head + piece * N);
 #pragma unroll
         for (int h = 0; h < HEADS; ++h)
-          if (piece < pieces && head + h * groups < heads)
+          if (piece < pieces && head + h * groups < p.heads)
 #pragma unroll
             for (int u = 0; u < 2; ++u)
 #pragma unroll
@@ -132,9 +128,11 @@ __device__ DIRECTIONS void directions(const Value *keys, const float *key_shift,
 #pragma unroll
           for (int i = 0; i < N; ++i) mean[u][i] += __shfl_xor_sync(ALL, mean[u][i], step);
 #pragma unroll
-      for (int u = 0; u < 2; ++u)
+      for (int i = 0; i < N; ++i) {
+        const float shift = p.key_shift && piece < pieces ? p.key_shift[piece * N + i] : 0.f;
 #pragma unroll
-        for (int i = 0; i < N; ++i) mean[u][i] = fmaf(mean[u][i], share, shift[i]);
+        for (int u = 0; u < 2; ++u) mean[u][i] = fmaf(mean[u][i], share, shift);
+      }
     };
     float square[2] = {};
     for (int piece = 0; piece < pieces; piece += lanes) {  // the whole warp takes part
@@ -164,7 +162,7 @@ __device__ DIRECTIONS void directions(const Value *keys, const float *key_shift,
           *reinterpret_cast<Halves<N> *>(cell) = high, *reinterpret_cast<Halves<N> *>(cell + 32) = low;
         }
     }
-    for (int column = size + lane; column < padded; column += 32)
+    for (int column = p.size + lane; column < padded; column += 32)
       for (int u = 0; u < 2; ++u) {
         __half *cell = place(units + static_cast<long long>(tokens[u]) * 2 * padded, column);
         cell[0] = cell[32] = __float2half_rn(0.f);
@@ -184,10 +182,8 @@ __device__ __forceinline__ void better(Key &best, Key other) { best = other > be
 __device__ void directions_of(const Parameters &p, const Cluster &cluster, int batch, __half *units, int padded) {
   const int warps = cluster.blocks * WARPS, first = threadIdx.x / 32 * cluster.blocks + cluster.rank;
   const Value *keys = p.keys + batch * p.keys_batch;
-  // Numbers, not `p`: what is no part of this function's code would read them from memory each time.
-  constexpr int N = 16 / sizeof(Value);
-  if (p.wide) directions<N>(keys, p.key_shift, p.keys_row, p.keys_head, p.tokens, p.heads, p.size, units, padded, first, warps);
-  else directions<1>(keys, p.key_shift, p.keys_row, p.keys_head, p.tokens, p.heads, p.size, units, padded, first, warps);
+  if (p.wide) directions<16 / sizeof(Value)>(p, keys, units, padded, first, warps);
+  else directions<1>(p, keys, units, padded, first, warps);
 }
 
 // Similarities, times SCALE squared, of 16 tokens with COLUMNS others, as mma has them; `left` and `right`: of a lane's rows
