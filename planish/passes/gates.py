@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from planish.ir.errors import PlanishError
 from planish.ir.ledger import EntryMeasure, ErrorStats, Ledger, LedgerEntry, Ratio
 from planish.ir.program import Program
 from planish.passes.base import ApproximatePass, Pass, PassResult
+from planish.passes.finishing import Bench, FinishingBench
 from planish.passes.group import NOTHING, Candidate, Failure, PassGroup
 from planish.passes.journal import Decision, DecisionJournal
 
@@ -59,24 +60,6 @@ class Trial:
 
     def exceeds(self, limit: float) -> bool:
         return not self.cost <= limit  # written so that a NaN exceeds every limit
-
-
-class Bench(Protocol):
-    """What the gates need of a runtime, on the calibration inputs."""
-
-    def run(self, program: Program) -> list[dict[str, Any]]:
-        """Outputs by name for each calibration batch."""
-
-    def speedup(
-        self, baseline: Program, candidate: Program, *, seconds: float, threshold: float, entry: str | None = None
-    ) -> Ratio:
-        """Time of `baseline` over time of `candidate`, interleaved; stops early once it clears `threshold`.
-
-        For programs of which several entries are calibrated, `entry` says which.
-        """
-
-    def forget(self, program: Program) -> None:
-        """Frees what was prepared to run `program`; the next run prepares it anew."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -122,17 +105,29 @@ class Gates:
         try:
             self._reference()
             self.deadline = time.monotonic() + seconds
+            left = list(passes)
             for kind, group in groupby(passes, key=lambda p: p.kind):
                 if kind == "exact":
-                    self._gate(PassGroup(self.best, list(group), self.apply, self.reproduce, self._announce), kind)
-                else:
-                    for p in map(self._tuned, group):
-                        self._gate(PassGroup(self.best, [p], self.apply, self.reproduce, self._announce), kind)
+                    together = list(group)
+                    self._gate(PassGroup(self.best, together, self.apply, self.reproduce, self._announce), kind)
+                    del left[: len(together)]
+                    continue
+                for p in group:
+                    del left[0]
+                    self._follow(left)
+                    variant = self._tuned(p)
+                    self._gate(PassGroup(self.best, [variant], self.apply, self.reproduce, self._announce), kind)
+                self._follow([])
             self._composition()
         except KeyboardInterrupt:
             self.ledger.notes.append("interrupted: the best program so far was kept")
             raise Interrupted(self.best, self.ledger) from None
         return self.best, self.ledger
+
+    def _follow(self, passes: Sequence[Pass]) -> None:
+        """Says what is still to come, to a bench that measures programs as they will run."""
+        if isinstance(self.bench, FinishingBench):
+            self.bench.follow(passes)
 
     # --- error ---------------------------------------------------------------------------------------------
 
@@ -268,8 +263,12 @@ class Gates:
                 return 1.0
             if p.tuned_within_error and self._try(candidate.program, p.kind).exceeds(self._limit(p.kind)):
                 return 0.0
-            ratio = self._measure(self.best, candidate.program, _TUNING, asked, variant.entry_names(self.best))
-            self.bench.forget(candidate.program)
+            try:
+                ratio = self._measure(self.best, candidate.program, _TUNING, asked, variant.entry_names(self.best))
+            except PlanishError:  # it does not run
+                return 0.0
+            finally:
+                self.bench.forget(candidate.program)
             return ratio.median
 
         variant, note = p.tune(self.best, gain)
