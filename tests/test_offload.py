@@ -122,7 +122,7 @@ def test_weights_in_few_bits_where_half_precision_is_not_enough(slow_link: None,
     exe = optimize_budgeted(given, TARGET, task="causal-lm", budget=limits, device=device)
     assert exe.report is not None
     text = "\n".join(exe.report.ledger.notes)
-    note = "quantize-weights,float16 for the memory budget: weights 1.3 MiB → 330 KiB"
+    note = "quantize-weights,float16 for the memory budget: weights 1.3 MiB → 327 KiB"
     assert ("quantize-weights for the memory budget: weights 640 KiB → 326 KiB" if half else note) in text
     assert not exe.runners["prefill"].engine.plan(Request(2, 16, 2)).streamed()  # type: ignore[attr-defined]
     ids = np.random.default_rng(0).integers(3, 256, (2, 12))

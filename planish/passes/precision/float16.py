@@ -40,6 +40,8 @@ _STAY = frozenset(
 #: Inputs of com.microsoft's GroupQueryAttention: caches, and all that have its type (a bias and rotations too).
 _PASTS = (3, 4)
 _STEP_INPUTS = (0, 1, 2, *_PASTS, 7, 8, 10)
+#: Inputs of com.microsoft's MatMulNBits that have its type: rows, scales and a bias; codes have none.
+_BITS_INPUTS = (0, 2, 5)
 
 
 @register
@@ -77,10 +79,11 @@ def halve(
     halving = _Halving(Editor(program, name), steps, half, only)
     # What decode has as caches decides what prefill gives.
     for _, model in sorted(program.entries.items(), key=lambda item: item[0] != DECODE):
-        halving.opsets = model.graph.opset_imports
+        before, halving.opsets = halving.fired, model.graph.opset_imports
         halving.graph(model.graph)
-        _drop_unused(model.graph)
-        import_functions(model)
+        if halving.fired > before:
+            _drop_unused(model.graph)
+            import_functions(model)
     return PassResult(halving.fired > 0, halving.fired)
 
 
@@ -147,6 +150,8 @@ class _Halving:
         kind = f"tensor({self.half.name.lower()})"
         if _is_step(node):
             return dict.fromkeys(_STEP_INPUTS, "T") if self.steps else {}
+        if _has_codes(node):
+            return dict.fromkeys(_BITS_INPUTS, "T") if self.half == ir.DataType.FLOAT16 else {}
         if _has_caches(node) and not self.steps:
             return {}
         if node.domain == DIALECT_DOMAIN:
@@ -165,7 +170,7 @@ class _Halving:
         self.fired += 1
         variables = set(types.values())
         formals: Any
-        if _is_step(node):
+        if _is_step(node) or _has_codes(node):
             formals = ["T"]
         elif node.domain == DIALECT_DOMAIN:
             formals = [operand.type_var for operand in dialect_op(node.op_type).schema.outputs]
@@ -173,7 +178,9 @@ class _Halving:
             schema = _schema(node, self.opsets)
             formals = [output.type_str for output in schema.outputs]
         for index, value in enumerate(node.outputs):
-            if formals[min(index, len(formals) - 1)] in variables and value.dtype == _FLOAT:
+            # Files need not say what an operator of com.microsoft gives.
+            was_float = value.dtype == _FLOAT or (value.dtype is None and _has_codes(node))
+            if formals[min(index, len(formals) - 1)] in variables and was_float:
                 value.type = ir.TensorType(self.half)
                 self.halved.add(value)
 
@@ -235,6 +242,10 @@ def _is_step(node: ir.Node) -> bool:
     return (node.domain, node.op_type) == (MICROSOFT, GROUP_QUERY)
 
 
+def _has_codes(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (MICROSOFT, "MatMulNBits")
+
+
 def _has_caches(node: ir.Node) -> bool:
     """Whether a step has caches where GroupQueryAttention has them."""
     return _is_step(node) or (node.domain, node.op_type) == (DIALECT_DOMAIN, "BlockSparseStep")
@@ -246,7 +257,7 @@ def _begins(node: ir.Node) -> bool:
         return tensor is not None and len(tensor.shape) > 1
     if is_op(node, "MatMul") and (dims_of(node.inputs[1]) or ())[-2:-1] == (1,):  # angles: positions times frequencies
         return False
-    return is_op(node, *_BEGIN) or node.domain == DIALECT_DOMAIN
+    return is_op(node, *_BEGIN) or node.domain == DIALECT_DOMAIN or _has_codes(node)
 
 
 def _takes_both(node: ir.Node) -> bool:

@@ -159,3 +159,30 @@ def test_relational_layers_stay():
 
     model = model_of(rgcn(8, 8), random_graph(1, (20,), 3, 60))
     assert apply_pass(PASS, program_of(model, "ort-cuda")).fired == 0
+
+
+CODES = "uint8[2, 1, 32] codes = {" + ", ".join(str(100 + 7 * i % 60) for i in range(64)) + "}"
+BITS = f"""<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
+  g (float[3, 32] x) => (float[3, 2] y) <{CODES}, float[2] scales = {{0.01, 0.02}}> {{
+    p = com.microsoft.MatMulNBits<K = 32, N = 2, bits = 8, block_size = 32>(x, codes, scales) y = Tanh(p) }}"""
+
+
+def test_products_with_codes_have_its_type_and_keep_their_codes():
+    program = program_of(BITS, "ort-cuda")
+    infer_shapes(program.main)
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype("f4")
+    (want,) = run_reference(program, {"x": x}).values()
+    assert apply_pass(PASS, program).fired == 2
+    node = next(n for n in program.main.graph if n.op_type == "MatMulNBits")
+    assert [v.dtype.name for v in (*node.inputs, *node.outputs)] == ["FLOAT16", "UINT8", "FLOAT16", "FLOAT16"]
+    (got,) = run_reference(program, {"x": x}).values()
+    assert 0 < np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
+
+
+def test_a_program_in_half_precision_stays_as_it_is():
+    text = BITS.replace("float[", "float16[").replace("{0.01, 0.02}", "{8479, 9503}")
+    unused = text.replace("scales = ", "nobody = {1, 2}, float16[2] scales = ")
+    program = program_of(unused, "ort-cuda")
+    before = canonical_text(program)
+    result = apply_pass(PASS, program)
+    assert (result.modified, result.fired) == (False, 0) and canonical_text(program) == before
