@@ -77,6 +77,7 @@ _CUDA = (
     "pack-quantized-projections",
     "eliminate-common-subexpressions",
     "eliminate-dead-code",
+    "lower-cuda-opset",
 )
 #: Target → what lowers the recognized program.
 _LOWERINGS = {
