@@ -16,7 +16,7 @@ from planish.passes.fusion.mask_values import ALMOST_LOWEST
 from planish.passes.fusion.sizes import sizes
 from planish.passes.lowering.known_values import known_array
 from planish.passes.lowering.mask_parts import MaskParts, mask_parts
-from planish.passes.lowering.projections import Projection, packed
+from planish.passes.lowering.projections import Projection, as_one, packed
 from planish.passes.registry import register
 from planish.passes.rewrite import Match, RewritePass
 
@@ -126,16 +126,14 @@ def _parts(node: ir.Node) -> MaskParts:
 
 
 def _multi_head(op: Any, match: Match, bias: Any, settings: dict[str, Any]) -> Any:
-    projections = [Projection.of(match[name]) for name in "qkv"]
-    together = packed(projections) if match.shape("q") == match.shape("k") == match.shape("v") else None
+    alike = match.shape("q") == match.shape("k") == match.shape("v")
+    together = packed([Projection.of(match[name]) for name in "qkv"]) if alike else None
     settings["_domain"] = _MICROSOFT
     if together is None:
         # The biases of the projections stay with these: the operator's own bias would cost the same pass.
         return op.MultiHeadAttention(match["q"], match["k"], match["v"], None, None, bias, **settings)
-    weight, shift = together
-    x = projections[0].x  # type: ignore[union-attr]
-    return op.Attention(x, op.initializer(weight, name="qkv_weight"), op.initializer(shift, name="qkv_bias"),
-                        None, None, bias, **settings)  # fmt: skip
+    weight, shift = op.initializer(together.weight, name="qkv_weight"), op.initializer(together.bias, name="qkv_bias")
+    return op.Attention(together.x, weight, shift, None, None, bias, **settings)
 
 
 def _bias_of(op: Any, match: Match, parts: MaskParts) -> Any:
@@ -207,16 +205,10 @@ def _grouped(op: Any, match: Match, settings: dict[str, Any], rotations: Sequenc
         dtype = match.dtype("q").numpy()  # type: ignore[union-attr]
         tables = [op.initializer(np.ascontiguousarray(t, dtype), name="rotation") for t in (first.cos, first.sin)]
         settings |= {"do_rotary": 1, "rotary_interleaved": first.interleaved}
-    projections = [Projection.of(value) for value in (q, k, v)]
-    together = packed(projections)
-    if together is not None:
-        weight, shift = together
-        q = op.MatMul(projections[0].x, op.initializer(weight, name="qkv_weight"))  # type: ignore[union-attr]
-        q = op.Add(q, op.initializer(shift, name="qkv_bias")) if shift.any() else q
-        k = v = None
+    given = as_one(op, (q, k, v), packed([Projection.of(value) for value in (q, k, v)]))
     last = op.initializer(np.full(batch, length - 1, np.int32), name="last_position")
     total = op.initializer(np.array(length, np.int32), name="length")
-    y, *caches = op.GroupQueryAttention(q, k, v, None, None, last, total, *tables, **settings,
+    y, *caches = op.GroupQueryAttention(*given, None, None, last, total, *tables, **settings,
                                         _domain=_MICROSOFT, _outputs=3)  # fmt: skip
     for cache in caches:
         cache.type = match.output.type

@@ -18,7 +18,7 @@ from planish.passes.base import Decline, ExactPass, PassContext, PassResult
 from planish.passes.canonicalize.editing import Editor
 from planish.passes.lowering.known_values import known_array
 from planish.passes.lowering.merge_parts import MergeParts
-from planish.passes.lowering.projections import Projection, packed
+from planish.passes.lowering.projections import Packed, Projection, packed
 from planish.passes.registry import register
 from planish.passes.tokens.emitter import Emitter
 
@@ -167,15 +167,13 @@ def _alone(emit: Emitter, node: ir.Node, bias: ir.Value) -> ir.Value:
 
 
 def _packed(
-    emit: Emitter, node: ir.Node, together: tuple[np.ndarray, np.ndarray], bias: ir.Value | None
+    emit: Emitter, node: ir.Node, together: Packed, bias: ir.Value | None
 ) -> tuple[ir.Value, np.ndarray, ir.Value]:
     """The product of queries, keys and values without its bias, the bias, and attention over both."""
-    weight, shift = together
     heads, query = node.attributes.get_int("q_num_heads"), node.inputs[0]
     assert query is not None
-    projection = Projection.of(query)
-    assert projection is not None
-    qkv = emit.add("MatMul", projection.x, emit.constant(weight, "qkv_weight"))
+    weight, shift = together.weight, together.bias
+    qkv = emit.add("MatMul", together.x, emit.constant(weight, "qkv_weight"))
     qkv.type = ir.TensorType(_HALF)
     qkv.shape = ir.Shape([*(dims_of(query) or ())[:2], weight.shape[1]])
     settings = {"num_heads": heads, "scale": _scale(node, heads)}

@@ -15,13 +15,12 @@ from planish.ir.graphs import dims_of, is_op
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
-from planish.passes.lowering.lower_cuda_step import HALF, evaluate
-from planish.passes.lowering.projections import Projection, packed
+from planish.passes.lowering.projections import Projection, as_one, packed
+from planish.passes.lowering.rotation_tables import HALF, RotationTables, check_columns
 from planish.passes.precision.cache_sites import MICROSOFT
 from planish.passes.registry import register
 from planish.passes.sparsity.splice import Splicer
 
-_MOST = 1 << 26  # elements of a table
 #: Numbers of queries, of keys, and heads: what the operator's flash kernel takes.
 _LARGEST_HEAD = 256
 
@@ -60,9 +59,8 @@ class _Run:
     """
 
     def __init__(self, splicer: Splicer, positions: int | None) -> None:
-        self.splicer, self.positions, self.fired = splicer, positions, 0
+        self.splicer, self.tables, self.fired = splicer, RotationTables(positions), 0
         self.model = splicer.program.entry(PREFILL)
-        self._tables: dict[ir.Value, np.ndarray] = {}
 
     def attention(self, node: ir.Node) -> None:
         """Rewrites one attention, or says why not."""
@@ -82,14 +80,10 @@ class _Run:
         elif any(turns):
             raise Decline("one of queries and keys is rotated")
         presents = self._presents(turns[1], k, v)
-        together, source = packed([Projection.of(value) for value in (q, k, v)]), Projection.of(q)  # type: ignore
+        together = packed([Projection.of(value) for value in (q, k, v)])  # type: ignore[arg-type]
 
         def build(op: Any) -> Sequence[ir.Value]:
-            given: list[Any] = [q, k, v]
-            if together is not None and source is not None:
-                weight, shift = together
-                one = op.MatMul(source.x, op.initializer(weight, name="qkv_weight"))
-                given = [op.Add(one, op.initializer(shift, name="qkv_bias")) if shift.any() else one, None, None]
+            given = as_one(op, (q, k, v), together)
             counted = self._counted(node) or given[0]
             total = op.Cast(op.Shape(counted, start=1, end=2), to=int(ir.DataType.INT32))
             last = op.Expand(op.Sub(total, np.int32(1)), op.Shape(counted, start=0, end=1))
@@ -115,22 +109,10 @@ class _Run:
         kinds = [node.attributes.get_int("interleaved", 0) for node in (first, second)]
         if not alike or len([v for v in first.inputs if v is not None]) != 3 or kinds[0] != kinds[1]:
             raise Decline("queries and keys are rotated by different angles, or by positions of their own")
-        tables = [self._table(value) for value in first.inputs[1:3]]
-        columns = tables[0].shape[1]
-        if size % 16 or columns % 8 or columns > size // 2:
-            raise Decline("the operator rotates heads of a multiple of 16, by a multiple of 8 angles")
+        every = {IDS: np.zeros((1, self.tables.end()), np.int64)}
+        tables = [self.tables.of(value, every, axis=1) for value in first.inputs[1:3] if value is not None]
+        check_columns(size, tables[0].shape[1])
         return tables, kinds[0]
-
-    def _table(self, value: ir.Value | None) -> np.ndarray:
-        assert value is not None and value.dtype is not None
-        if value not in self._tables:
-            if self.positions is None:
-                raise Decline("the model's positions have no end, so that there is no table of all rotations")
-            found = evaluate(value, {IDS: np.zeros((1, self.positions), np.int64)})
-            if found.ndim != 3 or found.shape[:2] != (1, self.positions) or found.size > _MOST:
-                raise Decline(f"'{value.name}' is no table of one row for each position")
-            self._tables[value] = np.ascontiguousarray(found[0].astype(value.dtype.numpy()))
-        return self._tables[value]
 
     def _counted(self, node: ir.Node) -> ir.Value | None:
         """The ids, if the layer reads as many rows and tokens: all layers then share the lengths."""

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from planish.ir.causal_lm import IDS, LENGTHS, Facts
-from planish.ir.graphs import constant_tensor, dims_of, is_op
+from planish.ir.graphs import dims_of, is_op
 from planish.ir.ledger import Declined
 from planish.ir.program import Program
 from planish.passes.base import Decline, ExactPass, PassContext, PassResult
-from planish.passes.lowering.projections import Projection, packed
+from planish.passes.lowering.projections import Projection, as_one, packed
+from planish.passes.lowering.rotation_tables import HALF, RotationTables, check_columns
 from planish.passes.precision.cache_sites import GROUP_QUERY, MICROSOFT
 from planish.passes.registry import register
 from planish.passes.sparsity.splice import Splicer
-
-HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_MOST = 1 << 26  # elements of a table
 
 
 @register
@@ -59,8 +56,7 @@ class _Run:
     """
 
     def __init__(self, splicer: Splicer, positions: int | None) -> None:
-        self.splicer, self.positions, self.fired = splicer, positions, 0
-        self._tables: dict[ir.Value, np.ndarray] = {}
+        self.splicer, self.tables, self.fired = splicer, RotationTables(positions), 0
 
     def step(self, model: ir.Model, node: ir.Node) -> None:
         """Rewrites a step, or says why not."""
@@ -85,14 +81,9 @@ class _Run:
         settings: dict[str, Any] = dict(node.attributes)
         if tables:
             settings |= {"do_rotary": 1, "rotary_interleaved": first.interleaved}
-        source = Projection.of(q)
 
         def build(op: Any) -> Sequence[ir.Value]:
-            given: list[Any] = [q, k, v]
-            if together is not None and source is not None:
-                weight, shift = together
-                one = op.MatMul(source.x, op.initializer(weight, name="qkv_weight"))
-                given = [op.Add(one, op.initializer(shift, name="qkv_bias")) if shift.any() else one, None, None]
+            given = as_one(op, (q, k, v), together)
             turned = [op.initializer(table, name="rotation") for table in tables]
             made: Sequence[ir.Value] = op.GroupQueryAttention(
                 *given, *node.inputs[3:7], *turned, _domain=MICROSOFT, _outputs=3, **settings
@@ -110,24 +101,10 @@ class _Run:
         if (first.cos, first.sin, first.interleaved) != (second.cos, second.sin, second.interleaved):
             raise Decline("queries and keys are rotated by different angles")
         cache: Any = dims_of(node.inputs[3])  # type: ignore[arg-type]
-        tables = [self._table(value) for value in (first.cos, first.sin)]
-        columns = tables[0].shape[1]
-        if not isinstance(cache[3], int) or cache[3] % 16 or columns % 8 or columns > cache[3] // 2:
-            raise Decline("the operator rotates heads of a multiple of 16, by a multiple of 8 angles")
+        every = _every(self.tables.end())
+        tables = [self.tables.of(value, every, axis=0) for value in (first.cos, first.sin)]
+        check_columns(cache[3], tables[0].shape[1])
         return tables
-
-    def _table(self, value: ir.Value) -> np.ndarray:
-        """What a value (batch, 1, columns) that depends on lengths is for every length."""
-        if value not in self._tables:
-            if self.positions is None:
-                raise Decline("the model's positions have no end, so that there is no table of all rotations")
-            found = evaluate(value, _every(self.positions))
-            if found.ndim != 3 or found.shape[:2] != (self.positions, 1) or found.size > _MOST:
-                raise Decline(f"'{value.name}' is no table of one row for each position")
-            dtype = value.dtype
-            assert dtype is not None
-            self._tables[value] = np.ascontiguousarray(found[:, 0].astype(dtype.numpy()))
-        return self._tables[value]
 
 
 @dataclass(frozen=True)
@@ -175,37 +152,3 @@ def _unviewed(value: ir.Value) -> ir.Value:
 def _every(positions: int) -> dict[str, np.ndarray]:
     """A row for each length."""
     return {LENGTHS: np.arange(positions, dtype=np.int64), IDS: np.zeros((positions, 1), np.int64)}
-
-
-def evaluate(value: ir.Value, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A value that is computed from these inputs of its graph, and constants, alone; of ids only the shape may count.
-
-    Raises:
-        Decline: it is not.
-    """
-    known: dict[ir.Value, np.ndarray] = {}
-    pending = [value]
-    while pending:
-        item = pending[-1]
-        tensor, node = constant_tensor(item), item.producer()
-        if item in known:
-            pending.pop()
-        elif tensor is not None:
-            known[item] = np.asarray(tensor.numpy())
-        elif item.is_graph_input() and item.name in inputs:
-            known[item] = inputs[item.name or ""]
-        elif node is None or node.domain or len(node.outputs) != 1 or len(pending) > 64 or _reads_ids(node):
-            raise Decline(f"'{value.name}' depends on more than the position")
-        elif missing := [v for v in node.inputs if v is not None and v not in known]:
-            pending += missing
-        else:
-            names = {v.name or "": known[v] for v in node.inputs if v is not None}
-            try:
-                (known[item],) = ReferenceEvaluator(ir.to_proto(node)).run(None, names)
-            except Exception as error:
-                raise Decline(f"'{value.name}' can not be computed beforehand: {error}") from error
-    return known[value]
-
-
-def _reads_ids(node: ir.Node) -> bool:
-    return not is_op(node, "Shape") and any(v is not None and v.is_graph_input() and v.name == IDS for v in node.inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,8 +41,17 @@ class Projection:
         return cls(node.inputs[0], np.asarray(weight.numpy()), shift)
 
 
-def packed(projections: Sequence[Projection | None]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The weights side by side, and their biases, of products of one value."""
+@dataclass(frozen=True)
+class Packed:
+    """``x @ weight + bias`` with the columns of several products."""
+
+    x: ir.Value
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+def packed(projections: Sequence[Projection | None]) -> Packed | None:
+    """The product that several products of one value are together."""
     found = [item for item in projections if item is not None]
     if len(found) < len(projections) or len({id(item.x) for item in found}) > 1:
         return None
@@ -49,4 +59,12 @@ def packed(projections: Sequence[Projection | None]) -> tuple[np.ndarray, np.nda
         return None
     zeros = [np.zeros(item.weight.shape[1], item.weight.dtype) for item in found]
     biases = [zero if item.bias is None else item.bias for item, zero in zip(found, zeros, strict=True)]
-    return np.concatenate([item.weight for item in found], axis=1), np.concatenate(biases)
+    return Packed(found[0].x, np.concatenate([item.weight for item in found], axis=1), np.concatenate(biases))
+
+
+def as_one(op: Any, qkv: Sequence[ir.Value | None], together: Packed | None) -> list[ir.Value | None]:
+    """The first three inputs of com.microsoft's GroupQueryAttention: one product in place of three, if there is one."""
+    if together is None:
+        return list(qkv)
+    one = op.MatMul(together.x, op.initializer(together.weight, name="qkv_weight"))
+    return [op.Add(one, op.initializer(together.bias, name="qkv_bias")) if together.bias.any() else one, None, None]
