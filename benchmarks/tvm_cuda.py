@@ -113,10 +113,10 @@ def _compare(name: str, exe: planish.Executable) -> dict[str, float]:
         return {
             "error": _error(exe(given), want),
             "error of torch": _error(module(given), want),
-            "ours": _median(lambda: exe(given)),
-            "torch": _median(lambda: module(given)),
-            "compile": _median(lambda: compiled(given)),
-            "compile+graph": _median(_graph(compiled, given)),
+            "ours": median(lambda: exe(given)),
+            "torch": median(lambda: module(given)),
+            "compile": median(lambda: compiled(given)),
+            "compile+graph": median(_graph(compiled, given)),
         }
 
 
@@ -137,7 +137,7 @@ def _graph(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
     return graph.replay
 
 
-def _median(function: Callable[[], Any]) -> float:
+def median(function: Callable[[], Any]) -> float:
     """Milliseconds."""
     for _ in range(5):
         function()

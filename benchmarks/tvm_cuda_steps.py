@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tvm_cuda import median
 
 import planish
 from planish.runtime.tvm_generate import TvmCudaEntries
 
-HELD, ROOM, ROUNDS = 512, 1024, 60
+HELD, ROOM = 512, 1024
 GPT2 = {"layers": 12, "width": 768, "heads": 12, "groups": 12, "inner": 3072, "words": 50257, "gated": False}
 LLAMA = {"layers": 8, "width": 2048, "heads": 16, "groups": 4, "inner": 5632, "words": 32000, "gated": True}
 CASES = {f"{name}-b{batch}": (sizes, batch) for name, sizes in (("gpt2", GPT2), ("llama", LLAMA)) for batch in (1, 8)}
@@ -130,7 +130,7 @@ def compare(sizes: dict[str, Any], batch: int, target: str) -> dict[str, float]:
             half(last, past_key_values=past, use_cache=True)
             past.crop(HELD - past.get_seq_length())
 
-        row["transformers"] = _median(grown)
+        row["transformers"] = median(grown)
         static = Static(sizes, batch).half().cuda().eval()
         row["compile+graph"] = _compiled(static, last)
     return row
@@ -145,11 +145,11 @@ def _ours(sizes: dict[str, Any], ids: torch.Tensor, target: str) -> tuple[dict[s
     assert step is not None
     step.advance()  # captured; the same token at the same place
     with torch.cuda.stream(torch.cuda.ExternalStream(step.stream.address)):
-        median = _median(step.advance)
+        took = median(step.advance)
     again = np.empty_like(got)
     step.stream.to_host(again, step.logits.data_ptr())
     ours.close()
-    return {"ours": median, "graph differs": float(np.abs(again.astype(np.float64) - got).max())}, got
+    return {"ours": took, "graph differs": float(np.abs(again.astype(np.float64) - got).max())}, got
 
 
 def _compiled(static: nn.Module, last: torch.Tensor) -> float:
@@ -161,24 +161,7 @@ def _compiled(static: nn.Module, last: torch.Tensor) -> float:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         compiled(last, at)
-    return _median(graph.replay)
-
-
-def _median(function: Callable[[], Any]) -> float:
-    """Milliseconds."""
-    for _ in range(5):
-        function()
-    torch.cuda.synchronize()
-    marks = []
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        marks.append((begin, end))
-    torch.cuda.synchronize()
-    times = sorted(begin.elapsed_time(end) for begin, end in marks)
-    return float(times[len(times) // 2])
+    return median(graph.replay)
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from planish.ir.target import Target
 from planish.passes.testing import program_of
 from planish.runtime import ort_cuda
 from planish.runtime.artifact import read_manifest
-from planish.runtime.cuda import cache, driver, ort_library, toolchain
+from planish.runtime.cuda import driver, ort_library, toolchain
+from tests.runtime.cuda.compilers import stand_in_compiler
 
 HALF = ir.DataType.FLOAT16
 
@@ -48,19 +49,7 @@ def attention(heads=2, size=64, length=70, block=64, lists=True, dtype=HALF, cau
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A compiler that writes what it was asked for."""
-    program = tmp_path / "home" / "bin" / "nvcc"
-    program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\nto=$3\nshift 3\necho "FATBIN $*" > "$to"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("PLANISH_CACHE", "")
-    kept = (toolchain.nvcc, cache.binary, ort_library._library)
-    for cached in kept:
-        cached.cache_clear()
-    yield
-    for cached in kept:
-        cached.cache_clear()
+    yield from stand_in_compiler(tmp_path, monkeypatch)
 
 
 def nodes(model: ir.Model) -> bool:

@@ -15,7 +15,8 @@ from planish.ir.ops.quantized_linear import QUANTIZED_LINEAR, quantized_linear
 from planish.ir.ops.quantized_swiglu import QUANTIZED_SWIGLU
 from planish.ir.target import Target
 from planish.runtime import ort_cuda
-from planish.runtime.cuda import cache, driver, ort_library, toolchain
+from planish.runtime.cuda import driver, ort_library, toolchain
+from tests.runtime.cuda.compilers import stand_in_compiler
 
 HALF, BYTE = ir.DataType.FLOAT16, ir.DataType.UINT8
 
@@ -51,19 +52,7 @@ def model(bits=4, zeros=False, bias=False, rows=1, n=40, k=96, block=32, dtype=H
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A compiler that writes what it was asked for."""
-    program = tmp_path / "home" / "bin" / "nvcc"
-    program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\nto=$3\nshift 3\necho "FATBIN $*" > "$to"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("PLANISH_CACHE", "")
-    kept = (toolchain.nvcc, cache.binary, ort_library._library)
-    for cached in kept:
-        cached.cache_clear()
-    yield
-    for cached in kept:
-        cached.cache_clear()
+    yield from stand_in_compiler(tmp_path, monkeypatch)
 
 
 def has_kernel(**settings) -> bool:
