@@ -48,6 +48,10 @@ class BlockLists:
     def __post_init__(self) -> None:
         if self.block < TILE or self.block % TILE:
             raise UnsupportedError(f"blocks of {self.block} tokens; CUDA kernels take multiples of {TILE}.")
+        if self.indptr.is_cuda:
+            _ = (
+                self.together
+            )  # it reads the lists on the host, which a call, perhaps while a graph is captured, must not
 
     @functools.cached_property
     def together(self) -> bool:
