@@ -185,7 +185,8 @@ def decode(
         k.shape[1], heads, k.shape[2], *_rows(lists), splits,
         (scale if scale is not None else size**-0.5) * _LOG2_E,
     )  # fmt: skip
-    kernel.launch((splits, heads // shared, batch), 32 * _DECODE_WARPS, _stream(q), parameters)
+    early = driver.device(index).arch >= 90
+    kernel.launch((splits, heads // shared, batch), 32 * _DECODE_WARPS, _stream(q), parameters, early=early)
     return out
 
 

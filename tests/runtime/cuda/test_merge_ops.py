@@ -14,6 +14,7 @@ from planish.ir.target import Target
 from planish.runtime import ort_cuda
 from planish.runtime.cuda import driver, ort_library, toolchain
 from tests.runtime.cuda.compilers import stand_in_compiler
+from tests.runtime.cuda.merge_margins import clear
 
 HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
 TYPES = {"sizes": FLOAT, "key_bias": FLOAT, "key_shift": FLOAT, "merged_sizes": FLOAT, "logs": FLOAT, "index": INT64}
@@ -120,6 +121,17 @@ def feeds_of(shapes, seed, kind):
     return made
 
 
+def clear_images(op, feeds, settings):
+    """Those that no rounding decides."""
+    keys = feeds["keys"].astype("f8")
+    if op in FUSED:
+        keys = keys[:, :, settings["first"] :][:, :, : settings["heads"] * settings["size"]]
+        keys = keys + np.tile(feeds["key_shift"].astype("f8"), settings["heads"])
+    found = clear(keys, *(settings[name] for name in ("heads", "r", "protected", "margin")))
+    assert (~found).sum() <= 2 + len(found) // 10
+    return found
+
+
 def check(op, case, graphs, limit=1e-3, half=HALF):
     shapes, settings = case
     model = model_of(op, shapes, settings, half)
@@ -131,9 +143,11 @@ def check(op, case, graphs, limit=1e-3, half=HALF):
         wide = [array.astype("f8") if array.dtype == "f2" else array for array in feeds.values()]
         want = dialect_op(op).reference(*wide, **settings)
         got = runner.run(feeds)
+        of = clear_images(op, feeds, settings) if "Energy" in op else np.ones(next(iter(shapes.values()))[0], bool)
         for operand, expected in zip(dialect_op(op).schema.outputs, want, strict=True):
             found = got[operand.name]
             assert found.shape == expected.shape
+            found, expected = found[of], expected[of]
             if operand.name == "index":
                 assert np.array_equal(found, expected)
             elif operand.name in TYPES:
@@ -156,8 +170,6 @@ SIZES = [  # batch, tokens, heads, size, width, r, protected
 @pytest.mark.parametrize("case", SIZES)
 @pytest.mark.parametrize("op", MERGES)
 def test_merging_on_a_gpu(op, case):
-    if "Energy" in op and case[0] * case[1] > 200:
-        pytest.skip("one of so many differed; whether by rounding alone is not known yet")
     check(op, merge_case(op, *case), case[1] % 2)
 
 
@@ -171,8 +183,6 @@ def test_merging_in_float32_on_a_gpu(case):
 @pytest.mark.parametrize(("case", "first"), [*((case, 24) for case in SIZES), ((2, 60, 16, 64, 1024, 8, 1), 0)])
 @pytest.mark.parametrize("op", FUSED)
 def test_merging_between_sum_and_norm_on_a_gpu(op, case, first):
-    if "Energy" in op and case[0] * case[1] > 200:
-        pytest.skip("one of so many differed; whether by rounding alone is not known yet")
     check(op, merge_case(op, *case, first=first), case[1] % 2)
 
 

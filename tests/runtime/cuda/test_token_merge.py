@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 from planish.runtime.cuda import token_merge as kernels  # noqa: E402
 from planish.runtime.cuda.attention import attention  # noqa: E402
 from planish.runtime.cuda.token_merge import Norm, add_norm, launch_plan, merge_tokens  # noqa: E402
+from tests.runtime.cuda.merge_margins import clear  # noqa: E402
 
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 LIMITS = {"float16": 6e-4, "bfloat16": 5e-3, "float32": 1e-6}
@@ -47,9 +48,12 @@ def expected(x, keys, sizes, max_norm=False, **attributes):
     return reference(False, max_norm)(*arrays, heads=keys.shape[2], **attributes)
 
 
-def compare(got, want, limit):
+def compare(got, want, limit, of=slice(None)):
+    """All, or the images `of`."""
     y, merged, index, logs = (item.cpu().double().numpy() for item in got[:4])
     assert y.shape == want[0].shape and merged.shape == want[1].shape
+    y, merged, index, logs = (item[of] for item in (y, merged, index, logs))
+    want = [item[of] for item in want]
     assert np.array_equal(index, want[2])
     np.testing.assert_allclose(merged, want[1], rtol=1e-6)
     np.testing.assert_allclose(logs, np.log(want[1]), rtol=1e-6, atol=1e-6)
@@ -130,9 +134,16 @@ def test_max_norm(width):
     compare(got, expected(x, keys, sizes, max_norm=True, r=25, protected=1), 1e-6)
 
 
+def clear_images(keys, **settings):
+    """Those whose merging by energy no rounding decides."""
+    found = clear(keys.flatten(2).double().cpu().numpy(), keys.shape[2], **settings)
+    assert (~found).sum() <= 2 + len(found) // 10
+    return found
+
+
 @gpu
 @pytest.mark.parametrize("dtype", list(LIMITS))
-@pytest.mark.parametrize("case", [case for case in CASES if case[1] < 200])  # of more, some differ by rounding alone
+@pytest.mark.parametrize("case", CASES)
 def test_energy(case, dtype):
     *shape, r, protected = case
     x, keys, sizes = tensors(*shape, dtype, seed=sum(case))
@@ -142,7 +153,8 @@ def test_energy(case, dtype):
         flat = keys.flatten(2)
         arrays = (item.double().cpu().numpy() for item in (x, flat, sizes))
         del settings["max_norm"]
-        compare(got, reference(True, max_norm)(*arrays, heads=keys.shape[2], **settings), LIMITS[dtype])
+        want = reference(True, max_norm)(*arrays, heads=keys.shape[2], **settings)
+        compare(got, want, LIMITS[dtype], clear_images(keys, **settings))
 
 
 @gpu
@@ -160,12 +172,12 @@ def test_equal_keys_have_equal_energies():
 @pytest.mark.parametrize("case", [case for case in CASES if case[0]] + [(2, 70, 16, 64, 512, 30, 1)])
 def test_sum_and_norm(case, dtype):
     *shape, r, protected = case
-    tokens, width = shape[1], shape[4]
+    width = shape[4]
     if width == 768 and dtype == "float32":
         pytest.skip("wider than a warp has registers for")
     x, keys, sizes = tensors(*shape, dtype, seed=sum(case))
     added, gain, shift = (torch.randn(s, device="cuda").to(x.dtype) for s in (x.shape, width, width))
-    for margin in (None, 0.1) if tokens < 200 else (None,):
+    for margin in (None, 0.1):
         got = merge_tokens(
             x,
             keys,
@@ -182,7 +194,8 @@ def test_sum_and_norm(case, dtype):
         )
         settings = {"r": r, "protected": protected, "heads": keys.shape[2]} | ({"margin": margin} if margin else {})
         want = reference(margin is not None, False)(*arrays, **settings)
-        compare(got, want, LIMITS[dtype])
+        of = slice(None) if margin is None else clear_images(keys, r=r, protected=protected, margin=margin)
+        compare(got, want, LIMITS[dtype], of)
         normal = torch.nn.functional.layer_norm(
             torch.tensor(want[0]).cuda(), (width,), gain.double(), shift.double(), 1e-6
         )

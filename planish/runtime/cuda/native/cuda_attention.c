@@ -123,7 +123,7 @@ static ort_status *decode(
   attention_fill_step(&p, c, counters, splits);
   p.parts = parts;
   void *arguments[] = {&p};
-  return planish_cuda_launch(
+  return planish_cuda_launch_early(
       &code, (unsigned)splits, (unsigned)c->heads, (unsigned)c->batch, ATTENTION_DECODE_THREADS, stream, arguments);
 }
 

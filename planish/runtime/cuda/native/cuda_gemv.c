@@ -99,7 +99,7 @@ static ort_status *compute(void *given, ort_context *context) {
     int64_t channels = op->gated ? 2 * n : n; /* a block has as many of each weight as it would have of one */
     unsigned grid = gemv_grid(channels), threads = gemv_threads(channels);
     /* Before it waits for x the kernel reads weights, which nothing in front of it may write. */
-    CHECK(kernel->constant ? planish_cuda_launch_early(&code, grid, threads, stream, arguments)
+    CHECK(kernel->constant ? planish_cuda_launch_early(&code, grid, 1, 1, threads, stream, arguments)
                            : planish_cuda_launch(&code, grid, 1, 1, threads, stream, arguments));
   }
   return NULL;

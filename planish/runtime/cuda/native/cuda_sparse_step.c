@@ -121,7 +121,7 @@ static ort_status *attend(step *kernel, const cuda_sparse_step_form *form, const
   attention_fill_step(&p, &c, counters, splits);
   p.parts = parts;
   void *arguments[] = {&p};
-  return planish_cuda_launch(
+  return planish_cuda_launch_early(
       &code, (unsigned)splits, (unsigned)c.heads, (unsigned)c.batch, ATTENTION_DECODE_THREADS, stream, arguments);
 }
 

@@ -146,24 +146,30 @@ ort_status *planish_cuda_stream(ort_context *context, cuda_stream *stream) {
   return API(SLOT_COMPUTE_STREAM, const ort_context *, void **)(context, stream);
 }
 
-ort_status *planish_cuda_launch(
+static ort_status *launch(
     const cuda_kernel *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, cuda_stream stream,
-    void **arguments) {
+    void **arguments, int early) {
   if (y > 65535 || z > 65535) return planish_error("a grid of %u × %u × %u blocks; the limit is 65535 of the last two", x, y, z);
   if (!x || !y || !z) return NULL;
   unsigned shared = (unsigned)kernel->shared;
+  launch_attribute attribute = {PROGRAMMATIC_SERIALIZATION, 0, {1}};
+  launch_settings settings = {{x, y, z}, {threads, 1, 1}, shared, stream, &attribute, 1};
   return said(
-      driver.launch(kernel->function, x, y, z, threads, 1, 1, shared, stream, arguments, NULL), "launching a kernel");
+      early ? driver.launch_settings(&settings, kernel->function, arguments, NULL)
+            : driver.launch(kernel->function, x, y, z, threads, 1, 1, shared, stream, arguments, NULL),
+      "launching a kernel");
+}
+
+ort_status *planish_cuda_launch(
+    const cuda_kernel *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, cuda_stream stream,
+    void **arguments) {
+  return launch(kernel, x, y, z, threads, stream, arguments, 0);
 }
 
 ort_status *planish_cuda_launch_early(
-    const cuda_kernel *kernel, unsigned blocks, unsigned threads, cuda_stream stream, void **arguments) {
-  if (kernel->arch < 90 || !driver.launch_settings)
-    return planish_cuda_launch(kernel, blocks, 1, 1, threads, stream, arguments);
-  if (!blocks) return NULL;
-  launch_attribute attribute = {PROGRAMMATIC_SERIALIZATION, 0, {1}};
-  launch_settings settings = {{blocks, 1, 1}, {threads, 1, 1}, (unsigned)kernel->shared, stream, &attribute, 1};
-  return said(driver.launch_settings(&settings, kernel->function, arguments, NULL), "launching a kernel");
+    const cuda_kernel *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, cuda_stream stream,
+    void **arguments) {
+  return launch(kernel, x, y, z, threads, stream, arguments, kernel->arch >= 90 && driver.launch_settings);
 }
 
 ort_status *planish_cuda_launch_clusters(

@@ -28,7 +28,7 @@ ort_status *planish_cuda_launch(
 /* The same for a kernel that waits by itself for what is in front of it on the stream (griddepcontrol, from Hopper on), so
    that it may start before that is over. */
 ort_status *planish_cuda_launch_early(
-    const cuda_kernel *, unsigned blocks, unsigned threads, cuda_stream, void **arguments);
+    const cuda_kernel *, unsigned x, unsigned y, unsigned z, unsigned threads, cuda_stream, void **arguments);
 /* A grid of `clusters` rows of `cluster` blocks, which run at once (more than 1 from Hopper on), with `shared` bytes of
    dynamic shared memory, at most 48 KB. */
 ort_status *planish_cuda_launch_clusters(

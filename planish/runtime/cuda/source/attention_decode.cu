@@ -68,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, team = lane / LANES, column = lane % LANES * 8;
   const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, first_head = group * SHARED;
   const int kv_head = first_head / (p.q_heads / p.kv_heads);
+  wait_for_inputs();
   const int keys = p.lengths ? min(p.lengths[batch], p.keys) : p.keys;
   const Element *k = p.k + batch * p.k_batch + kv_head * p.k_head + column;
   const Element *v = p.v + batch * p.v_batch + kv_head * p.v_head + column;

@@ -97,13 +97,6 @@ __device__ __forceinline__ uint4 paired(uint4 at) {
 #endif
 }
 
-// A kernel in front of this one may still run until here, and the next one may start now.
-__device__ __forceinline__ void wait_for_inputs() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 struct Lane {
   int g, t, warp, lane;  // lane = 4 g + t
   __device__ Lane() : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {}
