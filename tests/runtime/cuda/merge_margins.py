@@ -1,4 +1,4 @@
-"""How close merging by energy is to another outcome, image by image: kernels decide in float32, references in float64."""
+"""How close merging by energy is to another outcome, by image: kernels decide in float32, references in float64."""
 
 from __future__ import annotations
 
