@@ -49,9 +49,8 @@ class BlockLists:
         if self.block < TILE or self.block % TILE:
             raise UnsupportedError(f"blocks of {self.block} tokens; CUDA kernels take multiples of {TILE}.")
         if self.indptr.is_cuda:
-            _ = (
-                self.together
-            )  # it reads the lists on the host, which a call, perhaps while a graph is captured, must not
+            # It reads the lists on the host, which a call, perhaps while a graph is captured, must not.
+            _ = self.together
 
     @functools.cached_property
     def together(self) -> bool:
@@ -205,15 +204,23 @@ class Workspace:
 
         batch, _, heads, size = q.shape
         blocks = batch * heads // shared
-        processors = driver.device(q.device.index or 0).processors
-        # At most two blocks on each multiprocessor, all at once, and at least a tile for each of them.
-        splits = max(1, min(2 * processors // blocks, (keys + TILE - 1) // TILE, 64))
+        device = driver.device(q.device.index or 0)
+        # All blocks run at once, each with a tile or more.
+        resident = _resident(device.arch, size, shared) * device.processors
+        splits = max(1, min(resident // blocks, (keys + TILE - 1) // TILE, 64))
         wanted = (q.device, batch, heads, size, splits, shared)
         if self._made != wanted:
             self.parts = torch.empty(batch * heads * splits * (size + 2), dtype=torch.float32, device=q.device)
             self.done = torch.zeros(batch * heads, dtype=torch.int32, device=q.device)
             self._made = wanted
         return int(splits)
+
+
+def _resident(arch: int, size: int, shared: int) -> int:
+    """Blocks of attention_decode.cu on a multiprocessor, as launch_attention.h has it."""
+    if shared == 8 or (arch < 80 and size == 128):
+        return 1
+    return 3 if arch == 90 and shared == 1 else 2
 
 
 def _lists(lists: BlockLists | None, lengths: torch.Tensor | None) -> tuple[int | None, ...]:

@@ -112,7 +112,7 @@ static ort_status *decode(
     attention *kernel, const cuda_attention_form *form, const attention_call *c, cuda_stream stream) {
   cuda_kernel code;
   CHECK(planish_cuda_kernel(&form->decode, &code));
-  int splits = attention_splits(c, code.processors, 1);
+  int splits = attention_splits(c, code.arch, code.processors, 1);
   void *parts = NULL, *counters = NULL;
   pthread_mutex_lock(&kernel->lock);
   ort_status *status = cuda_space_for(&kernel->parts, stream, attention_parts(c, splits), &parts);

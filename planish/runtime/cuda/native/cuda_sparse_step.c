@@ -106,7 +106,7 @@ static ort_status *attend(step *kernel, const cuda_sparse_step_form *form, const
   attention_by_heads(&c, c.keys);
   cuda_kernel code;
   CHECK(planish_cuda_kernel(&form->decode, &code));
-  int splits = attention_splits(&c, code.processors, 1);
+  int splits = attention_splits(&c, code.arch, code.processors, 1);
   size_t inside = (attention_parts(&c, splits) + 255) / 256 * 256;
   void *parts = NULL, *counters = NULL;
   pthread_mutex_lock(&kernel->lock);

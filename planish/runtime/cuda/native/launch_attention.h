@@ -122,10 +122,17 @@ static inline void attention_fill_prefill(attention_prefill *p, const attention_
   p->scale = c->scale * attention_log2_e, p->bias = c->bias, p->bias_batch = c->bias_batch;
 }
 
-/* Parts that the keys are split into: two blocks for each multiprocessor, a tile or more for each block. */
-static inline int attention_splits(const attention_call *c, int processors, int shared) {
+/* Blocks of attention_decode.cu that a multiprocessor has room for at once, at most three: by shared memory, and where many
+   heads share keys, by registers. */
+static inline int attention_resident(int arch, int64_t size, int shared) {
+  if (shared == 8 || (arch < 80 && size == 128)) return 1;
+  return arch == 90 && shared == 1 ? 3 : 2;
+}
+
+/* Parts that the keys are split into: all blocks run at once, each with a tile or more. */
+static inline int attention_splits(const attention_call *c, int arch, int processors, int shared) {
   int64_t blocks = c->batch * c->heads / shared, tiles = (c->keys + ATTENTION_TILE - 1) / ATTENTION_TILE;
-  int64_t splits = 2 * (int64_t)processors / (blocks ? blocks : 1);
+  int64_t splits = (int64_t)attention_resident(arch, c->size, shared) * processors / (blocks ? blocks : 1);
   splits = splits > tiles ? tiles : splits;
   splits = splits > ATTENTION_MOST_SPLITS ? ATTENTION_MOST_SPLITS : splits;
   return splits < 1 ? 1 : (int)splits;

@@ -19,6 +19,7 @@
 #define LANES (HEAD / 8)          // lanes that hold a row, 8 elements each
 #define TEAMS (32 / LANES)        // rows that a warp reads at once
 #define MAX_SPLITS 64
+#define EARLY 16
 // Tiles that are on their way while one is used; a lane copies the chunks that it will read, so that no lane waits for
 // another. Turing has no such copies.
 #if ASYNC_COPY
@@ -82,18 +83,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
     for (int i = 0; i < 8; ++i) q[h][i] *= p.scale;
   }
 
-  // The tiles of the last position's row of the layout, divided evenly.
+  // The tiles of the last position's row of the layout, divided evenly among the parts: by the rows of a warp.
   const int row = p.indptr ? (keys - 1) / p.block : 0;
   const bool listed = p.indptr && (!BEYOND || row < p.rows);
   const int factor = listed ? p.block / TILE : 1;
   int begin = 0, count = (keys + TILE - 1) / TILE;
   if (listed) {
-    const int *ends = p.indptr + p.head_layout[first_head] * (p.rows + 1);
-    begin = row < p.rows ? ends[row] : 0;
-    count = (row < p.rows ? ends[row + 1] - begin : 0) * factor;
+    const int *borders = p.indptr + p.head_layout[first_head] * (p.rows + 1);
+    begin = row < p.rows ? borders[row] : 0;
+    count = (row < p.rows ? borders[row + 1] - begin : 0) * factor;
   }
-  const int last = static_cast<long long>(count) * (split + 1) / p.splits;
-  int i = static_cast<long long>(count) * split / p.splits, coming = i;
+  auto border = [&](int part) { return static_cast<int>(static_cast<long long>(count) * WARPS * part / p.splits); };
+  const int from = border(split), to = border(split + 1), last = (to + WARPS - 1) / WARPS;
+  int i = from / WARPS, coming = i;
   extern __shared__ __align__(16) char memory[];
   const uint32_t base = shared_address(memory) + thread * 16;
   auto chunk_at = [&](int stage, int row, int value) {
@@ -103,14 +105,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
     int tile = listed ? p.indices[begin + i / factor] * factor + i % factor : i;
     return tile * TILE + warp * (TILE / WARPS) + team;  // a team's rows are TEAMS apart
   };
-  int firsts[STAGES];
+  int ends[STAGES];  // rows from here on are not there
   auto load = [&](int stage) {
     if (coming < last) {
-      int first = firsts[stage] = first_row(coming++);
+      int first = first_row(coming), of_warp = coming++ * WARPS + warp;
+      int end = ends[stage] = of_warp >= from && of_warp < to ? keys - first : 0;
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         int key = first + r * TEAMS;
-        bool there = key < keys;
+        bool there = r * TEAMS < end;
         copy_chunk(chunk_at(stage, r, 0), k + (there ? key * p.k_row : 0), there);
         copy_chunk(chunk_at(stage, r, 1), v + (there ? key * p.v_row : 0), there);
       }
@@ -125,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
     if (i == last) break;
     ++i;
     wait_copies<STAGES - 1>();
-    const int first = firsts[stage];
+    const int end = ends[stage];
     uint4 kd[ROWS], vd[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) kd[r] = read_chunk(chunk_at(stage, r, 0)), vd[r] = read_chunk(chunk_at(stage, r, 1));
@@ -144,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
       for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
         for (int step = LANES / 2; step > 0; step /= 2) s[r] += __shfl_xor_sync(~0u, s[r], step);
-        if (first + r * TEAMS >= keys) s[r] = -INFINITY;
+        if (r * TEAMS >= end) s[r] = -INFINITY;
         top = fmaxf(top, s[r]);
       }
       float now = fmaxf(part[h].maximum, top), from = now == -INFINITY ? 0.f : now;
@@ -168,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
   // The teams of all warps → one part, in shared memory.
   __shared__ float values[WARPS * TEAMS][HEAD], maxima[WARPS * TEAMS], sums[WARPS * TEAMS];
   __shared__ bool combines;
-  float *to = p.parts + (static_cast<long long>(batch) * p.q_heads + first_head) * p.splits * (HEAD + 2);
+  float *parts = p.parts + (static_cast<long long>(batch) * p.q_heads + first_head) * p.splits * (HEAD + 2);
 #pragma unroll
   for (int h = 0; h < SHARED; ++h) {
     __syncthreads();
@@ -181,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
 #pragma unroll
     for (int i = 0; i < WARPS * TEAMS; ++i) top = fmaxf(top, maxima[i]);
     float from = top == -INFINITY ? 0.f : top;
-    float *mine = to + (static_cast<long long>(h) * p.splits + split) * (HEAD + 2);
+    float *mine = parts + (static_cast<long long>(h) * p.splits + split) * (HEAD + 2);
     for (int c = thread; c < HEAD; c += WARPS * 32) {
       float value = 0;
 #pragma unroll
@@ -205,7 +208,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
   __threadfence();
   __shared__ float weights[MAX_SPLITS];
   for (int h = 0; h < SHARED; ++h) {
-    const float *from = to + static_cast<long long>(h) * p.splits * (HEAD + 2);
+    const float *from = parts + static_cast<long long>(h) * p.splits * (HEAD + 2);
+    float early[EARLY];  // of a column, which are on their way while the weights are found
+#pragma unroll
+    for (int i = 0; i < EARLY; ++i) early[i] = thread < HEAD && i < p.splits ? __ldcg(from + i * (HEAD + 2) + thread) : 0;
     __syncthreads();
     if (warp == 0) {  // a split or two for each lane: its weight among all
       float top[2], sum[2], most = -INFINITY, total = 0;
@@ -229,11 +235,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
         if (lane + 32 * i < p.splits) weights[lane + 32 * i] = top[i] * inverse;
     }
     __syncthreads();
-    for (int c = thread; c < HEAD; c += WARPS * 32) {
+    if (thread < HEAD) {
       float value = 0;
+#pragma unroll
+      for (int i = 0; i < EARLY; ++i)
+        if (i < p.splits) value = fmaf(early[i], weights[i], value);
 #pragma unroll 16
-      for (int i = 0; i < p.splits; ++i) value = fmaf(__ldcg(from + i * (HEAD + 2) + c), weights[i], value);
-      p.out[batch * p.out_batch + (first_head + h) * p.out_head + c] = Element(value);
+      for (int i = EARLY; i < p.splits; ++i) value = fmaf(__ldcg(from + i * (HEAD + 2) + thread), weights[i], value);
+      p.out[batch * p.out_batch + (first_head + h) * p.out_head + thread] = Element(value);
     }
   }
   if (thread == 0) *done = 0;

@@ -69,9 +69,9 @@ def clears(device: CudaDevice, size: int, dtype: str) -> None:
     use(device, STEP, size, _FORMS[dtype], "cache_step.cu", defines)
 
 
-def workspace(t: Translator, rows: Any, size: int) -> Any:
-    """Bytes for the parts of `rows` heads, and for their counters."""
-    return t.plain(t.dim(rows) * (4 * (size + 2) + 4) + _PARTS * 4 * (size + 2) + 256)
+def workspace(t: Translator, rows: Any, size: int, shared: int = 1) -> Any:
+    """Bytes for the parts of `rows` heads, of which `shared` are in one block, and for their counters."""
+    return t.plain(t.dim(rows) * (4 * (size + 2) + 4) + _PARTS * shared * 4 * (size + 2) + 256)
 
 
 def _decode(
@@ -93,6 +93,6 @@ def _decode(
             t.force(t.compute("total", [held], lambda i, x: x(*i) + one, list(held.ty.shape), "int32")),
         )
     total = t.derived[key][1]
-    types = [t.type(dims, dtype), t.type([workspace(t, t.product([dims[0], heads]), size)], "uint8")]
+    types = [t.type(dims, dtype), t.type([workspace(t, t.product([dims[0], heads]), size, shared)], "uint8")]
     made = device.packed(t, "planish_cache_decode", [*tensors, total, size, shared, scale], types)
     return t.emit(t.relax.TupleGetItem(made, 0))

@@ -67,7 +67,7 @@ EXPORT int __tvm_ffi_planish_attention(void *self, const TVMFFIAny *args, int32_
 static int decode(const attention_call *c, int device, int bfloat, int shared, const DLTensor *workspace, void *on) {
   int arch = arch_of(device);
   if (!arch) return -1;
-  int splits = attention_splits(c, processors[device], shared);
+  int splits = attention_splits(c, arch, processors[device], shared);
   while (splits > 1 && attention_counters(c) + attention_parts(c, splits) > (size_t)workspace->shape[0]) --splits;
   attention_step p;
   attention_fill_step(&p, c, data(workspace), splits);
