@@ -65,7 +65,7 @@ struct Part {
   float value[8] = {}, maximum = -INFINITY, sum = 0;
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARED == 1 ? 3 : 1) attention_decode(const __grid_constant__ Parameters p) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, team = lane / LANES, column = lane % LANES * 8;
   const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, first_head = group * SHARED;
   const int kv_head = first_head / (p.q_heads / p.kv_heads);
