@@ -313,10 +313,7 @@ def _load(
         elif target.runtime == "ort":
             from planish.runtime import ort_artifact
 
-            runners = {
-                name: ort_artifact.runner(folder, manifest, entry, contents[entry.file], target, native)
-                for name, entry in manifest.entries.items()
-            }
+            runners = ort_artifact.runners(folder, manifest, contents, target, native)
         elif target.runtime == "tvm":
             from planish.runtime import tvm_artifact
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,9 +12,12 @@ from planish.ir.ledger import Ratio
 from planish.ir.program import Calibration, Program
 from planish.ir.target import Target
 from planish.runtime.caches import fitting, shorter_cache
-from planish.runtime.compile import compile_entry
+from planish.runtime.compile import compile_entry, shared_weights
 from planish.runtime.executable import CompiledEntry
 from planish.runtime.measure import speedup
+
+if TYPE_CHECKING:
+    from planish.runtime.shared_weights import SharedWeights
 
 #: Programs kept compiled: the baseline and one candidate. Each holds a packed copy of the weights, so no more are.
 KEPT = 2
@@ -32,7 +35,7 @@ class Bench:
     def __init__(self, target: Target, calibration: Calibration | None) -> None:
         self.target, self.calibration = target, calibration
         # Keyed by identity, and holding the program so that an identity is not used twice.
-        self._runners: OrderedDict[int, tuple[Program, dict[str, CompiledEntry]]] = OrderedDict()
+        self._runners: OrderedDict[int, tuple[Program, dict[str, CompiledEntry], SharedWeights | None]] = OrderedDict()
 
     def runner(self, program: Program, entry: str | None = None) -> CompiledEntry:
         """The compiled entry, by default the calibrated one; those of the two programs used last are kept."""
@@ -40,12 +43,12 @@ class Bench:
         if known is None:
             while len(self._runners) >= KEPT:
                 self._runners.popitem(last=False)
-            known = (program, {})
+            known = (program, {}, shared_weights(program, self.target))
         self._runners[id(program)] = known
         if entry is None:
             entry = program.default_entry if self.calibration is None else self.calibration.entry
         if entry not in known[1]:
-            known[1][entry] = compile_entry(program, entry, self.target)
+            known[1][entry] = compile_entry(program, entry, self.target, known[2])
         return known[1][entry]
 
     def run_inputs(self, program: Program, inputs: dict[str, np.ndarray], entry: str | None = None) -> dict[str, Any]:

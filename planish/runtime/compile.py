@@ -11,10 +11,26 @@ from planish.runtime.executable import CompiledEntry
 
 if TYPE_CHECKING:
     from planish.ir.program import Program
+    from planish.runtime.shared_weights import SharedWeights
 
 
-def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry:
+def shared_weights(program: Program, target: Target) -> SharedWeights | None:
+    """What :func:`compile_entry` is given for each entry of a program, so that they hold weights once on a GPU.
+
+    None for programs and targets where each has its own, or where there is one memory for all anyway.
+    """
+    if target.name != "ort-cuda":
+        return None
+    from planish.runtime.shared_weights import for_target
+
+    return for_target(program, target)
+
+
+def compile_entry(program: Program, entry: str, target: Target, shared: SharedWeights | None = None) -> CompiledEntry:
     """Compiles an entry of a program for a target.
+
+    Args:
+        shared: of :func:`shared_weights`, the same for all entries.
 
     Raises:
         UnsupportedError: an operator has no code there, or what compiles it is not installed.
@@ -24,14 +40,16 @@ def compile_entry(program: Program, entry: str, target: Target) -> CompiledEntry
         from planish.runtime.ort import compile_ort, kernel_library
 
         # One library for all entries, since an artifact has one.
-        library = kernel_library(list(program.entries.values()), target)
-        return compile_ort(program.entry(entry), target, library=library)
+        generated = kernel_library(list(program.entries.values()), target)
+        return compile_ort(program.entry(entry), target, library=generated)
     if target.name == "ort-cuda":
         from planish.runtime.ort_cuda import compile_ort_cuda, kernels_of
 
         specs = [spec for name in program.entries for spec in program.inputs(name)] if target.buckets else []
         dims = {d for spec in specs for d in spec.shape or () if isinstance(d, str)}
-        return compile_ort_cuda(program.entry(entry), target, library=kernels_of(program, target), dims=dims)
+        held = None if shared is None else shared.of(entry)
+        library = kernels_of(program, target)
+        return compile_ort_cuda(program.entry(entry), target, library=library, dims=dims, shared=held)
     if target.name == "tvm-cpu":
         from planish.runtime.tvm import compile_tvm
 

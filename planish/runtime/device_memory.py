@@ -1,4 +1,4 @@
-"""Memory of a device by address: zeros, copies, and arrays of the host that are copied fast."""
+"""Memory of a device by address: blocks, zeros, copies, and arrays of the host that are copied fast."""
 
 from __future__ import annotations
 
@@ -6,6 +6,63 @@ import ctypes
 import weakref
 
 import numpy as np
+
+_ALIGNED = 256
+
+
+class Block:
+    """Memory of a device that is there for as long as this is: allocated from the driver, and given back to it.
+
+    ONNX Runtime's own allocators keep what they once had.
+
+    Args:
+        nbytes: its size.
+        device, index: as of :class:`DeviceMemory`.
+        what: what is in it, for messages.
+
+    Attributes:
+        address: where it begins, a multiple of 256.
+
+    Raises:
+        UnsupportedError: the device has not as much.
+    """
+
+    def __init__(self, nbytes: int, device: str, index: int, what: str) -> None:
+        self.nbytes, self.device, self.index = nbytes, device, index
+        if device == "cpu":
+            self._array = np.empty(nbytes + _ALIGNED, np.uint8)
+            self.address = -(-self._array.ctypes.data // _ALIGNED) * _ALIGNED
+            return
+        from planish.runtime.cuda import driver
+
+        address = ctypes.c_uint64()
+        with driver.current(index):
+            code = driver.library().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
+        driver.check(code, f"{nbytes} bytes of {what} on GPU {index}")
+        self.address = address.value
+        # Not at exit: sessions may still be there that read it, and the process gives everything back.
+        weakref.finalize(self, _free, address.value, index).atexit = False
+
+    def write(self, offset: int, array: np.ndarray) -> None:
+        """Copies a contiguous array to `offset`; it is there for every stream when this returns."""
+        if offset < 0 or offset + array.nbytes > self.nbytes:
+            raise ValueError(f"{array.nbytes} bytes at {offset} of {self.nbytes}")
+        if self.device == "cpu":
+            ctypes.memmove(self.address + offset, array.ctypes.data, array.nbytes)
+            return
+        from planish.runtime.cuda import driver
+
+        with driver.current(self.index):
+            memory = DeviceMemory(self.device, self.index)
+            memory.upload(self.address + offset, array)
+            memory.settle()  # from pageable memory the last part of a copy may be under way
+
+
+def _free(address: int, index: int) -> None:
+    from planish.runtime.cuda import driver
+
+    with driver.current(index):
+        driver.library().cuMemFree_v2(ctypes.c_uint64(address))
 
 
 class DeviceMemory:

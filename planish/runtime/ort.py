@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from planish.runtime.cuda.ort_library import CudaLibrary
     from planish.runtime.kernels.library import Library
+    from planish.runtime.shared_weights import EntryWeights
 
 _PROVIDERS = ["CPUExecutionProvider"]
 #: Models with more weights than this are worth the milliseconds that returning memory takes, in bytes.
@@ -75,11 +76,13 @@ def open_session(
     optimize: bool = True,
     options: Mapping[str, str] | None = None,
     library: Library | CudaLibrary | None = None,
+    shared: EntryWeights | None = None,
 ) -> tuple[ort.InferenceSession, list[Any], ort.SessionOptions]:
     """A session over the weights of a model, what must live as long as it, and the settings that it has.
 
     Args:
         providers: as `onnxruntime.InferenceSession` takes them; the others as of :func:`compile_ort`.
+        shared: weights that are on the device of the providers already.
 
     Raises:
         UnsupportedError: ONNX Runtime has no kernel for a node, or does not take the model.
@@ -92,6 +95,8 @@ def open_session(
         _register(library, settings)
     proto, weights = to_proto_without_weights(with_bodies(model))
     kept = _hand_over(proto, weights, settings)
+    if shared is not None:
+        kept += shared.give(settings, {name: id(tensor) for name, tensor in weights.items()})
     large = sum(tensor.nbytes for tensor in weights.values()) > _LARGE
     if large:
         memory.trim()  # what sessions that are gone have left behind
@@ -192,6 +197,7 @@ def _transposed(proto: onnx.ModelProto, tensor: onnx.TensorProto, weight: ir.Ten
 
     The weight of a torch Linear is such a view once its transposition is folded. ONNX Runtime folds the Transpose
     again, packs the result for its kernels and drops it; a copy made here would have to live as long as the session.
+    A weight that is shared keeps its name, as what the Transpose gives, and ONNX Runtime takes the shared one for it.
     """
     import onnx
 

@@ -18,12 +18,98 @@ if TYPE_CHECKING:
 
     from planish.runtime.ort import OrtRunner
     from planish.runtime.ort_device import DeviceRunner
+    from planish.runtime.shared_weights import EntryWeights, SharedWeights
+
+
+def runners(
+    folder: Path, manifest: Manifest, contents: Mapping[str, bytes], target: Target, native: Mapping[str, Path]
+) -> dict[str, Runner]:
+    """What runs the entries, by name.
+
+    Args:
+        contents: the files of models, by name.
+        native: libraries of kernels, by name.
+
+    Raises:
+        ArtifactError, UnsafeModelError: a model is not that of the manifest, or refers to other files.
+    """
+    from planish.runtime.shared_weights import wanted
+
+    models = {name: contents[entry.file] for name, entry in manifest.entries.items()}
+    shared = None
+    if wanted(target, len(models)) and manifest.weights is not None:
+        from planish.runtime.ort_cuda import device_index
+
+        shared = shared_weights(folder, manifest, models, index=device_index(target))
+    return {
+        name: runner(folder, manifest, entry, models[name], target, native, shared.of(name) if shared else None)
+        for name, entry in manifest.entries.items()
+    }
+
+
+def shared_weights(
+    folder: Path,
+    manifest: Manifest,
+    models: Mapping[str, bytes],
+    *,
+    device: str = "cuda",
+    index: int = 0,
+    least: int | None = None,
+) -> SharedWeights:
+    """The weights that entries of an artifact share: those in one place of its weights file. Nothing is copied yet.
+
+    Args:
+        models: by entry.
+        device, index, least: as of :func:`planish.runtime.shared_weights.of_program`.
+
+    Raises:
+        ArtifactError, UnsafeModelError: a model refers to other files.
+    """
+    import numpy as np
+    import onnx
+
+    from planish.ir.confined import open_confined
+    from planish.runtime.shared_weights import LEAST, SharedWeights, Weight, why_not
+
+    entries: dict[str, dict[str, Weight]] = {}
+    for name, model in models.items():
+        check_references(model, manifest, str(folder / manifest.entries[name].file))
+        proto = onnx.ModelProto.FromString(model)
+        reasons = why_not(proto, kernels=bool(manifest.native), least=LEAST if least is None else least)
+        held = entries[name] = {}
+        for tensor in proto.graph.initializer:
+            if reasons[tensor.name] or tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            stored = {item.key: item.value for item in tensor.external_data}
+            shape = tuple(tensor.dims)
+            weight = Weight((int(stored.get("offset", "0")), tensor.data_type, shape), tensor.data_type, shape)
+            # What is not as it should be is for ONNX Runtime to refuse.
+            if min(shape, default=0) >= 0 and stored.get("length") == str(weight.nbytes):
+                held[tensor.name] = weight
+
+    def read(weight: Weight) -> np.ndarray:
+        assert manifest.weights is not None
+        with open_confined(folder, manifest.weights) as file:
+            offset: int = weight.key[0]  # type: ignore[index]
+            file.check_range(offset, weight.nbytes)
+            return np.frombuffer(file.map(), np.uint8, weight.nbytes, offset)
+
+    return SharedWeights(entries, read, device, index)
 
 
 def runner(
-    folder: Path, manifest: Manifest, entry: EntryInfo, model: bytes, target: Target, native: Mapping[str, Path]
+    folder: Path,
+    manifest: Manifest,
+    entry: EntryInfo,
+    model: bytes,
+    target: Target,
+    native: Mapping[str, Path],
+    shared: EntryWeights | None = None,
 ) -> Runner:
     """What runs an entry whose model is `model`; `native` are the libraries of kernels by name.
+
+    Args:
+        shared: weights that other entries have too.
 
     Raises:
         ArtifactError, UnsafeModelError: the model is not that of the manifest, or refers to other files.
@@ -34,12 +120,15 @@ def runner(
     where = str(folder / entry.file)
     check_references(model, manifest, where)
     refused = ""
+    kept: list[Any] = []
 
     def session(providers: Sequence[Any]) -> tuple[ort.InferenceSession, ort.SessionOptions]:
         nonlocal refused
         settings = session_options(target, None, optimize=True)
         settings.add_session_config_entry(FOLDER, str(folder))
         refused = _register_kernels(folder, manifest, settings, native)
+        if shared is not None:
+            kept[:] = shared.give(settings)
         made = create_session(model, settings, None, providers)
         for kind, specs, values in (
             ("inputs", entry.inputs, made.get_inputs()),
@@ -54,11 +143,11 @@ def runner(
         from planish.runtime.ort_cuda import on_gpu
 
         made_by = lambda providers: session(providers)[0]  # noqa: E731
-        found = on_gpu(made_by, target, entry.inputs, entry.outputs, buckets=entry.buckets)
+        found = on_gpu(made_by, target, entry.inputs, entry.outputs, kept, entry.buckets)
     else:
         made, settings = session(["CPUExecutionProvider"])
         flushing = settings.get_session_config_entry(FLUSH) == "1"
-        found = OrtRunner(made, entry.inputs, entry.outputs, flush_denormals=flushing)
+        found = OrtRunner(made, entry.inputs, entry.outputs, flush_denormals=flushing, keep_alive=kept)
     if refused:
         found.notes.append(refused)
     return found

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from planish.ir.program import Program
     from planish.runtime.cuda.ort_library import CudaLibrary
     from planish.runtime.manifest import Manifest
+    from planish.runtime.shared_weights import EntryWeights
 
 PROVIDER = "CUDAExecutionProvider"
 #: The first architecture with bfloat16.
@@ -237,11 +238,13 @@ def compile_ort_cuda(
     options: Mapping[str, str] | None = None,
     library: CudaLibrary | None = None,
     dims: Collection[str] = (),
+    shared: EntryWeights | None = None,
 ) -> DeviceRunner | Offline:
     """A session on a GPU for a model; for a target that names an architecture, on a machine without: an `Offline`.
 
     Args:
         dims: symbols of other entries of the program, which a target's buckets may name.
+        shared: weights that other entries have too.
 
     Raises:
         UnsupportedError: there is no GPU or no CUDA provider, or ONNX Runtime has no kernel for a node.
@@ -264,7 +267,7 @@ def compile_ort_cuda(
     kept: list[Any] = []
 
     def session(wanted: Sequence[Any]) -> ort.InferenceSession:
-        made, kept[:], _ = common.open_session(model, target, wanted, optimize, options, library)
+        made, kept[:], _ = common.open_session(model, target, wanted, optimize, options, library, shared)
         return made
 
     runner = on_gpu(session, target, inputs, outputs, kept, buckets)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +126,16 @@ def enter(index: int) -> None:
     check(library().cuCtxGetCurrent(ctypes.byref(context)), "asking for the context")
     if not context.value:
         check(library().cuCtxSetCurrent(_primary(index)), f"entering the context of GPU {index}")
+
+
+@contextlib.contextmanager
+def current(index: int) -> Iterator[None]:
+    """The context of a GPU for a while, whichever this thread has otherwise."""
+    check(library().cuCtxPushCurrent_v2(_primary(index)), f"entering the context of GPU {index}")
+    try:
+        yield
+    finally:
+        library().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 class Module:
