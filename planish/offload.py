@@ -16,6 +16,8 @@ from planish.ir.program import Program
 from planish.ir.target import Target
 from planish.passes.base import ApproximatePass, Pass, PassContext
 from planish.passes.defaults import RECOGNIZE, lowering
+from planish.passes.gates import DEFAULT_APPROXIMATE_ERROR
+from planish.passes.lowering.lower_cuda_cache import LowerCudaCache
 from planish.passes.manager import PassManager
 from planish.passes.pipeline import as_passes, format_pipeline, parse_pipeline
 from planish.runtime.compile import for_another_machine
@@ -31,6 +33,7 @@ from planish.runtime.offload.runner import BudgetRunner
 from planish.runtime.offload.split import Split, split_decoder
 from planish.runtime.offload.table import milliseconds
 
+_HALF = "float16"
 #: What makes weights smaller, tried in this order if the error budget allows.
 _LOWER_PRECISION = ("float16", "quantize-weights,float16", "quantize-weights{bits=4},float16")
 #: How much faster a lower precision must be than one that loses less, by the estimate.
@@ -41,7 +44,9 @@ _TOKENS = 32
 
 def lower_for(target: Target) -> Lower:
     """What chooses the forms of one part for a target."""
-    passes = parse_pipeline(",".join(("infer-shapes", *lowering(target))))
+    # A part reads a chunk of one row, or a token of each.
+    names = [f"{name}{{chunks=True}}" if name == LowerCudaCache.name else name for name in lowering(target)]
+    passes = parse_pipeline(",".join(("infer-shapes", *names, "infer-shapes")))
 
     def lower(model: ir.Model) -> ir.Model:
         program = Program.single(model, target)
@@ -78,7 +83,8 @@ def optimize_budgeted(
     is cut along its layers; what goes where is planned for each generation.
 
     Args:
-        passes, approximate: as for `optimize`; they run before the program is cut.
+        passes, approximate: as for `optimize`; they run before the program is cut, those for the CPU first, and then
+            float16, which a target's ``dtype=float16`` asks for too.
         device: None: the GPU of the target.
         options: of `optimize`.
 
@@ -87,6 +93,7 @@ def optimize_budgeted(
     """
     from planish.driver import optimize
 
+    _require_float16(target.dtype)
     wanted = replace(CausalLM.parse(task), chunks=True)
     pipeline = as_passes(",".join(RECOGNIZE) if passes is None else passes)
     early = as_passes(approximate or [])
@@ -97,6 +104,11 @@ def optimize_budgeted(
             "'quantize-entries' chooses by times on the CPU, and a model under a budget has one entry; give "
             "planish.Budget(error=...), and the plan chooses the precision, or name quantize-weights."
         )
+    for name in (p.name for p in early):
+        _require_float16(name)
+    # The CPU, which compares the program, is no faster in float16; it is for the device.
+    halving = [p for p in early if p.name == _HALF] or as_passes(_HALF if target.dtype == _HALF else [])
+    early = [p for p in early if p.name != _HALF]
     elsewhere = device is None and for_another_machine(target, measured=(budget or Budget()).gates)
     own = device or (PlannedDevice(target.memory, target) if elsewhere else _gpu(target))
     host = Target("ort", "cpu", threads=target.threads)
@@ -105,12 +117,36 @@ def optimize_budgeted(
     exe = optimize(model, host, task=wanted, passes=[*pipeline, *early], budget=limits, **options)
     assert exe.program is not None and exe.report is not None
     program, notes = exe.program, exe.report.ledger.notes
+    program = _halved(program, halving, target, limits, notes)
     program, engine = _smaller(program, target, own, limits, notes)
     runner = BudgetRunner(engine, _request(program))
     notes += runner.notes
     return Executable(
         program, {PREFILL: runner}, report=exe.report, pipeline=exe.pipeline, provenance=exe.provenance, target=target
     )
+
+
+def _require_float16(dtype: str | None) -> None:
+    if dtype == "bfloat16":
+        raise InputError(f"a memory budget takes {_HALF}, whose error the CPU can measure, not bfloat16.")
+
+
+def _halved(program: Program, halving: Sequence[Pass], target: Target, budget: Budget, notes: list[str]) -> Program:
+    """The program in the half precision that was asked for, unless it loses more than the error budget."""
+    candidate = program.clone()
+    candidate.target = target
+    if not PassManager(list(halving)).apply(candidate, PassContext(target)).modified:
+        return program
+    if not budget.gates:
+        return candidate
+    error, limit = _error(program, candidate, target), budget.error
+    if budget.metric is not None or limit is None:  # a metric is of the outputs of whole programs
+        limit = DEFAULT_APPROXIMATE_ERROR
+    if not error <= limit:
+        notes.append(f"{_HALF} was taken back: error {error:.2g} > {limit:.2g}")
+        return program
+    notes.append(f"{_HALF}: error {error:.2g}")
+    return candidate
 
 
 def _gpu(target: Target) -> Device:

@@ -6,6 +6,7 @@ import copy
 import functools
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -96,7 +97,7 @@ def test_weights_get_a_lower_precision_where_the_error_allows(slow_link: None) -
 def test_a_lower_precision_must_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where starting layers takes longer than copying them, weights stream as they are."""
     monkeypatch.setattr(engine, "measure_rates", lambda parts, device: Rates(link=1e9, launch=1.0))
-    exe, _ = budgeted(70_000, Budget(error=0.03, seconds=0.5))
+    exe, _ = budgeted(90_000, Budget(error=0.03, seconds=0.5))
     assert exe.report is not None
     notes = exe.report.ledger.notes
     assert any(n.startswith("float16 was taken back: error") and "in the place of" in n for n in notes)
@@ -130,6 +131,36 @@ def test_weights_in_few_bits_where_half_precision_is_not_enough(slow_link: None,
     with torch.no_grad():
         wanted = model(torch.from_numpy(ids)).logits[:, -1].numpy()
     assert np.linalg.norm(first - wanted) < 0.2 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("asked", ["target", "pass", "with quantized weights"])
+def test_half_precision_that_is_asked_for(asked: str) -> None:
+    """With gates off and on; of it the CPU, on which the program is compared, has nothing."""
+    approximate = {"pass": "float16", "with quantized weights": "quantize-weights,float16"}.get(asked)
+    target = Target.parse(f"ort-cuda:threads=1,memory=1GiB{',dtype=float16' * (asked == 'target')}")
+    for limits in (Budget(gates=False), Budget(error=0.2, seconds=0.5)):
+        exe = optimize_budgeted(
+            causal_model("Llama"), target, task="causal-lm", approximate=approximate, budget=limits, device=HostDevice()
+        )
+        assert exe.program is not None and exe.report is not None
+        assert {spec.dtype for spec in exe.program.inputs("decode") if "past" in spec.name} == {ir.DataType.FLOAT16}
+        notes = [note for note in exe.report.ledger.notes if note.startswith("float16: error ")]
+        assert len(notes) == limits.gates
+        ids, mask = prompts(2, 9)
+        want = greedy(causal_model("Llama"), ids, mask, 4)
+        assert asked == "with quantized weights" or (exe.generate(ids, 4, attention_mask=mask) == want).mean() > 0.9
+
+
+def test_half_precision_that_loses_too_much_is_taken_back() -> None:
+    target = Target.parse("ort-cuda:threads=1,memory=1GiB,dtype=float16")
+    exe = optimize_budgeted(
+        causal_model("Llama"), target, task="causal-lm", budget=Budget(error=1e-7, seconds=0.5), device=HostDevice()
+    )
+    assert exe.program is not None and exe.report is not None
+    assert any(note.startswith("float16 was taken back: error ") for note in exe.report.ledger.notes)
+    assert {spec.dtype for spec in exe.program.inputs("decode") if "past" in spec.name} == {ir.DataType.FLOAT}
+    with pytest.raises(InputError, match="a memory budget takes float16, whose error the CPU can measure"):
+        optimize_budgeted(causal_model("Llama"), Target.parse("ort-cuda:memory=1GiB,dtype=bfloat16"), task="causal-lm")
 
 
 def test_what_can_not_be_cut_says_so() -> None:

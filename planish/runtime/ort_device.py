@@ -78,7 +78,7 @@ class DeviceRunner:
         self.kept: OrderedDict[Any, Any] = OrderedDict()
         self.notes: list[str] = []
         self.library: CudaLibrary | None = None
-        self.host = _read_on_host(session, device)
+        self.host = read_on_host(session, device)
         if self.capture and self.host:
             self.graphs, self.capture = 0, False
             self.notes.append(f"no CUDA graph is used: {', '.join(sorted(self.host))} is read on the host.")
@@ -355,7 +355,8 @@ class Buffers:
         return {name: np.array(value.numpy()) for name, value in self.given.items()}
 
 
-def _read_on_host(session: ort.InferenceSession, device: str) -> set[str]:
+def read_on_host(session: ort.InferenceSession, device: str) -> set[str]:
+    """Names of the inputs that a session on a device reads on the host: if they are there, binding them copies them."""
     if device == "cpu":
         return set()
     try:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from planish.ir.errors import UnsupportedError
 from planish.ir.target import Target
 from planish.runtime import flush
 from planish.runtime.offload.device import Device
 from planish.runtime.offload.pieces import Piece
 from planish.runtime.offload.weights import shape_of
 from planish.runtime.ort import run_error, with_bodies
+from planish.runtime.ort_device import read_on_host
 from planish.runtime.ort_options import session_options
 
 #: Operands that kernels of GPUs read on the host: sizes.
@@ -53,6 +55,18 @@ class PieceSession:
             self.session, self._options = create_session(model, options, piece.model), None
         else:
             self.session, self._options = device.session(model, options, workspace)
+            self._require_kernels()
+
+    def _require_kernels(self) -> None:
+        """Refuses a piece that runs on the host in part: what is read there would be copied once, when it is bound."""
+        wanted = {name for name, value in self._inputs if reads_on_host(value)}
+        for name in sorted(read_on_host(self.session, self._kind) - wanted):
+            value = next(value for label, value in self._inputs if label == name)
+            users = sorted({f"{user.op_type} of {user.inputs[at].dtype}" for user, at in value.uses()})  # type: ignore
+            raise UnsupportedError(
+                f"ONNX Runtime has no kernel on the GPU for {', '.join(users)}, and a memory budget needs one: give "
+                "dtype=float16 in the target, or leave memory= out."
+            )
 
     def bind(
         self, inputs: Sequence[Place], weights: Sequence[int], outputs: Sequence[Place], sizes: dict[str, int]

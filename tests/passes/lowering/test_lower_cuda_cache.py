@@ -33,18 +33,21 @@ def source(heads=4, groups=2, tokens="1", dtype="float", more="", bias=""):
           (q, k, v, past_0_key, past_0_value, held, total{extra}) }}"""
 
 
-def inputs(batch=3, heads=4, groups=2, room=11, dtype="f4", seed=0):
+def inputs(batch=3, heads=4, groups=2, room=11, dtype="f4", seed=0, tokens=1):
+    """Lengths count all tokens that are read but one."""
     random = np.random.default_rng(seed)
-    lengths = random.integers(0, room, batch)
+    lengths = random.integers(tokens - 1, room, batch)
     lengths[0] = room - 1
     found = {
-        "q": random.standard_normal((batch, 1, 8 * heads)), "k": random.standard_normal((batch, 1, 8 * groups)),
-        "v": random.standard_normal((batch, 1, 8 * groups)),
-    }  # fmt: skip
+        "q": random.standard_normal((batch, tokens, 8 * heads)),
+        "k": random.standard_normal((batch, tokens, 8 * groups)),
+        "v": random.standard_normal((batch, tokens, 8 * groups)),
+    }
     for part in ("key", "value"):
         cache = random.standard_normal((batch, groups, room, 8))
         # What is not held must not count.
-        found[f"past_0_{part}"] = np.where(np.arange(room)[:, None] < lengths[:, None, None, None], cache, 30)
+        held = lengths[:, None, None, None] - (tokens - 1)
+        found[f"past_0_{part}"] = np.where(np.arange(room)[:, None] < held, cache, 30)
     return {name: value.astype(dtype) for name, value in found.items()} | {"lengths": lengths}
 
 
@@ -52,20 +55,23 @@ def expected(x, heads, groups, window=None, cap=0.0, slopes=False):
     """Outputs in float64."""
     batch, room = len(x["lengths"]), x["past_0_key"].shape[2]
     caches = [x[f"past_0_{part}"].astype("f8") for part in ("key", "value")]
-    y = np.zeros((batch, heads, 8))
-    for row, held in enumerate(x["lengths"]):
+    tokens = x["q"].shape[1]
+    y = np.zeros((batch, tokens, heads, 8))
+    for row, last in enumerate(x["lengths"]):
         for cache, name in zip(caches, "kv", strict=True):
-            cache[row, :, held] = x[name][row].reshape(groups, 8)
-        for head in range(heads):
+            for token in range(tokens):
+                cache[row, :, last - tokens + 1 + token] = x[name][row, token].reshape(groups, 8)
+        for head, token in np.ndindex(heads, tokens):
+            held = last - tokens + 1 + token
             k, v = (cache[row, head // (heads // groups)] for cache in caches)
-            scores = 0.4 * k @ x["q"][row, 0].reshape(heads, 8)[head].astype("f8")
+            scores = 0.4 * k @ x["q"][row, token].reshape(heads, 8)[head].astype("f8")
             scores = cap * np.tanh(scores / cap) if cap else scores
             at = np.arange(room)
             scores += 0.1 * (head + 1) * at * slopes
             scores[(at > held) | (at <= held - (window or room))] = -np.inf
             weights = np.exp(scores - scores.max())
-            y[row, head] = weights / weights.sum() @ v
-    return y.reshape(batch, 1, -1), *caches
+            y[row, token, head] = weights / weights.sum() @ v
+    return y.reshape(batch, tokens, -1), *caches
 
 
 def run(program, x):
@@ -89,6 +95,22 @@ def test_in_float32(heads, groups, options):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("heads, groups", [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"cap": 2.0}, {"slopes": True}])
+def test_chunks_in_float32(heads, groups, options):
+    more = ", local_window_size = 3" * ("window" in options) + ", softcap = 2.0" * ("cap" in options)
+    text = source(heads, groups, tokens="n", more=more, bias="b" if "slopes" in options else "")
+    program = program_of(text, "ort-cuda")
+    clean = ["eliminate-common-subexpressions", "eliminate-dead-code"]
+    apply_pass(["infer-shapes", PASS + "{chunks=True}", *clean], program)
+    ops = Counter(node.op_type for node in program.main.graph)
+    assert ops["ScatterND"] == 2 and ops["MatMul"] == 2 and not ops["GroupQueryAttention"] and not ops["ReduceMax"]
+    for batch, room, tokens in ((3, 11, 4), (1, 1, 1), (2, 64, 1), (1, 9, 9), (2, 40, 17)):
+        x = inputs(batch, heads, groups, room, seed=room, tokens=tokens)
+        for got, want in zip(run(program, x), expected(x, heads, groups, **options), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
 def test_half_precision_takes_the_capacity():
     program = program_of(source(dtype="float16", more=", local_window_size = 5"), "ort-cuda")
     apply_pass(["infer-shapes", PASS, "eliminate-dead-code"], program)
@@ -105,5 +127,7 @@ def test_half_precision_takes_the_capacity():
 def test_declines():
     check_declines(PASS, program_of(source(), "ort-cpu"), "this is for 'ort-cuda'")
     check_declines(PASS, program_of(source(tokens="n"), "ort-cuda"), "more than one token a row")
+    chunks = program_of(source(tokens="n", dtype="float16"), "ort-cuda")
+    check_declines(PASS + "{chunks=True}", chunks, "a chunk in half precision has a kernel")
     check_declines(PASS, program_of(source(more=", do_rotary = 1"), "ort-cuda"), "more than attend")
     check_declines(PASS, program_of(source(more=", smooth_softmax = 1"), "ort-cuda"), "more than attend")

@@ -123,8 +123,8 @@ def test_rates_are_those_of_the_machine_at_hand(
     for rates, cooperative in ((Rates(host=1.0), False), (Rates(host=1e15, latency=0.0), True)):
         monkeypatch.setattr(engine, "measure_rates", lambda parts, device, found=rates: found)
         exe = planish.load(made[0])
-        ids, mask = prompts(3, 20)
-        exe.generate(ids, 30, attention_mask=mask)
+        ids, mask = prompts(3, 16)
+        exe.generate(ids, 20, attention_mask=mask)
         plan = exe.runners["prefill"].plan  # type: ignore[attr-defined]
         assert plan.kv_host() and bool(plan.attended) is cooperative
 
