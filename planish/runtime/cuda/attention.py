@@ -31,6 +31,8 @@ _LOG2_E = 1.4426950408889634
 class BlockLists:
     """Which blocks of keys a block of queries sees: CSR as planish::BlockSparseAttention has it, on the GPU.
 
+    The tensors are not written after this is made: kernels read them before what is in front of them is over.
+
     Attributes:
         indptr: (layouts, rows + 1) int32.
         indices: (entries,) int32, ascending within a row.
@@ -80,6 +82,7 @@ _Decode = _structure(
     *((name, _POINTER) for name in ("indptr", "indices", "head_layout", "lengths")),
     *((name, _INT) for name in ("keys", "q_heads", "kv_heads", "rows", "block", "splits")),
     ("scale", ctypes.c_float),
+    ("fixed", _INT),
 )
 
 
@@ -183,6 +186,7 @@ def decode(
         *_lists(lists, lengths),
         k.shape[1], heads, k.shape[2], *_rows(lists), splits,
         (scale if scale is not None else size**-0.5) * _LOG2_E,
+        int(lists is not None),
     )  # fmt: skip
     early = driver.device(index).arch >= 90
     kernel.launch((splits, heads // shared, batch), 32 * _DECODE_WARPS, _stream(q), parameters, early=early)
@@ -205,9 +209,8 @@ class Workspace:
         batch, _, heads, size = q.shape
         blocks = batch * heads // shared
         device = driver.device(q.device.index or 0)
-        # All blocks run at once, each with a tile or more.
-        resident = _resident(device.arch, size, shared) * device.processors
-        splits = max(1, min(resident // blocks, (keys + TILE - 1) // TILE, 64))
+        tiles = (keys + TILE - 1) // TILE
+        splits = max(1, min(_splits(blocks, tiles, size, device.arch, device.processors), tiles, 64))
         wanted = (q.device, batch, heads, size, splits, shared)
         if self._made != wanted:
             self.parts = torch.empty(batch * heads * splits * (size + 2), dtype=torch.float32, device=q.device)
@@ -216,11 +219,11 @@ class Workspace:
         return int(splits)
 
 
-def _resident(arch: int, size: int, shared: int) -> int:
-    """Blocks of attention_decode.cu on a multiprocessor, as launch_attention.h has it."""
-    if shared == 8 or (arch < 80 and size == 128):
-        return 1
-    return 3 if arch == 90 and shared == 1 else 2
+def _splits(blocks: int, tiles: int, size: int, arch: int, processors: int) -> int:
+    """Parts of the keys, as launch_attention.h has it."""
+    splits = processors // blocks
+    twice = 4 * splits > tiles if arch >= 90 else arch >= 80 or size == TILE
+    return 2 * processors // blocks if twice else splits
 
 
 def _lists(lists: BlockLists | None, lengths: torch.Tensor | None) -> tuple[int | None, ...]:

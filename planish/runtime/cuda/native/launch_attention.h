@@ -48,6 +48,7 @@ typedef struct {
   const int *indptr, *indices, *head_layout, *lengths;
   int keys, q_heads, kv_heads, rows, block, splits;
   float scale;
+  int fixed; /* the kernel in front on the stream does not write the lists */
 } attention_step;
 
 /* Strides of q (batch, queries, heads · size) and of keys and values alike. */
@@ -122,17 +123,14 @@ static inline void attention_fill_prefill(attention_prefill *p, const attention_
   p->scale = c->scale * attention_log2_e, p->bias = c->bias, p->bias_batch = c->bias_batch;
 }
 
-/* Blocks of attention_decode.cu that a multiprocessor has room for at once, at most three: by shared memory, and where many
-   heads share keys, by registers. */
-static inline int attention_resident(int arch, int64_t size, int shared) {
-  if (shared == 8 || (arch < 80 && size == 128)) return 1;
-  return arch == 90 && shared == 1 ? 3 : 2;
-}
-
-/* Parts that the keys are split into: all blocks run at once, each with a tile or more. */
+/* Parts that the keys are split into: all blocks run at once, each with a tile or more. On Hopper one block has copies
+   enough on their way for its multiprocessor, and leaves room for the next kernel to begin; parts of few tiles are halved.
+   Turing has shared memory for one block of wide heads. */
 static inline int attention_splits(const attention_call *c, int arch, int processors, int shared) {
   int64_t blocks = c->batch * c->heads / shared, tiles = (c->keys + ATTENTION_TILE - 1) / ATTENTION_TILE;
-  int64_t splits = (int64_t)attention_resident(arch, c->size, shared) * processors / (blocks ? blocks : 1);
+  int64_t splits = processors / (blocks ? blocks : 1);
+  int twice = arch >= 90 ? 4 * splits > tiles : arch >= 80 || c->size == 64;
+  if (twice) splits = 2 * (int64_t)processors / (blocks ? blocks : 1);
   splits = splits > tiles ? tiles : splits;
   splits = splits > ATTENTION_MOST_SPLITS ? ATTENTION_MOST_SPLITS : splits;
   return splits < 1 ? 1 : (int)splits;

@@ -39,6 +39,7 @@ struct Parameters {
   const int *lengths;
   int keys, q_heads, kv_heads, rows, block, splits;
   float scale;  // times log2(e)
+  int fixed;    // what is in front of this kernel does not write the lists, which may then be read before that is over
 };
 
 __device__ __forceinline__ void widen(const uint4 &data, float (&to)[8]) {
@@ -65,23 +66,15 @@ struct Part {
   float value[8] = {}, maximum = -INFINITY, sum = 0;
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARED == 1 ? 3 : 1) attention_decode(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const __grid_constant__ Parameters p) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, team = lane / LANES, column = lane % LANES * 8;
   const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, first_head = group * SHARED;
   const int kv_head = first_head / (p.q_heads / p.kv_heads);
-  wait_for_inputs();
+  const bool early = p.fixed && !p.lengths;  // a length says which row of the lists it is
+  if (!early) wait_for_inputs();
   const int keys = p.lengths ? min(p.lengths[batch], p.keys) : p.keys;
   const Element *k = p.k + batch * p.k_batch + kv_head * p.k_head + column;
   const Element *v = p.v + batch * p.v_batch + kv_head * p.v_head + column;
-
-  float q[SHARED][8];
-  Part part[SHARED];
-#pragma unroll
-  for (int h = 0; h < SHARED; ++h) {
-    widen(*reinterpret_cast<const uint4 *>(p.q + batch * p.q_batch + (first_head + h) * p.q_head + column), q[h]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) q[h][i] *= p.scale;
-  }
 
   // The tiles of the last position's row of the layout, divided evenly among the parts: by the rows of a warp.
   const int row = p.indptr ? (keys - 1) / p.block : 0;
@@ -106,9 +99,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARED == 1 ? 3 : 1) at
     return tile * TILE + warp * (TILE / WARPS) + team;  // a team's rows are TEAMS apart
   };
   int ends[STAGES];  // rows from here on are not there
-  auto load = [&](int stage) {
+  auto load = [&](int stage, int first) {
     if (coming < last) {
-      int first = first_row(coming), of_warp = coming++ * WARPS + warp;
+      int of_warp = coming++ * WARPS + warp;
       int end = ends[stage] = of_warp >= from && of_warp < to ? keys - first : 0;
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
@@ -120,8 +113,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARED == 1 ? 3 : 1) at
     }
     commit_copies();
   };
+  int firsts[STAGES];
 #pragma unroll
-  for (int stage = 0; stage < STAGES; ++stage) load(stage);
+  for (int stage = 0; stage < STAGES; ++stage) firsts[stage] = i + stage < last ? first_row(i + stage) : 0;
+  if (early) wait_for_inputs();
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) load(stage, firsts[stage]);
+
+  float q[SHARED][8];
+  Part part[SHARED];
+#pragma unroll
+  for (int h = 0; h < SHARED; ++h) {
+    widen(*reinterpret_cast<const uint4 *>(p.q + batch * p.q_batch + (first_head + h) * p.q_head + column), q[h]);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) q[h][c] *= p.scale;
+  }
   while (i < last)
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
@@ -165,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARED == 1 ? 3 : 1) at
         for (int c = 0; c < 8; ++c) part[h].value[c] = fmaf(weight, row[c], part[h].value[c]);
       }
     }
-    load(stage);
+    load(stage, coming < last ? first_row(coming) : 0);
   }
 
   // The teams of all warps → one part, in shared memory.
@@ -200,12 +206,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARED == 1 ? 3 : 1) at
 
   // Who finishes last combines: all parts of these heads are in memory then.
   unsigned *done = p.done + batch * gridDim.y + group;
-  __threadfence();
   __syncthreads();
-  if (thread == 0) combines = atomicAdd(done, 1) == p.splits - 1;
+  if (thread == 0) {  // a fence of one thread, behind the barrier, orders what all of them wrote
+    __threadfence();
+    combines = atomicAdd(done, 1) == p.splits - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!combines) return;
-  __threadfence();
   __shared__ float weights[MAX_SPLITS];
   for (int h = 0; h < SHARED; ++h) {
     const float *from = parts + static_cast<long long>(h) * p.splits * (HEAD + 2);
