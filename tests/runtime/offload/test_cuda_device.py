@@ -74,20 +74,22 @@ def simulated() -> Executable:
 
 
 @needs_gpu
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_weights_stream(bits: int) -> None:
+@pytest.mark.parametrize(
+    "precision",
+    [None, "float16", "quantize-weights{bits=8},float16", "quantize-weights{bits=4},float16", "quantize-weights"],
+)
+def test_other_precisions_stream(precision: str | None) -> None:
     """With all weights on the host, caches copied or attended to there, against the simulated device."""
-    options = {
-        "task": "causal-lm", "budget": Budget(gates=False), "approximate": f"quantize-weights{{bits={bits}}},float16"
-    }  # fmt: skip
+    options = {"task": "causal-lm", "budget": Budget(gates=False), "approximate": precision}
     exe = optimize(decoder(half=False), "ort-cuda:memory=1GiB", **options)
     assert exe.program is not None
     here = exe.runners["prefill"].engine  # type: ignore[attr-defined]
     reference = Engine(split_for(exe.program.entries[DECODE], exe.target), HostDevice(), exe.target)
     ids = np.random.default_rng(2).integers(3, VOCABULARY, 100)
+    limit = 0.01 if precision and "float16" in precision else 1e-4
     for attended in ((), (0, 2), (0, 1, 2, 3)):
         found, wanted = (steps(engine, ids, attended) for engine in (here, reference))
-        assert np.linalg.norm(found - wanted) < 0.01 * np.linalg.norm(wanted)
+        assert np.linalg.norm(found - wanted) < limit * np.linalg.norm(wanted)
 
 
 def steps(engine: Engine, ids: np.ndarray, attended: tuple[int, ...]) -> np.ndarray:
