@@ -312,7 +312,9 @@ class Gates:
         if saves and asked is not None and asked < 1 and ratio.median >= asked:
             return ""
         if _slower(ratio):
-            return f"slower, {ratio}" + (f"; a min_gain below 1 says what saving {saves} may cost" if saves else "")
+            entry = next((f" in {name}" for name, one in self.ratios.get(ratio, {}).items() if one is ratio), "")
+            more = f"; a min_gain below 1 says what saving {saves} may cost" if saves else ""
+            return f"slower{entry}, {ratio}{more}"
         if asked is not None and ratio.median < asked:
             return f"gain {ratio} is under the {asked:g}x asked for"
         must_gain = (kind == "approximate" and not saves) or (asked is not None and asked >= 1)

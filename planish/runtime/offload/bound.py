@@ -59,9 +59,10 @@ class PieceSession:
 
     def _require_kernels(self) -> None:
         """Refuses a piece that runs on the host in part: what is read there would be copied once, when it is bound."""
-        wanted = {name for name, value in self._inputs if reads_on_host(value)}
-        for name in sorted(read_on_host(self.session, self._kind) - wanted):
-            value = next(value for label, value in self._inputs if label == name)
+        found = read_on_host(self.session, self._kind)
+        for name, value in self._inputs:
+            if name not in found or reads_on_host(value) or not value.uses():  # what nothing reads is nowhere
+                continue
             users = sorted({f"{user.op_type} of {user.inputs[at].dtype}" for user, at in value.uses()})  # type: ignore
             raise UnsupportedError(
                 f"ONNX Runtime has no kernel on the GPU for {', '.join(users)}, and a memory budget needs one: give "

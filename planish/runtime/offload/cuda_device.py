@@ -140,9 +140,8 @@ class CudaDevice:
         return arena(nbytes)
 
     def workspace(self, nbytes: int) -> None:
-        more = nbytes - self.account.by["sessions"]
-        if more > 0:
-            self.account.take(more, "sessions")
+        self.account.give(self.account.by["sessions"], "sessions")
+        self.account.take(nbytes, "sessions")
 
     @property
     def reserve(self) -> int:

@@ -110,7 +110,6 @@ class HostDevice:
         self.account = Account(limit)
         self._blocks: dict[int, tuple[np.ndarray, str]] = {}
         self._queues: tuple[deque[Any], deque[Any]] = (deque(), deque())
-        self._space = 0
         self._random = np.random.default_rng(seed)
 
     def allocate(self, nbytes: int, what: str) -> int:
@@ -167,11 +166,9 @@ class HostDevice:
         return nbytes
 
     def workspace(self, nbytes: int) -> None:
-        if nbytes > self._space:  # counted only: the sessions of the CPU provider have arenas of their own
-            self.account.give(self._space, "sessions")
-            self._space = 0
-            self.account.take(nbytes, "sessions")
-            self._space = nbytes
+        # Counted only: the sessions of the CPU provider have arenas of their own.
+        self.account.give(self.account.by["sessions"], "sessions")
+        self.account.take(nbytes, "sessions")
 
     @property
     def reserve(self) -> int:

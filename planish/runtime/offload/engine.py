@@ -235,7 +235,11 @@ class Engine:
         if not self._reserved:
             self._reserved = self.device.reserve
             self.device.account.take(self._reserved, "libraries")
-        self.device.workspace(plan.workspace)
+        limit = self.device.account.limit
+        if limit is not None and plan.total - plan.workspace + self.parts.held(plan) > limit:
+            self.finish()  # sessions with more room than this plan has for them go
+            self.parts.forget()
+        self.device.workspace(self.parts.held(plan))
         self.parts.prepare(plan)
 
     # --- values ------------------------------------------------------------------------------------------

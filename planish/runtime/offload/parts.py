@@ -152,16 +152,31 @@ class Parts:
         """What sessions take while they run, by liveness: a prompt goes row by row, a step is one token a row."""
         return sum(self._room(*item, batch, tokens, capacity) for item in self._models(split))
 
+    def held(self, plan: Plan) -> int:
+        """What all sessions take once a plan's are made: those that had more room keep it."""
+        return sum((self._spaces | {key: room for key, (_, room) in self._wanted(plan).items()}).values())
+
     def prepare(self, plan: Plan) -> None:
         """Makes the sessions that a plan needs; those that had less room are made again."""
-        ask = plan.request
+        for key, (piece, room) in self._wanted(plan).items():
+            if key not in self._sessions or self._spaces[key] < room:
+                self._sessions.pop(key, None)
+                self._sessions[key] = PieceSession(piece, self.device, self.target, room)
+                self._spaces[key] = room
+
+    def forget(self) -> None:
+        """Gives back the sessions on the device."""
+        self._sessions = {key: session for key, session in self._sessions.items() if key not in self._spaces}
+        self._spaces.clear()
+
+    def _wanted(self, plan: Plan) -> dict[tuple[int, bool], tuple[Piece, int]]:
+        """Pieces with the room of their sessions, at least what these have."""
+        ask, found = plan.request, {}
         for piece, steps in self._models(bool(plan.kv_host())):
             key = id(piece.model), False
-            needed = self._room(piece, steps, ask.batch, plan.chunk, ask.capacity)
-            if key not in self._sessions or self._spaces[key] < needed:
-                self._sessions.pop(key, None)
-                self._sessions[key] = PieceSession(piece, self.device, self.target, needed)
-                self._spaces[key] = needed
+            room = self._room(piece, steps, ask.batch, plan.chunk, ask.capacity)
+            found[key] = piece, max(room, self._spaces.get(key, 0))
+        return found
 
     def session(self, part: Part) -> PieceSession:
         """The session of a part; those on the host are made when they are first asked for."""

@@ -218,3 +218,24 @@ def test_the_table_says_what_is_where() -> None:
         assert any(
             line.startswith(f"  layer {layer} ") and f"cache on the host, {way}" in line for line in text.split("\n")
         )
+
+
+def test_sessions_of_a_long_prompt_make_room_for_a_short_one() -> None:
+    """What sessions were given once is theirs until a plan has no room for it."""
+    short, long = Request(1, 4, 2), Request(1, 60, 2)
+    limit = engine_of("Llama").plan(short).total
+    least = least_bytes(engine_of("Llama").parts.facts(), long)
+    engine = engine_of("Llama", max(limit, least))
+    seen = []
+    for request in (short, long, short, long, short):
+        plan = engine.plan(request)
+        ids = np.random.default_rng(request.prompt).integers(3, VOCABULARY, request.prompt)
+        tokens = [engine.prompt([ids], plan).argmax(-1)]
+        tokens.append(engine.step(tokens[-1]).argmax(-1))
+        engine.close()
+        np.testing.assert_array_equal(
+            np.stack(tokens, 1)[0], executable("Llama").generate(ids[None], 2)[0, request.prompt :]
+        )
+        seen.append(engine.device.account.by["sessions"])
+        assert engine.device.account.peak <= max(limit, least)
+    assert seen[1] > seen[0] == seen[2] == seen[4]
