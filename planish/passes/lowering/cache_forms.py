@@ -129,14 +129,39 @@ class Chunk(Step):
         first = op.Sub(op.Cast(held, to=int(ir.DataType.INT64)), op.Sub(_size(op, q, 1), np.int64(1)))
         positions = op.Add(op.Unsqueeze(first, [1]), _counted(op, q, 1))  # (batch, tokens)
         keys, values = (self._written(op, *pair, positions) for pair in ((past_key, k), (past_value, v)))
+        # Heads that share keys are rows beside each other: for a product that repeats keys ONNX Runtime keeps pointers
+        # in pinned memory, which it gives back too late where a session goes.
+        apart, flat = [self.groups, self.share, -1], [self.groups, -1]
+        batch, tokens, capacity = self._sizes()
+        many = None if tokens is None else tokens * self.share
+        split = [batch, self.groups, self.share, tokens]
         rows = op.Reshape(self._scaled(op, q), [0, 0, self.groups, self.share, self.size])
-        shared = [op.Unsqueeze(cache, [2]) for cache in (op.Transpose(keys, perm=[0, 1, 3, 2]), values)]
-        scores = op.MatMul(
-            op.Transpose(rows, perm=[0, 2, 3, 1, 4]), shared[0]
-        )  # (batch, groups, share, tokens, capacity)
+        rows = op.Reshape(op.Transpose(rows, perm=[0, 2, 3, 1, 4]), [0, *flat, self.size])
+        self._shaped(rows, [batch, self.groups, many, self.size])
+        scores = op.MatMul(rows, op.Transpose(keys, perm=[0, 1, 3, 2]))
+        room = op.Shape(past_key, start=2, end=3)
+        scores = op.Reshape(scores, op.Concat(np.array([0, *apart], np.int64), room, axis=0))
+        self._shaped(scores, [*split, capacity])
         weights = self._weights(op, scores, op.Unsqueeze(positions, [1, 2, 4]), [1, self.groups, self.share, 1, 1])
-        mixed = op.Transpose(op.MatMul(weights, shared[1]), perm=[0, 3, 1, 2, 4])
-        return [op.Reshape(mixed, [0, 0, self.heads * self.size]), keys, values]
+        weights = op.Reshape(weights, op.Concat(np.array([0, *flat], np.int64), room, axis=0))
+        self._shaped(weights, [batch, self.groups, many, capacity])
+        mixed = op.Reshape(op.MatMul(weights, values), [0, *apart, self.size])
+        self._shaped(mixed, [*split, self.size])
+        y = op.Reshape(op.Transpose(mixed, perm=[0, 3, 1, 2, 4]), [0, 0, self.heads * self.size])
+        return [y, keys, values]
+
+    def _sizes(self) -> tuple[Any, Any, Any]:
+        """Batch, tokens and capacity, as shapes have them."""
+        q, past = self.node.inputs[0], self.node.inputs[_PAST_KEY]
+        if q is None or q.shape is None or past is None or past.shape is None:
+            return None, None, None
+        return q.shape[0], q.shape[1], past.shape[2]
+
+    def _shaped(self, value: ir.Value, dims: list[Any]) -> None:
+        """Writes a shape down that what infers shapes does not find, where all of it is known."""
+        q = self.node.inputs[0]
+        if None not in dims and q is not None:
+            value.shape, value.type = ir.Shape(dims), q.type
 
     def _written(self, op: Any, past: ir.Value | None, new: ir.Value | None, positions: Any) -> Any:
         """The cache with tokens (batch, tokens, groups · size) at their positions (batch, tokens)."""

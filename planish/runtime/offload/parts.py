@@ -15,7 +15,7 @@ from planish.ir.errors import UnsupportedError
 from planish.ir.target import Target
 from planish.runtime.offload import host_attention
 from planish.runtime.offload.bound import PieceSession, Place, reads_on_host
-from planish.runtime.offload.device import Device
+from planish.runtime.offload.device import COMPUTE, Device
 from planish.runtime.offload.pieces import Piece
 from planish.runtime.offload.plan import Facts, Plan
 from planish.runtime.offload.split import Split
@@ -160,14 +160,21 @@ class Parts:
         """Makes the sessions that a plan needs; those that had less room are made again."""
         for key, (piece, room) in self._wanted(plan).items():
             if key not in self._sessions or self._spaces[key] < room:
-                self._sessions.pop(key, None)
+                if key in self._sessions:
+                    self._settle()
+                    del self._sessions[key]
                 self._sessions[key] = PieceSession(piece, self.device, self.target, room)
                 self._spaces[key] = room
 
     def forget(self) -> None:
         """Gives back the sessions on the device."""
+        self._settle()
         self._sessions = {key: session for key, session in self._sessions.items() if key not in self._spaces}
         self._spaces.clear()
+
+    def _settle(self) -> None:
+        """Waits for what runs: ONNX Runtime gives memory back in the stream, and ends the process if its owner is gone."""
+        self.device.synchronize(self.device.record(COMPUTE))
 
     def _wanted(self, plan: Plan) -> dict[tuple[int, bool], tuple[Piece, int]]:
         """Pieces with the room of their sessions, at least what these have."""
