@@ -11,6 +11,7 @@ from planish.ir.errors import InputError, unknown
 from planish.ir.target import Target
 
 FLUSH = "session.set_denormal_as_zero"
+APART = "session.use_device_allocator_for_initializers"
 BUFFERS = "session.use_external_initializer_file_buffers_directly"
 FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -82,7 +83,12 @@ def session_options(target: Target, extra: Mapping[str, str] | None, optimize: b
     options.log_severity_level = 4
     options.intra_op_num_threads = target.threads
     options.graph_optimization_level = _LEVELS["all" if optimize else "disable"]
-    for key, value in {FLUSH: "1", **dict(target.options), **(extra or {})}.items():
+    given = dict(target.options)
+    defaults = {FLUSH: "1"}
+    # Weights in an arena that doubles take up to twice their size; but an arena is what a limit is of.
+    if target.name == "ort-cuda" and target.memory is None and "cuda.gpu_mem_limit" not in given:
+        defaults[APART] = "1"
+    for key, value in {**defaults, **given, **(extra or {})}.items():
         if not key.startswith("cuda."):  # of a provider
             _set(options, key, str(value))
     return options

@@ -17,6 +17,7 @@ from planish.ir.program import Program
 from planish.ir.target import Target
 from planish.runtime import flush
 from planish.runtime.ort import compile_ort
+from planish.runtime.ort_options import APART, session_options
 from tests.runtime.models import ONE_THREAD, identity, model, two_layers
 
 TARGET = Target.parse(ONE_THREAD)
@@ -160,6 +161,18 @@ def test_options_reach_the_session() -> None:
     assert "BASIC" in str(options.graph_optimization_level)
     options = compile_ort(program.main, target, options={"session.enable_cpu_mem_arena": "0"}).session
     assert not options.get_session_options().enable_cpu_mem_arena
+
+
+def test_weights_on_a_gpu_are_not_in_an_arena_that_doubles():
+    def apart(target):
+        try:
+            return session_options(Target.parse(target), None, True).get_session_config_entry(APART) == "1"
+        except RuntimeError:  # it was not set
+            return False
+
+    assert apart("ort-cuda") and apart("ort-cuda:dtype=float16,kernels") and not apart("ort-cpu")
+    assert not apart("ort-cuda:memory=1GiB") and not apart("ort-cuda:cuda.gpu_mem_limit=1000000000")
+    assert not apart("ort-cuda:session.use_device_allocator_for_initializers=0")
 
 
 @pytest.mark.parametrize(

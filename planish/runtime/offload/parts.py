@@ -173,7 +173,7 @@ class Parts:
         self._spaces.clear()
 
     def _settle(self) -> None:
-        """Waits for what runs: ONNX Runtime gives memory back in the stream, and ends the process if its owner is gone."""
+        """Waits for what runs: memory that ONNX Runtime gives back in the stream must not be of a session that went."""
         self.device.synchronize(self.device.record(COMPUTE))
 
     def _wanted(self, plan: Plan) -> dict[tuple[int, bool], tuple[Piece, int]]:
