@@ -198,7 +198,10 @@ def main() -> None:
             rows.append(prefill_row(length, block, not arguments.quick))
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        from cuda_gemv import bandwidth
+
+        about = {"gpu": torch.cuda.get_device_name(), "copy_bytes_s": bandwidth()}
+        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

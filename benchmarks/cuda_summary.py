@@ -46,8 +46,9 @@ def models(data: Any) -> Iterator[Line]:
         yield f"{name}: against the best peer", best / ours, 1.0, False
 
 
-def attention(data: Any, copy: float | None) -> Iterator[Line]:
+def attention(data: Any) -> Iterator[Line]:
     """S2's pattern, prompts and decoding."""
+    copy = data.get("copy_bytes_s")
     for row in data["rows"]:
         if row["length"] < 32768:
             continue
@@ -112,10 +113,9 @@ def memory(data: Any) -> Iterator[Line]:
 def lines(folder: Path) -> Iterator[tuple[str, list[Line] | None]]:
     """By benchmark; None for those without results."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    copy = found.get("cuda_gemv", {}).get("copy_bytes_s")
     readers = {
         "ort_cuda": models,
-        "cuda_attention": lambda data: attention(data, copy),
+        "cuda_attention": attention,
         "cuda_relational": relational,
         "cuda_tokens": tokens,
         "cuda_merge_pipeline": merging,

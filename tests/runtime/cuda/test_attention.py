@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +183,29 @@ def test_decode_lists(block, shared):
 def test_c_and_python_take_the_same_kernel():
     header = Path(kernels.__file__).with_name("native") / "launch_attention.h"
     assert f"(c->size == 64 ? {kernels.APART_FROM[64]} : {kernels.APART_FROM[128]})" in header.read_text()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_c_and_python_split_keys_alike(tmp_path):
+    source = tmp_path / "splits.c"
+    source.write_text("""#include "launch_attention.h"
+int splits(long batch, long heads, long keys, long size, int arch, int processors, int shared) {
+  attention_call c;
+  memset(&c, 0, sizeof c);
+  c.batch = batch, c.heads = heads, c.keys = keys, c.size = size;
+  return attention_splits(&c, arch, processors, shared);
+}
+""")
+    library, headers = tmp_path / "splits.so", Path(kernels.__file__).with_name("native")
+    subprocess.run(["cc", "-shared", "-fPIC", f"-I{headers}", "-o", library, source], check=True)
+    found = ctypes.CDLL(str(library)).splits
+    found.argtypes = [ctypes.c_long] * 4 + [ctypes.c_int] * 3
+    for keys, size, (arch, processors), shared, batch in itertools.product(
+        (1, 64, 700, 4096, 32768), (64, 128), ((75, 40), (80, 108), (90, 132)), (1, 4, 8), (1, 3, 50)
+    ):
+        blocks, tiles = batch * 32 // shared, -(-keys // 64)
+        splits = kernels._splits(blocks, tiles, size, arch, processors)
+        assert found(batch, 32, keys, size, arch, processors, shared) == max(1, min(splits, tiles, 64))
 
 
 def test_what_does_not_fit_is_refused():
