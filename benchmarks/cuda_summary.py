@@ -46,9 +46,10 @@ def models(data: Any) -> Iterator[Line]:
         yield f"{name}: against the best peer", best / ours, 1.0, False
 
 
-def attention(data: Any) -> Iterator[Line]:
-    """S2's pattern, prompts and decoding."""
-    copy = data.get("copy_bytes_s")
+def attention(data: Any, other: Any) -> Iterator[Line]:
+    """S2's pattern, prompts and decoding; how fast a copy is may be of another benchmark on the same card."""
+    same = data.get("gpu") == other.get("gpu")
+    copy = data.get("copy_bytes_s", other.get("copy_bytes_s") if same else None)
     for row in data["rows"]:
         if row["length"] < 32768:
             continue
@@ -115,7 +116,7 @@ def lines(folder: Path) -> Iterator[tuple[str, list[Line] | None]]:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     readers = {
         "ort_cuda": models,
-        "cuda_attention": attention,
+        "cuda_attention": lambda data: attention(data, found.get("cuda_gemv", {})),
         "cuda_relational": relational,
         "cuda_tokens": tokens,
         "cuda_merge_pipeline": merging,

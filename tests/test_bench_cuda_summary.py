@@ -45,3 +45,5 @@ def test_the_floor_is_what_a_copy_reaches(tmp_path, copy, says):
     write(tmp_path, compiled=5.0, decode=50.0)
     (tmp_path / "cuda_gemv.json").write_text(json.dumps({"copy_bytes_s": copy}))
     assert f"| S2, block 64, 32K: step over the bandwidth floor {says}" in summary(tmp_path)[1]
+    (tmp_path / "cuda_gemv.json").write_text(json.dumps({"copy_bytes_s": copy, "gpu": "another"}))
+    assert "bandwidth floor" not in summary(tmp_path)[1]
