@@ -188,7 +188,7 @@ def decode(
         (scale if scale is not None else size**-0.5) * _LOG2_E,
         int(lists is not None),
     )  # fmt: skip
-    early = driver.device(index).arch >= 90
+    early = driver.device(index).arch == 90  # whose code waits; that which later GPUs translate does not
     kernel.launch((splits, heads // shared, batch), 32 * _DECODE_WARPS, _stream(q), parameters, early=early)
     return out
 

@@ -180,7 +180,7 @@ class Function:
             arguments: ctypes values or structures, as the kernel has them.
             cluster: blocks, neighbours along the grid's first axis, that run at once and can wait for each other; more
                 than 1 from Hopper on.
-            early: the kernel waits by itself for what is in front of it on the stream (griddepcontrol, from Hopper on),
+            early: the kernel waits by itself for what is in front of it on the stream (griddepcontrol, on Hopper),
                 and may start before that is over.
 
         Raises:

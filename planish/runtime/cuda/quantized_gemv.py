@@ -124,8 +124,8 @@ def quantized_gemv(
             the low half of a byte. None: 2^(bits - 1) for all.
         added: (n,) float16 that are added to each row.
         out: (rows, n) float16, to be written; made if it is None.
-        constant: the kernel in front of this one on the stream does not write codes, scales or zeros, so that (from
-            Hopper on) they are read before it is over.
+        constant: the kernel in front of this one on the stream does not write codes, scales or zeros, so that (on
+            Hopper) they are read before it is over.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit each other.
@@ -150,7 +150,7 @@ def quantized_gemv(
     pointers = (item.data_ptr() if item is not None else None for item in given)
     kernel = _kernel(x.device.index or 0, **plan.defines)
     stream = int(torch.cuda.current_stream(x.device).cuda_stream)
-    early = constant and driver.device(x.device.index or 0).arch >= 90
+    early = constant and driver.device(x.device.index or 0).arch == 90  # whose code waits, as no other does
     kernel.launch((plan.grid, 1, 1), plan.threads, stream, Parameters(*pointers, *plan.sizes), early=early)
     return out
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from planish.ir.errors import InputError
-from planish.runtime.cuda import driver, toolchain
+from planish.runtime.cuda import cache, driver, toolchain
 
 torch = pytest.importorskip("torch")
 
@@ -63,6 +63,29 @@ def test_swiglu(dtype, shape, poison):
     got, wide = rows.swiglu(gate, up), gate.double()
     if gate.numel():
         assert off(got, wide * torch.sigmoid(wide) * up.double()) < LIMITS[dtype]
+
+
+@pytest.fixture
+def turing(monkeypatch):
+    """The form for Turing, on the GPU at hand, from its PTX."""
+    kept = cache.binary, cache.module, rows._norm, rows._gate
+    for cached in kept:
+        cached.cache_clear()
+    monkeypatch.setenv("PLANISH_CACHE", "")
+    monkeypatch.setattr(toolchain, "ARCHITECTURES", ())
+    monkeypatch.setattr(toolchain.fatbin, "__kwdefaults__", toolchain.fatbin.__kwdefaults__ | {"ptx": "compute_75"})
+    yield
+    for cached in kept:
+        cached.cache_clear()
+
+
+@gpu
+def test_turing(turing):
+    x, a, b, weight = (random(i, *shape) for i, shape in enumerate([(5, 2056)] * 3 + [(2056,)]))
+    sums = x.double() + a.double() + b.double()
+    want = sums / (sums.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    assert off(rows.add_rms_norm(x, a, b, weight, 1e-3)[0], want) < LIMITS["float16"]
+    assert off(rows.swiglu(x, a), x.double() * torch.sigmoid(x.double()) * a.double()) < LIMITS["float16"]
 
 
 def test_what_has_no_kernel():

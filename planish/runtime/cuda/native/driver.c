@@ -169,7 +169,8 @@ ort_status *planish_cuda_launch(
 ort_status *planish_cuda_launch_early(
     const cuda_kernel *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, cuda_stream stream,
     void **arguments) {
-  return launch(kernel, x, y, z, threads, stream, arguments, kernel->arch >= 90 && driver.launch_settings);
+  /* Of the code there is, that for sm_90a alone waits: later GPUs translate what is for an earlier one. */
+  return launch(kernel, x, y, z, threads, stream, arguments, kernel->arch == 90 && driver.launch_settings);
 }
 
 ort_status *planish_cuda_launch_clusters(

@@ -25,8 +25,8 @@ ort_status *planish_cuda_kernel(const cuda_code *, cuda_kernel *);
 ort_status *planish_cuda_stream(ort_context *, cuda_stream *);
 ort_status *planish_cuda_launch(
     const cuda_kernel *, unsigned x, unsigned y, unsigned z, unsigned threads, cuda_stream, void **arguments);
-/* The same for a kernel that waits by itself for what is in front of it on the stream (griddepcontrol, from Hopper on), so
-   that it may start before that is over. */
+/* The same for a kernel that waits by itself for what is in front of it on the stream (griddepcontrol, on Hopper), so that
+   it may start before that is over. */
 ort_status *planish_cuda_launch_early(
     const cuda_kernel *, unsigned x, unsigned y, unsigned z, unsigned threads, cuda_stream, void **arguments);
 /* A grid of `clusters` rows of `cluster` blocks, which run at once (more than 1 from Hopper on), with `shared` bytes of
