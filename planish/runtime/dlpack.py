@@ -21,8 +21,8 @@ TYPES = {
 }
 
 
-class _Managed(ctypes.Structure):
-    """DLManagedTensor."""
+class Tensor(ctypes.Structure):
+    """DLTensor."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -35,9 +35,13 @@ class _Managed(ctypes.Structure):
         ("shape", ctypes.c_void_p),
         ("strides", ctypes.c_void_p),
         ("byte_offset", ctypes.c_uint64),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
     )
+
+
+class _Managed(ctypes.Structure):
+    """DLManagedTensor."""
+
+    _fields_ = (("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
 # Own prototypes: those of `pythonapi` belong to everybody.
@@ -64,9 +68,7 @@ def value_at(address: int, element: int, shape: Sequence[int], device: str, inde
         raise MemoryError
     (ctypes.c_int64 * len(shape)).from_address(held + size)[:] = list(shape)
     made = _Managed.from_address(held)
-    made.data, made.device_type, made.device_id, made.ndim = address, _DEVICES[device], index, len(shape)
-    made.code, made.bits, made.lanes = code, bits, 1
-    made.shape, made.strides, made.byte_offset = held + size, None, 0
+    made.tensor = Tensor(address, _DEVICES[device], index, len(shape), code, bits, 1, held + size, None, 0)
     made.context, made.deleter = None, _DELETE
     capsule: Any = _capsule(held, _NAME, None)
     return ort.OrtValue(ort.capi._pybind_state.OrtValue.from_dlpack(capsule, False))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from planish.ir.errors import PlanishError
+from planish.runtime.dlpack import Tensor
 from planish.runtime.kernels.cache import cached
 from planish.runtime.kernels.cpu import Cpu, host
 from planish.runtime.kernels.linker import link
@@ -23,23 +24,6 @@ class Any(ctypes.Structure):
     """An argument in TVM's packed calling convention: here a tensor."""
 
     _fields_ = (("type", ctypes.c_int32), ("padding", ctypes.c_uint32), ("pointer", ctypes.c_void_p))
-
-
-class Tensor(ctypes.Structure):
-    """DLPack's tensor."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    )
 
 
 class Step(ctypes.Structure):

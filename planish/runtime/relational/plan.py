@@ -16,8 +16,9 @@ import numpy as np
 from planish.ir.relational.domains import NONE
 from planish.ir.relational.graph import Graph
 from planish.ir.relational.intra import Kernel, Lowered, View
+from planish.runtime.dlpack import Tensor
 from planish.runtime.relational.kernel import RelationalKernel
-from planish.runtime.relational.library import CALL, CLEAR, COPY, Any, Library, Step, Tensor
+from planish.runtime.relational.library import CALL, CLEAR, COPY, Any, Library, Step
 
 _ALIGN = 64
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from planish.ir.errors import InputError, UnsupportedError
-from planish.runtime.cuda import cache, driver, toolchain
+from planish.runtime.cuda import driver, toolchain
 
 torch = pytest.importorskip("torch")
 
 from planish.runtime.cuda import attention as kernels  # noqa: E402
 from planish.runtime.cuda.attention import BlockLists, Workspace, attention, decode  # noqa: E402
+from tests.runtime.cuda.compilers import turing_alone  # noqa: E402
 
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 
@@ -221,17 +222,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.fixture
 def turing(monkeypatch):
     """The form for Turing, on the GPU at hand: from its PTX, and chosen as there."""
-    real = driver.device()
-    kept = cache.binary, cache.module, kernels._prefill, kernels._decode
-    for cached in kept:
-        cached.cache_clear()
-    monkeypatch.setenv("PLANISH_CACHE", "")
-    monkeypatch.setattr(toolchain, "ARCHITECTURES", ())
-    monkeypatch.setattr(toolchain.fatbin, "__kwdefaults__", toolchain.fatbin.__kwdefaults__ | {"ptx": "compute_75"})
-    monkeypatch.setattr(driver, "device", lambda index=0: driver.Device(75, real.processors, 64 << 10))
-    yield
-    for cached in kept:
-        cached.cache_clear()
+    yield from turing_alone(monkeypatch, kernels._prefill, kernels._decode, chosen=True)
 
 
 @gpu

@@ -10,12 +10,13 @@ import pytest
 from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.ops.quantized_linear import unpack
 from planish.passes.precision.blocks import round_to_nearest
-from planish.runtime.cuda import cache, driver, toolchain
+from planish.runtime.cuda import driver, toolchain
 
 torch = pytest.importorskip("torch")
 
 from planish.runtime.cuda import quantized_gemv as kernels  # noqa: E402
 from planish.runtime.cuda.quantized_gemv import launch_plan, quantized_gemv  # noqa: E402
+from tests.runtime.cuda.compilers import turing_alone  # noqa: E402
 
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 
@@ -95,15 +96,7 @@ def test_channels(kind, rows, n, k):
 @pytest.fixture
 def turing(monkeypatch):
     """The form for Turing, on the GPU at hand, from its PTX."""
-    kept = cache.binary, cache.module, kernels._kernel
-    for cached in kept:
-        cached.cache_clear()
-    monkeypatch.setenv("PLANISH_CACHE", "")
-    monkeypatch.setattr(toolchain, "ARCHITECTURES", ())
-    monkeypatch.setattr(toolchain.fatbin, "__kwdefaults__", toolchain.fatbin.__kwdefaults__ | {"ptx": "compute_75"})
-    yield
-    for cached in kept:
-        cached.cache_clear()
+    yield from turing_alone(monkeypatch, kernels._kernel, chosen=False)
 
 
 @gpu

@@ -7,11 +7,12 @@ import math
 import pytest
 
 from planish.ir.errors import InputError
-from planish.runtime.cuda import cache, driver, toolchain
+from planish.runtime.cuda import driver, toolchain
 
 torch = pytest.importorskip("torch")
 
 from planish.runtime.cuda import rows  # noqa: E402
+from tests.runtime.cuda.compilers import turing_alone  # noqa: E402
 
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 LIMITS = {"float16": 5e-4, "bfloat16": 4e-3}
@@ -68,15 +69,7 @@ def test_swiglu(dtype, shape, poison):
 @pytest.fixture
 def turing(monkeypatch):
     """The form for Turing, on the GPU at hand, from its PTX."""
-    kept = cache.binary, cache.module, rows._norm, rows._gate
-    for cached in kept:
-        cached.cache_clear()
-    monkeypatch.setenv("PLANISH_CACHE", "")
-    monkeypatch.setattr(toolchain, "ARCHITECTURES", ())
-    monkeypatch.setattr(toolchain.fatbin, "__kwdefaults__", toolchain.fatbin.__kwdefaults__ | {"ptx": "compute_75"})
-    yield
-    for cached in kept:
-        cached.cache_clear()
+    yield from turing_alone(monkeypatch, rows._norm, rows._gate, chosen=False)
 
 
 @gpu

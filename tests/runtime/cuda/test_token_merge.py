@@ -9,13 +9,14 @@ import pytest
 
 from planish.ir.errors import InputError, UnsupportedError
 from planish.ir.ops.merge_reference import reference
-from planish.runtime.cuda import cache, driver, toolchain
+from planish.runtime.cuda import driver, toolchain
 
 torch = pytest.importorskip("torch")
 
 from planish.runtime.cuda import token_merge as kernels  # noqa: E402
 from planish.runtime.cuda.attention import attention  # noqa: E402
 from planish.runtime.cuda.token_merge import Norm, add_norm, launch_plan, merge_tokens  # noqa: E402
+from tests.runtime.cuda.compilers import turing_alone  # noqa: E402
 from tests.runtime.cuda.merge_margins import clear  # noqa: E402
 
 gpu = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
@@ -256,17 +257,7 @@ def test_graph():
 @pytest.fixture
 def turing(monkeypatch):
     """The form for Turing, on the GPU at hand: from its PTX, and launched as there."""
-    kept = cache.binary, cache.module, kernels._kernel
-    real = driver.device()
-    for cached in kept:
-        cached.cache_clear()
-    monkeypatch.setenv("PLANISH_CACHE", "")
-    monkeypatch.setattr(toolchain, "ARCHITECTURES", ())
-    monkeypatch.setattr(toolchain.fatbin, "__kwdefaults__", toolchain.fatbin.__kwdefaults__ | {"ptx": "compute_75"})
-    monkeypatch.setattr(driver, "device", lambda index=0: driver.Device(75, real.processors, 64 << 10))
-    yield
-    for cached in kept:
-        cached.cache_clear()
+    yield from turing_alone(monkeypatch, kernels._kernel, chosen=True)
 
 
 @gpu
