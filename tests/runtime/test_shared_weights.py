@@ -273,6 +273,7 @@ def test_values_over_memory_of_ours(element):
 
 
 def test_entries_of_one_program_are_compiled_with_the_same(monkeypatch):
+    program = made("Llama").program  # which compiles entries too, if no test was before this one
     given = []
     compiled = ort_cuda.compile_ort_cuda
 
@@ -282,7 +283,6 @@ def test_entries_of_one_program_are_compiled_with_the_same(monkeypatch):
 
     monkeypatch.setattr(ort_cuda, "compile_ort_cuda", recorded)
     monkeypatch.setattr(shared_weights.of_program, "__kwdefaults__", {**of_program.__kwdefaults__, "least": KIB})
-    program = made("Llama").program
     bench = Bench(program.target, None)
     for entry in program.entries:
         bench.runner(program, entry)
