@@ -109,14 +109,7 @@ def optimize(
     bench = Bench(measured_on(program, target), program.calibration)
     if compare is not None:
         hooks.progress("comparing the captured program with the module")
-        host = Bench(Target(), program.calibration)
-        try:
-            compare(host if elsewhere else bench)
-        except InputError as error:
-            # What fails to run may be what a lowering replaces: CUDA has no kernel of a step in float32.
-            if error.__cause__ is None or elsewhere or target.device != "cuda":
-                raise
-            compare(host)
+        _compare(compare, Bench(Target(), program.calibration) if elsewhere else bench)
     if not budget.gates:
         bench.forget(program)
     note = f"this machine can not run '{target}'" if elsewhere else note
@@ -126,6 +119,17 @@ def optimize(
     runners = _runners(bench, best, ledger, target)
     report = _report(model, program, best, pipeline, ledger, time.monotonic() - started, budget)
     return Executable(best, runners, report=report, pipeline=report.pipeline)
+
+
+def _compare(compare: Callable[[Bench], None], bench: Bench) -> None:
+    """Compares a captured program with its module on the target; on the CPU where a GPU can not run it as it is."""
+    try:
+        compare(bench)
+    except InputError as error:
+        # What fails to run, with a cause, may be what a lowering replaces: CUDA has no kernel of a step in float32.
+        if error.__cause__ is None or bench.target.device != "cuda":
+            raise
+        compare(Bench(Target(), bench.calibration))
 
 
 def _runners(bench: Bench, best: Program, ledger: Ledger, target: Target) -> dict[str, Runner]:

@@ -133,6 +133,8 @@ def _require_float16(dtype: str | None) -> None:
 
 def _halved(program: Program, halving: Sequence[Pass], target: Target, budget: Budget, notes: list[str]) -> Program:
     """The program in the half precision that was asked for, unless it loses more than the error budget."""
+    if not halving:
+        return program
     candidate = program.clone()
     candidate.target = target
     if not PassManager(list(halving)).apply(candidate, PassContext(target)).modified:

@@ -322,6 +322,8 @@ def test_a_pass_is_tuned_by_the_entries_that_it_is_to_make_faster() -> None:
     gates.deadline = time.monotonic() + 1
     gates._tuned(Tuned())
     assert gates.ledger.notes == ["gain 2"]
+    slowest = gates._measure(two, two)
+    assert gates._no_gain(slowest, "approximate").startswith("slower in prefill, 0.5")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from planish.passes.sparsity.splice import Splicer
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 #: Inputs of GroupQueryAttention.
-_PAST_KEY, _HELD, _TOTAL = 3, 5, 6
+_PAST_KEY, _TOTAL = 3, 6
 
 
 @register

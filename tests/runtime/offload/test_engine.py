@@ -12,6 +12,7 @@ import pytest
 from planish.driver import optimize
 from planish.ir.budget import Budget
 from planish.ir.causal_lm import DECODE, CausalLM
+from planish.ir.errors import UnsupportedError
 from planish.ir.target import Target
 from planish.offload import split_for
 from planish.passes.defaults import RECOGNIZE
@@ -191,7 +192,6 @@ def test_too_small_a_budget_says_by_how_much_and_what_fits() -> None:
 
 
 def test_what_has_no_layers_can_not_be_cut() -> None:
-    from planish.ir.errors import UnsupportedError
     from planish.ir.printer import parse_model
     from planish.runtime.offload.split import split_decoder
 
@@ -239,3 +239,18 @@ def test_sessions_of_a_long_prompt_make_room_for_a_short_one() -> None:
         seen.append(engine.device.account.by["sessions"])
         assert engine.device.account.peak <= max(limit, least)
     assert seen[1] > seen[0] == seen[2] == seen[4]
+
+
+def test_what_would_run_on_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where ONNX Runtime copies what is read on the host when it is bound, and no more."""
+    from planish.runtime.offload import bound
+
+    engine = engine_of("Llama")
+    piece = engine.parts.layers[0].whole.piece
+    read = [value for value in piece.model.graph.inputs if value.uses() and not bound.reads_on_host(value)]
+    unused = {value.name for value in piece.model.graph.inputs if not value.uses()}
+    monkeypatch.setattr(bound, "read_on_host", lambda session, kind: unused)
+    bound.PieceSession(piece, engine.device, CPU)
+    monkeypatch.setattr(bound, "read_on_host", lambda session, kind: {read[0].name})
+    with pytest.raises(UnsupportedError, match="no kernel on the GPU for .* give dtype=float16 in the target"):
+        bound.PieceSession(piece, engine.device, CPU)
