@@ -368,6 +368,8 @@ def main() -> None:
     if not options.model:
         options.model = str(Path(tempfile.mkdtemp()) / "decoder.gz")
         subprocess.run([sys.executable, __file__, f"--capture={options.model}"], check=True)
+    from planish.runtime.cuda.devices import gpus
+
     found: dict[str, Row] = {}
     for name, arguments in ROWS.items():
         if options.only and not any(part in name for part in options.only.split("|")):
@@ -375,7 +377,7 @@ def main() -> None:
         started = time.perf_counter()
         found[name] = worker([*arguments, f"--model={options.model}"])
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-        Path(options.out).write_text(json.dumps(found, indent=1))
+        Path(options.out).write_text(json.dumps({"gpu": gpus()[0].name, "rows": found}, indent=1))
     for name, row in found.items():
         print(
             name,

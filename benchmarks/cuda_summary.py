@@ -24,10 +24,14 @@ BENCHMARKS = {
     "ort_cuda": ("ort_cuda.py", "--targets", "ort-cuda:dtype=float16", "ort-cuda:dtype=float16,kernels", "--json"),
     "cuda_attention": ("cuda_attention.py", "--json"),
     "cuda_relational": ("cuda_relational.py", "--sizes", "bgs,am", "--json"),
+    "cuda_relational_hub": ("cuda_relational.py", "--sizes", "am-1.2,am-hub", "--json"),
     "cuda_tokens": ("cuda_tokens.py", "--json"),
     "cuda_merge_pipeline": ("cuda_merge_pipeline.py", "--json"),
     "cuda_gemv": ("cuda_gemv.py", "--json"),
+    "cuda_weights": ("cuda_weights.py", "--json"),
     "cuda_memory": ("cuda_memory.py", "--out"),
+    "cuda_decode": ("cuda_decode.py", "--json"),
+    "cuda_buckets": ("cuda_buckets.py", "--json"),
 }
 #: What is measured, the figure, the limit, and whether the figure may not be above it (else not below).
 Line = tuple[str, float, float, bool]
@@ -103,12 +107,30 @@ def merging(data: Any) -> Iterator[Line]:
 
 
 def memory(data: Any) -> Iterator[Line]:
-    """Decoding under budgets: the peak's share of the budget, and whether tokens are the same."""
-    for name, row in data.items():
-        if "limit" in row and "peak" in row and name.startswith("planish"):
+    """Decoding under budgets: the peak's share of the budget, whether tokens are the same, speed against accelerate."""
+    rows = {name: row for name, row in data["rows"].items() if "error" not in row}
+    for name, row in rows.items():
+        if "limit" in row and name.startswith("planish"):
             yield f"{name}: peak over the budget", row["peak"] / row["limit"], 1.0, True
         if "same_tokens" in row:
             yield f"{name}: tokens as without a budget (1: all)", float(row["same_tokens"]), 1.0, False
+    for ours, peers in (
+        ("planish, a quarter of the weights", ("accelerate, max_memory a quarter", "accelerate, cpu_offload")),
+        ("planish, 4 times the context, by the rule", ("accelerate and offloaded cache, 4 times the context",)),
+    ):
+        speeds = [rows[peer]["tokens_per_second"] for peer in peers if peer in rows]
+        if ours in rows and speeds:
+            yield f"{ours}: tokens/s against accelerate", rows[ours]["tokens_per_second"] / max(speeds), 1.0, False
+
+
+def cards(folder: Path) -> dict[str, list[str]]:
+    """Card → the benchmarks that were run on it."""
+    found: dict[str, list[str]] = {}
+    for name in BENCHMARKS:
+        if (path := folder / f"{name}.json").exists():
+            data = json.loads(path.read_text())
+            found.setdefault(data.get("gpu", data.get("card", "an unknown card")), []).append(name)
+    return found
 
 
 def lines(folder: Path) -> Iterator[tuple[str, list[Line] | None]]:
@@ -150,6 +172,8 @@ def main() -> None:
             holds = figure <= limit if at_most else figure >= limit
             held &= holds
             print(f"| {what} | {figure:.2f} | {'≤' if at_most else '≥'} {limit:g} | {'holds' if holds else 'FAILS'} |")
+    for card, names in cards(given.folder).items():
+        print(f"\n{card}: {', '.join(names)}.")
     sys.exit(not held)
 
 

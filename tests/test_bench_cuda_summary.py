@@ -47,3 +47,22 @@ def test_the_floor_is_what_a_copy_reaches(tmp_path, copy, says):
     assert f"| S2, block 64, 32K: step over the bandwidth floor {says}" in summary(tmp_path)[1]
     (tmp_path / "cuda_gemv.json").write_text(json.dumps({"copy_bytes_s": copy, "gpu": "another"}))
     assert "bandwidth floor" not in summary(tmp_path)[1]
+
+
+def test_memory_and_the_cards(tmp_path):
+    ours = {"limit": 100, "peak": 97, "same_tokens": True, "tokens_per_second": 36.0}
+    rows = {
+        "planish, a quarter of the weights": ours,
+        "accelerate, max_memory a quarter": {"limit": 100, "peak": 190, "tokens_per_second": 3.0},
+        "accelerate, cpu_offload": {"error": "took more than 240 s"},
+    }
+    (tmp_path / "cuda_memory.json").write_text(json.dumps({"gpu": "one card", "rows": rows}))
+    (tmp_path / "cuda_gemv.json").write_text(json.dumps({"gpu": "another", "copy_bytes_s": 3e12}))
+    code, text = summary(tmp_path)
+    assert code == 0 and text.count("| holds |") == 3
+    assert "| planish, a quarter of the weights: peak over the budget | 0.97 | ≤ 1 | holds |" in text
+    assert "| planish, a quarter of the weights: tokens/s against accelerate | 12.00 | ≥ 1 | holds |" in text
+    assert "\nanother: cuda_gemv.\n" in text and text.endswith("\none card: cuda_memory.\n")
+    rows["planish, a quarter of the weights"] = ours | {"peak": 101, "same_tokens": False}
+    (tmp_path / "cuda_memory.json").write_text(json.dumps({"gpu": "one card", "rows": rows}))
+    assert summary(tmp_path)[1].count("FAILS") == 2
