@@ -56,6 +56,11 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
+def rounded(copies: int) -> int:
+    """Runs of a graph that goes through copies of its inputs: 16 or more, so that its start and end do not count."""
+    return copies * -(-16 // copies)
+
+
 def graph(call: Callable[[int], Any], copies: int) -> Callable[[], Any]:
     """One replay runs `call` on each copy of its inputs."""
     stream = torch.cuda.Stream()
@@ -148,7 +153,7 @@ def prefill_row(length: int, block: int, flex: bool) -> dict[str, Any]:
 def decode_row(length: int, block: int) -> dict[str, Any]:
     """Microseconds of each peer, and GB/s of the keys and values that the lists name."""
     copies = max(2, math.ceil((200 << 20) / (length * HEADS * SIZE * 4)) + 1)
-    steps = copies * max(1, 16 // copies)  # of a graph: what starts and ends one is not a step's
+    steps = rounded(copies)
     q = torch.randn(1, 1, HEADS, SIZE, device="cuda", dtype=torch.float16)
     k, v = (torch.randn(copies, length, HEADS, SIZE, device="cuda", dtype=torch.float16) for _ in range(2))
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))  # by heads, as caches are

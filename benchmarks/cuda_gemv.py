@@ -2,9 +2,9 @@
 
     python benchmarks/cuda_gemv.py [--json FILE]
 
-Times are of CUDA graphs whose weights rotate past the L2 cache, medians, interleaved; the floor is the bytes of weights
-and scales over the bandwidth of a copy on the same card (read and written bytes). "After another kernel": each reads
-nothing before the one in front of it is over; else its weights, which that does not write.
+Times are of CUDA graphs of 16 products and more, whose weights rotate past the L2 cache, medians, interleaved; the
+floor is the bytes of weights and scales over the bandwidth of a copy on the same card (read and written bytes). "After
+another kernel": each reads nothing before the one in front of it is over; else its weights, which that does not write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cuda_attention import graph, times
+from cuda_attention import graph, rounded, times
 
 from planish.runtime.cuda.quantized_gemv import quantized_gemv
 
@@ -58,8 +58,9 @@ def row(n: int, k: int, rows: int, rate: float) -> dict[str, Any]:
     x = torch.randn(rows, k, device="cuda").half()
     copies = max(2, (160 << 20) // (n * k * 2) + 1)
     plain = torch.randn(copies, n, k, device="cuda", dtype=torch.float16) * 0.02
-    calls: dict[str, Callable[[], Any]] = {"float16": graph(lambda i: F.linear(x, plain[i]), copies)}
-    counts, floors, errors = {"float16": copies}, {"float16": n * k * 2 / rate * 1e6}, {}
+    calls: dict[str, Callable[[], Any]] = {}
+    calls["float16"] = graph(lambda i: F.linear(x, plain[i % copies]), rounded(copies))
+    counts, floors, errors = {"float16": rounded(copies)}, {"float16": n * k * 2 / rate * 1e6}, {}
     kept = []  # graphs do not keep what they read
     for name, (bits, block, early) in KINDS.items():
         number = max(2, (160 << 20) // (n * k * bits // 8) + 1)
@@ -69,12 +70,12 @@ def row(n: int, k: int, rows: int, rate: float) -> dict[str, Any]:
         got = quantized_gemv(x, codes[0], scales[0], bits=bits).double()
         errors[name] = float((got - want).norm() / want.norm())
         floors[name] = (codes[0].numel() + scales[0].numel() * scales.element_size()) / rate * 1e6
-        counts[name] = number
+        counts[name] = rounded(number)
         calls[name] = graph(
             lambda i, c=codes, s=scales, bits=bits, early=early: quantized_gemv(
-                x, c[i], s[i], bits=bits, constant=early
+                x, c[i % len(c)], s[i % len(c)], bits=bits, constant=early
             ),
-            number,
+            rounded(number),
         )
     found = {name: ms / counts[name] * 1000 for name, ms in times(calls, 15).items()}
     return {"n": n, "k": k, "rows": rows, "us": found, "floor_us": floors, "error": errors}

@@ -117,6 +117,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_decode(const 
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) firsts[stage] = i + stage < last ? first_row(i + stage) : 0;
   if (early) wait_for_inputs();
+  // Not before it waited: blocks of kernels that are not due yet would crowd some multiprocessors, and a kernel with two
+  // blocks on one takes a third longer.
+  let_next_start();
 #pragma unroll
   for (int stage = 0; stage < STAGES; ++stage) load(stage, firsts[stage]);
 

@@ -319,6 +319,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) quantized_gemv(const
   source.locate(blockIdx.x);
 #pragma unroll
   for (int slot = 0; slot < GROUP; ++slot) source.fetch(ahead[slot], slot, begin + slot);
+  let_next_start();  // which reads its weights ahead
   wait_for_inputs();
 #if FEW
   __shared__ uint4 own[WARPS][2 * GROUP * PITCH], nothing[GROUP * PITCH];
