@@ -117,7 +117,7 @@ def test_weights_in_few_bits_where_half_precision_is_not_enough(slow_link: None,
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name and "lm_head" not in name:
                 parameter.mul_(5.0)
-    device = HostDevice(560 << 10)
+    device = HostDevice(624 << 10)
     limits = Budget(error=0.2, seconds=0.5)
     given = copy.deepcopy(model).half() if half else model
     exe = optimize_budgeted(given, TARGET, task="causal-lm", budget=limits, device=device)

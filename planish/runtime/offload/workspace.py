@@ -8,11 +8,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from planish.ir.analyses.liveness import liveness
+from planish.ir.analyses.sizes import Sizes
 from planish.runtime.ort import with_bodies
 
 
 def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
-    """Most bytes of inner values that are live at once, by liveness, at these sizes of the symbols.
+    """Most bytes of inner values that are live at once, by liveness, and of what nodes need inside, at these sizes.
 
     Raises:
         ValueError: the size of a value can not be told.
@@ -33,11 +34,23 @@ def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
         if owner not in outside:
             steps[found.intervals[owner].start] += found.intervals[owner].bytes
             steps[end + 1] -= found.intervals[owner].bytes
+    sizes = Sizes(model, dims)
+    inside = [*(_inside(node, sizes) for node in model.graph), 0]
     live = peak = 0
-    for step in steps:
+    for step, more in zip(steps, inside, strict=True):
         live += step
-        peak = max(peak, live)
+        peak = max(peak, live + more)
     return peak
+
+
+def _inside(node: ir.Node, sizes: Sizes) -> int:
+    """What a node takes while it runs: MatMulNBits restores its weight on CUDA, unless it has one row."""
+    x = node.inputs[0] if node.inputs else None
+    if (node.domain, node.op_type) != ("com.microsoft", "MatMulNBits") or x is None or x.dtype is None:
+        return 0
+    n, k, block = (node.attributes[name].as_int() for name in ("N", "K", "block_size"))
+    item = int(x.dtype.itemsize)
+    return n * -(-k // block) * block * item if sizes.nbytes(x) > k * item else 0
 
 
 def _inlined(model: ir.Model) -> ir.Model:

@@ -201,11 +201,16 @@ ort_status *planish_cuda_map(
   return said(driver.map(map, 6, 4, data, sizes, steps, box, ones, 0, 3, 2, 0), "describing a tensor");
 }
 
+/* Waits for what the default stream does: zeros, and the last part of a copy from pageable memory, may be under way when
+   the driver returns, and ONNX Runtime's streams do not wait for that one. */
+static ort_status *settle(void) { return planish_cuda_wait(NULL); }
+
 ort_status *planish_cuda_allocate(size_t bytes, void **made) {
   uintptr_t address = 0;
   CHECK(said(driver.allocate(&address, bytes), "memory for kernels"));
   *made = (void *)address;
-  return said(driver.fill(address, 0, bytes), "memory for kernels");
+  CHECK(said(driver.fill(address, 0, bytes), "memory for kernels"));
+  return settle();
 }
 
 void planish_cuda_free(void *memory) {
@@ -225,7 +230,9 @@ ort_status *planish_cuda_upload(const void *data, size_t bytes, void **made) {
   uintptr_t address = 0;
   CHECK(said(driver.allocate(&address, bytes ? bytes : 1), "memory for tables"));
   *made = (void *)address;
-  return bytes ? said(driver.upload(address, data, bytes), "copying tables to the GPU") : NULL;
+  if (!bytes) return NULL;
+  CHECK(said(driver.upload(address, data, bytes), "copying tables to the GPU"));
+  return settle();
 }
 
 ort_status *planish_cuda_download(void *to, const void *data, size_t bytes, cuda_stream stream) {
