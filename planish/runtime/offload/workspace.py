@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from planish.ir.analyses.liveness import liveness
-from planish.ir.analyses.sizes import Sizes
+from planish.ir.analyses.liveness import Interval, liveness
 from planish.runtime.ort import with_bodies
 
 
@@ -34,8 +33,7 @@ def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
         if owner not in outside:
             steps[found.intervals[owner].start] += found.intervals[owner].bytes
             steps[end + 1] -= found.intervals[owner].bytes
-    sizes = Sizes(model, dims)
-    inside = [*(_inside(node, sizes) for node in model.graph), 0]
+    inside = [*(_inside(node, found.intervals) for node in model.graph), 0]
     live = peak = 0
     for step, more in zip(steps, inside, strict=True):
         live += step
@@ -43,14 +41,15 @@ def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
     return peak
 
 
-def _inside(node: ir.Node, sizes: Sizes) -> int:
+def _inside(node: ir.Node, intervals: Mapping[str, Interval]) -> int:
     """What a node takes while it runs: MatMulNBits restores its weight on CUDA, unless it has one row."""
-    x = node.inputs[0] if node.inputs else None
-    if (node.domain, node.op_type) != ("com.microsoft", "MatMulNBits") or x is None or x.dtype is None:
+    x = node.inputs[0] if (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits") else None
+    if x is None or x.dtype is None or x.name not in intervals:
         return 0
     n, k, block = (node.attributes[name].as_int() for name in ("N", "K", "block_size"))
     item = int(x.dtype.itemsize)
-    return n * -(-k // block) * block * item if sizes.nbytes(x) > k * item else 0
+    rows = intervals[x.name].bytes // (k * item)
+    return n * -(-k // block) * block * item if rows > 1 else 0
 
 
 def _inlined(model: ir.Model) -> ir.Model:

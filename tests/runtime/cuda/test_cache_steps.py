@@ -13,6 +13,7 @@ from planish.runtime.cuda.cache import module
 torch = pytest.importorskip("torch")
 
 from tests.runtime.cuda.compilers import turing_alone  # noqa: E402
+from tests.runtime.cuda.test_rows import random  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not driver.available() or toolchain.nvcc() is None, reason="no GPU, or no nvcc")
 FORMS = {"float32": {"ELEMENT_F32": 1}, "float16": {}, "bfloat16": {"ELEMENT_BF16": 1}}
@@ -57,11 +58,6 @@ def form(request, monkeypatch):
         yield
     else:
         yield from turing_alone(monkeypatch, chosen=False)
-
-
-def random(seed, *sizes, dtype):
-    made = torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return made.to(getattr(torch, dtype)).cuda()
 
 
 def caches(heads, size, dtype):
