@@ -44,7 +44,7 @@ def workspace(model: ir.Model, dims: Mapping[str, int]) -> int:
 def _inside(node: ir.Node, intervals: Mapping[str, Interval]) -> int:
     """What a node takes while it runs: MatMulNBits restores its weight on CUDA, unless it has one row."""
     x = node.inputs[0] if (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits") else None
-    if x is None or x.dtype is None or x.name not in intervals:
+    if x is None or x.dtype is None or x.name is None or x.name not in intervals:
         return 0
     n, k, block = (node.attributes[name].as_int() for name in ("N", "K", "block_size"))
     item = int(x.dtype.itemsize)
